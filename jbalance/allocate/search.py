@@ -1,0 +1,203 @@
+"""Threshold search on the bits of a key: the one engine behind every allocation.
+
+A threshold (a price, a water level, an index) is a uint32 key, and what is spent at a key only grows
+with it. The search narrows a bracket around the key where the budget is met, each pass evaluating the
+sum once: nothing is sorted, shapes never depend on data, and over a mesh a pass exchanges only the few
+scalars that the sum needs. Non-negative float32 numbers order like their bits, so a search over keys
+ends on one exact float. Passes halve the bracket or interpolate in it: about 12 instead of 31 on
+smooth data, and never more than 62.
+
+Sums of int32 amounts must not wrap while a candidate is far too large: `total` returns uint32 that
+saturates at 2^32 - 1 instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+INF_KEY = 0x7F800000  # the bits of float32 infinity
+_SATURATED = 0xFFFFFFFF
+_NEAR_WRAP = float(3 * 2**30)  # float32 sums are within 2^-3 of the truth long before 2^32
+_HALVINGS = 5  # before interpolating: a float's exponent is nothing to interpolate
+
+
+def to_key(x: jax.Array) -> jax.Array:
+    """Order-preserving uint32 of float32 numbers; what is not above 0 becomes 0."""
+    x = x.astype(jnp.float32)
+    return jnp.where(x > 0, lax.bitcast_convert_type(x, jnp.uint32), jnp.uint32(0))
+
+
+def from_key(key: jax.Array) -> jax.Array:
+    """The float32 number that has this key."""
+    return lax.bitcast_convert_type(key, jnp.float32)
+
+
+def excess(spent: jax.Array, budget: jax.Array) -> jax.Array:
+    """spent - budget as float32; of uint32 numbers the sign and zero are exact."""
+    over = (spent - budget).astype(jnp.float32)
+    return jnp.where(spent > budget, over, -(budget - spent).astype(jnp.float32))
+
+
+def largest(over: Callable[[jax.Array], jax.Array], top: int, shape: tuple[int, ...]) -> jax.Array:
+    """Keys at which the budgets are met, all searched at once.
+
+    Args:
+      over: keys [*shape] uint32 -> float32 [*shape], what is spent at these keys less the budget;
+        must not decrease with the key.
+      top: exclusive bound of the keys, taken to be above the budget.
+      shape: of the keys; for instance one per device.
+
+    Returns:
+      uint32 keys [*shape]: one that meets its budget exactly, if the search comes across it, else the
+      largest with over(key) <= 0. 0 where even that is over.
+    """
+
+    def step(carry):
+        i, low, high, f_low, f_high, side = carry
+        width = high - low
+        part = f_low / (f_low - f_high)
+        inner = jnp.clip(width.astype(jnp.float32) * part, 1.0, 2.0**31).astype(jnp.uint32)
+        halve = (i < _HALVINGS) | (i % 6 == 0)
+        move = jnp.where(halve, width // 2, jnp.minimum(inner, width - 1))
+        middle = low + jnp.where(active(carry), move, 0)
+        f = over(middle)
+        up = f <= 0
+        # Illinois: an end that stays twice in a row counts half, or it would stay for ever.
+        again = jnp.where(halve | (up != side), 1.0, 0.5)
+        return (
+            i + 1,
+            jnp.where(up, middle, low),
+            jnp.where(up, high, middle),
+            jnp.where(up, f, f_low * again),
+            jnp.where(up, f_high * again, f),
+            up,
+        )
+
+    def active(carry):
+        _, low, high, f_low, _, _ = carry
+        return (high - low > 1) & (f_low < 0)
+
+    # From the data, so that inside shard_map the carry varies over the mesh as the data does.
+    f_low = over(jnp.zeros(shape, jnp.uint32))
+    low = jnp.where(f_low > 0, jnp.uint32(0), jnp.uint32(0))
+    start = (jnp.int32(0), low, low + jnp.uint32(top), f_low, jnp.abs(f_low) + 1, f_low > 0)
+    return lax.while_loop(lambda carry: jnp.any(active(carry)), step, start)[1]
+
+
+def psum(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Sum over the mesh axis that the units are split over, if they are."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def segment_total(x: jax.Array, segment_of: jax.Array | None, num_segments: int) -> jax.Array:
+    """Sums [P] of x [U] over its segments; one segment where `segment_of` is None."""
+    if segment_of is None:
+        return jnp.sum(x, dtype=x.dtype)[None]
+    return jax.ops.segment_sum(x, segment_of, num_segments)
+
+
+def total(
+    x: jax.Array,
+    segment_of: jax.Array | None,
+    num_segments: int,
+    axis_name: str | None,
+    wraps: jax.Array | None = None,
+) -> jax.Array:
+    """Exact sums [P] of whole numbers x [U] (uint32), saturating at 2^32 - 1.
+
+    `wraps` [] is what `may_wrap` said of a bound on x: where it is false nothing saturates, and the
+    sums cost one pass over the units.
+    """
+    x = x.astype(jnp.uint32)
+    if segment_of is None and axis_name is None:
+        return lax.reduce(x, jnp.uint32(0), _saturating_add, (0,))[None]
+    exact = psum(segment_total(x, segment_of, num_segments), axis_name)
+    if wraps is None:
+        wraps = jnp.array(True)
+
+    def rough() -> jax.Array:
+        return segment_total(x.astype(jnp.float32), segment_of, num_segments)
+
+    size = lax.cond(wraps, rough, lambda: jnp.zeros_like(exact, jnp.float32))
+    return jnp.where(psum(size, axis_name) >= _NEAR_WRAP, jnp.uint32(_SATURATED), exact)
+
+
+def may_wrap(
+    x: jax.Array, segment_of: jax.Array | None, num_segments: int, axis_name: str | None
+) -> jax.Array:
+    """Whether some sum of whole numbers x [U] comes near 2^32."""
+    rough = psum(segment_total(x.astype(jnp.float32), segment_of, num_segments), axis_name)
+    return jnp.any(rough >= _NEAR_WRAP)
+
+
+def _saturating_add(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a + jnp.minimum(b, ~a)
+
+
+def per_unit(per_segment: jax.Array, segment_of: jax.Array | None) -> jax.Array:
+    """Each unit's entry of a [P] array (a scalar where there is one segment)."""
+    return per_segment[0] if segment_of is None else per_segment[segment_of]
+
+
+def global_index(num_units: int, axis_name: str | None) -> jax.Array:
+    """Index [U] of each unit over all shards: what breaks ties, the same on any number of devices."""
+    local = jnp.arange(num_units, dtype=jnp.uint32)
+    if axis_name is None:
+        return local
+    return local + lax.axis_index(axis_name).astype(jnp.uint32) * jnp.uint32(num_units)
+
+
+def first_by_index(
+    amount: jax.Array,
+    room: jax.Array,
+    segment_of: jax.Array | None,
+    axis_name: str | None,
+) -> jax.Array:
+    """How much of `amount` each unit gets when `room` is handed out in the order of the index.
+
+    Args:
+      amount: [U] uint32, what the units would take; zero for those that take no part.
+      room: [P] uint32, what there is to hand out in each segment.
+      segment_of: [U] the segment of each unit, or None for one segment.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      given [U] uint32: all of `amount` before the cut, what is left of the room at the cut, 0 after.
+    """
+    num_segments = room.shape[0]
+    index = global_index(amount.shape[0], axis_name)
+
+    # Nothing to search where no segment has room and several takers: the usual case when priorities
+    # differ.
+    takers = total((amount > 0).astype(jnp.uint32), segment_of, num_segments, axis_name)
+    contested = (room > 0) & (takers > 1)
+
+    def before(cut: jax.Array) -> jax.Array:
+        return jnp.where(index < per_unit(cut, segment_of), amount, jnp.uint32(0))
+
+    def over(cut: jax.Array) -> jax.Array:
+        spent = total(before(cut), segment_of, num_segments, axis_name)
+        return jnp.where(contested, excess(spent, room), 0.0)
+
+    size = amount.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    cut = largest(over, size + 1, (num_segments,))
+    whole = before(jnp.where(contested, cut, 0))
+    left = room - total(whole, segment_of, num_segments, axis_name)
+    next_taker = _first(amount - whole, index, segment_of, num_segments, axis_name)
+    at_cut = index == per_unit(next_taker, segment_of)
+    return jnp.where(at_cut, jnp.minimum(amount, per_unit(left, segment_of)), whole)
+
+
+def _first(left, index, segment_of, num_segments, axis_name):
+    """Smallest index [P] of a unit that has something left to take in each segment."""
+    none = jnp.uint32(_SATURATED)
+    candidates = jnp.where(left > 0, index, none)
+    if segment_of is None:
+        first = jnp.min(candidates)[None]
+    else:
+        first = jax.ops.segment_min(candidates, segment_of, num_segments)
+    return first if axis_name is None else lax.pmin(first, axis_name)
