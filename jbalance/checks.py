@@ -61,9 +61,7 @@ def _where(name: str, x: Any, bad: np.ndarray, want: str) -> None:
     )
 
 
-def _values(
-    name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str
-) -> None:
+def _values(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> None:
     """Check values now if they are there, else leave a debug check for checkify."""
     if is_concrete(x):
         _where(name, x, np.asarray(bad(np, np.asarray(x))), want)
@@ -147,6 +145,21 @@ def whole(name: str, x: Any) -> None:
         lambda np_, x: (x < 0) | (x > INT32_MAX),
         f"{name} must be in 0..2^31-1",
     )
+
+
+def device_budgets(name: str, budgets: Any, device_of: Any, units_name: str, units: Any) -> None:
+    """ValueError unless `budgets` [] or [G] are whole and `device_of` [U] says whose each unit is."""
+    rank(name, budgets, (0, 1), "[] or [G]")
+    non_empty(name, budgets)
+    whole(name, budgets)
+    if device_of is not None:
+        rank("device_of", device_of, 1, "[U]")
+        same_length("device_of", device_of, units_name, units)
+        index_below("device_of", device_of, np.size(budgets))
+    elif np.size(budgets) > 1:
+        raise ValueError(
+            f"device_of is None, but {name} has {np.size(budgets)} entries: say which unit is where"
+        )
 
 
 def choice(name: str, value: str, table: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Protocol
+from typing import Protocol, dataclass_transform
 
 import jax
 
@@ -30,6 +30,7 @@ class Binding(enum.IntEnum):
     DEVICE = 3  # its device's own budget is full: that price, not the total's, stops it
 
 
+@dataclass_transform(frozen_default=True)
 def _container(cls):
     """A frozen dataclass whose fields are all pytree leaves."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jbalance import _search as search
 from jbalance import checks
-from jbalance.allocate import search
 from jbalance.types import Allocation, Binding, Status
 
 MAX_LEVELS = 32
@@ -88,18 +88,7 @@ def _check(values, costs, budgets, device_of, total_budget) -> None:
                 f"costs must rise with the level: the step up from costs{list(at)} is "
                 f"{int(steps[at])}, it must be at least 1"
             )
-    checks.rank("budgets", budgets, (0, 1), "[] or [G]")
-    checks.non_empty("budgets", budgets)
-    checks.whole("budgets", budgets)
-    num_devices = np.size(budgets)
-    if device_of is not None:
-        checks.rank("device_of", device_of, 1, "[U]")
-        checks.same_length("device_of", device_of, "values", values)
-        checks.index_below("device_of", device_of, num_devices)
-    elif num_devices > 1:
-        raise ValueError(
-            f"device_of is None, but there are {num_devices} budgets: say which unit is where"
-        )
+    checks.device_budgets("budgets", budgets, device_of, "values", values)
     if total_budget is not None:
         checks.rank("total_budget", total_budget, 0, "[]")
         checks.whole("total_budget", total_budget)
@@ -189,9 +178,10 @@ def _hull(values: jax.Array, costs: jax.Array) -> _Hull:
     num_levels = values.shape[1]
     value = [values[:, m] for m in range(num_levels)]
     cost = [costs[..., m] for m in range(num_levels)]
-    slope, direct = [jnp.inf] * num_levels, [jnp.inf] * num_levels
+    slope: list[Any] = [jnp.inf] * num_levels
+    direct: list[Any] = [jnp.inf] * num_levels
     for a in range(num_levels - 1):
-        best = -jnp.inf
+        best: Any = -jnp.inf
         for b in range(num_levels - 1, a, -1):
             rise = (value[b] - value[a]) / (cost[b] - cost[a]).astype(jnp.float32)
             best = jnp.maximum(best, rise)
@@ -239,13 +229,7 @@ def _slope_at(slope: jax.Array, level: jax.Array) -> jax.Array:
 
 def _next_slope(slope, level, device_of, num_segments, axis_name) -> jax.Array:
     """The steepest step [P] that was not taken: what one more unit of cost would be worth."""
-    left = _slope_at(slope, level)
-    if device_of is None:
-        best = jnp.max(left)[None]
-    else:
-        key = jax.ops.segment_max(search.to_key(left), device_of, num_segments)
-        best = search.from_key(key)
-    return best if axis_name is None else lax.pmax(best, axis_name)
+    return search.segment_most(_slope_at(slope, level), device_of, num_segments, axis_name)
 
 
 def _raise_infeasible(values, costs, budgets, device_of, total_budget) -> None:

@@ -7,6 +7,7 @@ one of them, but growing the budget by one can take one from a unit.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbalance import _search as search
 from jbalance import checks
-from jbalance.allocate import search
-from jbalance.allocate.water_fill import water_fill
+from jbalance._water_fill import water_fill
 from jbalance.types import Binding, Rounding, Status, Whole
 
 # Largest budget whose real shares float32 still separates from the neighbouring whole numbers.
@@ -31,52 +32,51 @@ def whole(
     budget: jax.Array | int,
     floor: jax.Array | int = 0,
     cap: jax.Array | int = checks.INT32_MAX,
+    device_of: jax.Array | None = None,
     *,
     method: str = "webster",
     axis_name: str | None = None,
 ) -> Whole:
-    """Share a whole budget among units in proportion to w, exactly.
+    """Share whole budgets among units in proportion to w, exactly.
 
     Args:
-      w: [U] importance, >= 0. A zero gets its floor only, unless all are zero (then all count alike);
-        so does a weight below 2^-90 of the largest.
-      budget: [] whole amount to share, 0..2^31-1. Count bytes in blocks.
+      w: [U] importance, >= 0. A zero gets its floor only, unless all units of its device are zero
+        (then they count alike); so does a weight below 2^-90 of the largest.
+      budget: [] or [G] whole amount that each device shares among its units, 0..2^31-1. Count bytes in
+        blocks.
       floor: [U] or [] least amount of a unit.
       cap: [U] or [] greatest amount of a unit.
+      device_of: [U] int in 0..G-1; None with one budget.
       method: "webster" (monotone in the budget) or "largest_remainder" (within one of the real share;
         budgets up to 2^22).
       axis_name: mesh axis that the units are split over; the sums become psum.
 
     Returns:
-      A `Whole`: amounts that sum to min(budget, sum of caps); equal claims are served by index. Under
-      jit, floors that do not fit give status INFEASIBLE and are scaled down by the same rule.
+      A `Whole`: amounts that sum to min(budget, sum of caps) on each device; equal claims are served
+      by index. Under jit, floors that do not fit on a device give status INFEASIBLE and are scaled
+      down there by the same rule.
 
     Raises:
       ValueError: wrong shapes or dtypes, negative or NaN entries, a floor above its cap, floors above
-        the budget (with the amount missing), an unknown method, a budget too large for the method.
+        a budget (with the amount missing), an unknown method, a budget too large for the method.
 
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
     solve = checks.choice("method", method, ROUNDINGS)
-    _check(w, budget, floor, cap)
+    _check(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):
         checks.in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
-    out = _rounded(w, budget, floor, cap, solve, axis_name)
-    if checks.is_concrete(out.status) and out.status != Status.OK:
-        asked = int(np.broadcast_to(np.asarray(floor, np.int64), np.shape(w)).sum())
-        raise ValueError(
-            f"floor: the floors sum to {asked}, above budget = {int(budget)}: "
-            f"{asked - int(budget)} is missing"
-        )
+    out = _rounded(w, budget, floor, cap, device_of, solve, axis_name)
+    if checks.is_concrete(out.status) and out.status == Status.INFEASIBLE:
+        _raise_infeasible(w, budget, floor, device_of)
     return out
 
 
-def _check(w, budget, floor, cap) -> None:
+def _check(w, budget, floor, cap, device_of) -> None:
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
     checks.non_negative("w", w)
-    checks.rank("budget", budget, 0, "[]")
-    checks.whole("budget", budget)
+    checks.device_budgets("budget", budget, device_of, "w", w)
     for name, x in (("floor", floor), ("cap", cap)):
         checks.rank(name, x, (0, 1), "[] or [U]")
         if np.ndim(x):
@@ -85,53 +85,81 @@ def _check(w, budget, floor, cap) -> None:
     checks.not_above("floor", floor, "cap", cap)
 
 
+def _raise_infeasible(w, budget, floor, device_of) -> None:
+    """The message for concrete floors that do not fit: on which device, and by how much."""
+    budget = np.atleast_1d(np.asarray(budget, np.int64))
+    floor = np.broadcast_to(np.asarray(floor, np.int64), np.shape(w))
+    device_of = np.zeros(floor.shape, int) if device_of is None else np.asarray(device_of)
+    asked = np.bincount(device_of, floor, budget.size).astype(np.int64)
+    d = int(np.argmax(asked > budget))
+    raise ValueError(
+        f"floor: the floors on device {d} sum to {asked[d]}, above its budget = {budget[d]}: "
+        f"{asked[d] - budget[d]} is missing"
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("solve", "axis_name"))
-def _rounded(w, budget, floor, cap, solve, axis_name) -> Whole:
+def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
     """The parts that every rounding shares: degenerate weights, infeasible floors, the report."""
-    w, budget = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.uint32)
+    w, budgets = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.uint32).reshape(-1)
     # Behind a barrier: XLA would spend seconds on folding the sums of scalars made as long as w.
     floor, cap = lax.optimization_barrier(
         tuple(jnp.broadcast_to(jnp.asarray(x, jnp.uint32), w.shape) for x in (floor, cap))
     )
+    devices = _Devices(device_of, budgets.shape[0], axis_name)
 
-    def total(x: jax.Array) -> jax.Array:
-        return search.total(x, None, 1, axis_name)[0]
-
-    infeasible = total(floor) > budget
+    infeasible = devices.total(floor) > budgets
+    scaled_down = devices.per_unit(infeasible)
     w, floor, cap = (
-        jnp.where(infeasible, floor.astype(jnp.float32), w),
-        jnp.where(infeasible, 0, floor),
-        jnp.where(infeasible, floor, cap),
+        jnp.where(scaled_down, floor.astype(jnp.float32), w),
+        jnp.where(scaled_down, 0, floor),
+        jnp.where(scaled_down, floor, cap),
     )
-    scaled = _normalise(w, axis_name)
+    scaled = _normalise(w, devices)
     cap = jnp.where(scaled > 0, cap, floor)
-    amount = solve(scaled, budget, floor, cap, total, axis_name)
-    amount = jnp.where(total(cap) <= budget, cap, amount)
-    next_price = jnp.max(jnp.where(amount < cap, w / (amount.astype(jnp.float32) + 0.5), 0.0))
-    if axis_name is not None:
-        next_price = lax.pmax(next_price, axis_name)
-    binding = jnp.where(
-        amount >= cap,
-        Binding.CAP,
-        jnp.where((amount == floor) & (floor > 0), Binding.FLOOR, Binding.PRICE),
-    )
-    status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK).astype(jnp.int32)
+    amount = solve(scaled, budgets, floor, cap, devices)
+    amount = jnp.where(devices.per_unit(devices.total(cap) <= budgets), cap, amount)
+    at_floor = (amount == floor) & (floor > 0)
+    binding = jnp.where(at_floor, Binding.FLOOR, Binding.PRICE)
+    bad = ~jnp.isfinite(devices.most(jnp.where(jnp.isnan(w), jnp.inf, w)))
+    status = jnp.where(jnp.any(infeasible), Status.INFEASIBLE, Status.OK)
+    next_claim = jnp.where(amount < cap, w / (amount.astype(jnp.float32) + 0.5), 0.0)
     return Whole(
         amount=amount.astype(jnp.int32),
-        price=next_price,
-        binding=binding.astype(jnp.int32),
-        slack=(budget - total(amount)).astype(jnp.int32),
-        status=jnp.where(jnp.isfinite(next_price), status, jnp.int32(Status.INVALID)),
+        price=devices.most(next_claim).reshape(jnp.shape(budget)),
+        binding=jnp.where(amount >= cap, Binding.CAP, binding).astype(jnp.int32),
+        slack=(budgets - devices.total(amount)).astype(jnp.int32).reshape(jnp.shape(budget)),
+        status=jnp.where(jnp.any(bad), Status.INVALID, status).astype(jnp.int32),
     )
 
 
-def _normalise(w: jax.Array, axis_name: str | None) -> jax.Array:
-    """w times a power of two, so that the largest is in [1, 2); exact, hence the same shares."""
-    top = jnp.max(w)
-    top = top if axis_name is None else lax.pmax(top, axis_name)
+@dataclasses.dataclass(frozen=True)
+class _Devices:
+    """Sums over the units of each device, and back."""
+
+    device_of: jax.Array | None  # [U]
+    number: int  # G
+    axis_name: str | None
+
+    def total(self, x: jax.Array) -> jax.Array:
+        return search.total(x, self.device_of, self.number, self.axis_name)
+
+    def per_unit(self, x: jax.Array) -> jax.Array:
+        return search.per_unit(x, self.device_of)
+
+    def most(self, x: jax.Array) -> jax.Array:
+        """Largest of x [U] >= 0 on each device [G]."""
+        return search.segment_most(x, self.device_of, self.number, self.axis_name)
+
+    def first(self, amount: jax.Array, room: jax.Array) -> jax.Array:
+        return search.first_by_index(amount, room, self.device_of, self.axis_name)
+
+
+def _normalise(w: jax.Array, devices: _Devices) -> jax.Array:
+    """w times a power of two a device, so that its largest is in [1, 2): exact, the same shares."""
+    top = devices.per_unit(devices.most(w))
     w = jnp.where(top > 0, w, 1.0)
-    top = jnp.where(top > 0, top, 1.0)
-    bits = lax.bitcast_convert_type(top, jnp.uint32)
+    bits = lax.bitcast_convert_type(jnp.where(top > 0, top, 1.0), jnp.uint32)
     exponent = (bits >> 23).astype(jnp.int32) - 127
     w = _scale(_scale(w, -(exponent // 2)), -(exponent - exponent // 2))
     return jnp.where(w >= 2.0**-90, w, 0.0)
@@ -142,7 +170,7 @@ def _scale(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return x * lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _webster(w, budget, floor, cap, total, axis_name):
+def _webster(w, budgets, floor, cap, devices):
     """Divisor greedy: k_i = round(mu w_i) at the level mu where the sum meets the budget.
 
     A coarse search in float32 brackets mu within a few float steps. Inside the bracket the crossings
@@ -151,25 +179,28 @@ def _webster(w, budget, floor, cap, total, axis_name):
     """
 
     def rounded(key: jax.Array) -> jax.Array:
-        k = jnp.floor(w * search.from_key(key) + 0.5)
+        k = jnp.floor(w * devices.per_unit(search.from_key(key)) + 0.5)
         return jnp.clip(_to_uint(k), floor, cap)
 
-    key = search.largest(lambda k: search.excess(total(rounded(k)), budget), search.INF_KEY, ())
+    shape = budgets.shape
+    key = search.largest(
+        lambda k: search.excess(devices.total(rounded(k)), budgets), search.INF_KEY, shape
+    )
     low = search.from_key(jnp.where(key > _STEPS_AROUND, key - _STEPS_AROUND, 0))
     width = search.from_key(jnp.minimum(key + _STEPS_AROUND, search.INF_KEY - 1)) - low
 
-    base, distance = _crossing(w, low)
-    slope = w * (width / _PARTS)
+    base, distance = _crossing(w, jnp.broadcast_to(devices.per_unit(low), w.shape))
+    slope = w * devices.per_unit(width / _PARTS)
 
     def extra(part: jax.Array) -> jax.Array:
-        past = slope * part.astype(jnp.float32) - distance
+        past = slope * devices.per_unit(part.astype(jnp.float32)) - distance
         steps = jnp.where(past >= 0, jnp.floor(past) + 1, 0)
         return jnp.clip(base + _to_uint(steps), floor, cap)
 
-    part = search.largest(lambda p: search.excess(total(extra(p)), budget), _PARTS, ())
+    part = search.largest(lambda p: search.excess(devices.total(extra(p)), budgets), _PARTS, shape)
     amount = extra(part)
     tied = extra(part + 1) - amount
-    return amount + search.first_by_index(tied, (budget - total(amount))[None], None, axis_name)
+    return amount + devices.first(tied, budgets - devices.total(amount))
 
 
 def _to_uint(x: jax.Array) -> jax.Array:
@@ -204,32 +235,40 @@ def _mantissa(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return m, exponent - 150
 
 
-def _largest_remainder(w, budget, floor, cap, total, axis_name):
+def _largest_remainder(w, budgets, floor, cap, devices):
     """Round the real shares down, then give what is left to the largest remainders."""
-    del total
-    real = water_fill(
-        w, jnp.maximum(budget, 1).astype(jnp.float32), floor, cap, axis_name=axis_name
-    )
+    real = _real_shares(w, budgets, floor, cap, devices)
     # A hair below the share, so that rounding cannot hand out more than there is.
-    base = jnp.clip(_to_uint(jnp.floor(real.amount * (1 - 2.0**-23))), floor, cap)
-    base = jnp.where(budget == 0, 0, base)
-    remainder = jnp.where(base < cap, real.amount - base.astype(jnp.float32), 0.0)
-    key = search.to_key(remainder)
+    base = jnp.clip(_to_uint(jnp.floor(real * (1 - 2.0**-23))), floor, cap)
+    base = jnp.where(devices.per_unit(budgets) == 0, 0, base)
+    key = search.to_key(jnp.where(base < cap, real - base.astype(jnp.float32), 0.0))
+    left = budgets - devices.total(base)
 
-    def count(x: jax.Array) -> jax.Array:
-        return search.total(x.astype(jnp.uint32), None, 1, axis_name)[0]
+    def reached(depth: jax.Array) -> jax.Array:
+        return (key >= search.INF_KEY - devices.per_unit(depth)).astype(jnp.uint32)
 
-    left = budget - count(base)
-    # Over the threshold all get one; at it, the first by index.
-    at = jnp.uint32(search.INF_KEY) - search.largest(
-        lambda k: search.excess(count(key >= search.INF_KEY - k), left), search.INF_KEY, ()
+    depth = search.largest(
+        lambda d: search.excess(devices.total(reached(d)), left), search.INF_KEY, left.shape
     )
-    above = (key >= at).astype(jnp.uint32)
-    tied = (key == at - 1) & (base < cap)
-    given = search.first_by_index(
-        tied.astype(jnp.uint32), (left - count(above))[None], None, axis_name
-    )
-    return base + above + given
+    # Over the threshold all get one; just below it, the first by index.
+    above = reached(depth)
+    tied = (reached(depth + 1) - above) * (base < cap)
+    return base + above + devices.first(tied, left - devices.total(above))
+
+
+def _real_shares(w, budgets, floor, cap, devices) -> jax.Array:
+    """Water-filling of each device's budget [U]; an empty budget counts as one, and is cut above."""
+    limits = jnp.maximum(budgets, 1).astype(jnp.float32)
+    own = devices.device_of is not None
+    return water_fill(
+        w,
+        jnp.sum(limits),
+        floor,
+        cap,
+        segment_of=devices.device_of,
+        segment_cap=limits if own else None,
+        axis_name=devices.axis_name,
+    ).amount
 
 
 ROUNDINGS: dict[str, Any] = {"webster": _webster, "largest_remainder": _largest_remainder}

@@ -138,6 +138,18 @@ def _saturating_add(a: jax.Array, b: jax.Array) -> jax.Array:
     return a + jnp.minimum(b, ~a)
 
 
+def segment_most(
+    x: jax.Array, segment_of: jax.Array | None, num_segments: int, axis_name: str | None
+) -> jax.Array:
+    """Largest [P] of numbers x [U] >= 0, 0 in a segment without units."""
+    key = to_key(x)
+    if segment_of is None:
+        top = jnp.max(key)[None]
+    else:
+        top = jax.ops.segment_max(key, segment_of, num_segments)
+    return from_key(top if axis_name is None else lax.pmax(top, axis_name))
+
+
 def per_unit(per_segment: jax.Array, segment_of: jax.Array | None) -> jax.Array:
     """Each unit's entry of a [P] array (a scalar where there is one segment)."""
     return per_segment[0] if segment_of is None else per_segment[segment_of]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbalance import _search as search
 from jbalance import checks
-from jbalance.allocate import search
 from jbalance.types import Binding, Fill, Status
 
 _ROUNDING = 1e-6  # relative: floors whose float32 sum meets the budget are not above it
@@ -176,7 +176,9 @@ def _exact(problem, level, low, high, sums, segment_of):
     target = jnp.where(lifted, seg_floor, jnp.where(held, seg_cap, 0.0))
     rest = budget - jnp.sum(jnp.where(own, target, clipped))
     common_weight = jnp.sum(jnp.where(own, 0.0, free_weight))
-    common = jnp.where(common_weight > 0, rest / jnp.where(common_weight > 0, common_weight, 1), level)
+    common = jnp.where(
+        common_weight > 0, rest / jnp.where(common_weight > 0, common_weight, 1), level
+    )
     alone = (target - clipped) / jnp.where(free_weight > 0, free_weight, 1)
     seg_level = jnp.where(own & (free_weight > 0), alone, jnp.where(own, seg_level, common))
 

@@ -1,0 +1,1 @@
+"""Experiments on real models and data; a module's docstring holds its command and figures."""

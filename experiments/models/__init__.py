@@ -1,0 +1,23 @@
+"""Language models in Flax, loaded from files on disk: no hub, no network."""
+
+from experiments.models.attention import causal_attention, decode_attention, prefill_attention
+from experiments.models.generate import greedy
+from experiments.models.gguf import load_gguf, smollm2_path
+from experiments.models.llama import Attention, Llama, LlamaConfig, LlamaLayer
+from experiments.models.rotary import RopeScaling
+from experiments.models.safetensors import load_hf_directory
+
+__all__ = [
+    "Attention",
+    "Llama",
+    "LlamaConfig",
+    "LlamaLayer",
+    "RopeScaling",
+    "causal_attention",
+    "decode_attention",
+    "greedy",
+    "load_gguf",
+    "load_hf_directory",
+    "prefill_attention",
+    "smollm2_path",
+]

@@ -1,0 +1,48 @@
+"""jbalance: balance attention over accelerators, as pure JAX functions.
+
+The stages in the order in which data flows through them.
+"""
+
+from jbalance import importance, resources, shares, allocate, place, rescale  # noqa: I001
+from jbalance.balance import Balance, BalanceState, balancer
+from jbalance.types import (
+    Allocation,
+    Binding,
+    FeatureScorer,
+    Fill,
+    Placement,
+    Resources,
+    Rounding,
+    ShareRule,
+    Status,
+    TokenScorer,
+    Whole,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022  (pipeline order)
+    # stages
+    "importance",
+    "resources",
+    "shares",
+    "allocate",
+    "place",
+    "rescale",
+    # the steps composed
+    "balancer",
+    "Balance",
+    "BalanceState",
+    # what the stages hand to each other
+    "Resources",
+    "Fill",
+    "Whole",
+    "Allocation",
+    "Placement",
+    "Binding",
+    "Status",
+    "TokenScorer",
+    "FeatureScorer",
+    "ShareRule",
+    "Rounding",
+]

@@ -1,0 +1,109 @@
+"""The steps composed, with state that adapts: importance in, shares and whole amounts out.
+
+`balancer(...)` returns an `init`/`update` pair of pure functions, as optax does. `update` runs inside a
+jit-compiled step: new importance, budgets and feedback are data, so it is traced once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbalance import checks, shares
+from jbalance.allocate import whole
+from jbalance.importance import pool
+from jbalance.types import Whole
+
+
+class BalanceState(NamedTuple):
+    """What a balancer remembers between updates."""
+
+    average: jax.Array  # [U] float32, exponential moving average of w, before bias correction
+    step: jax.Array  # [] int32, updates so far
+
+
+class Balance(NamedTuple):
+    """What a balancer hands out."""
+
+    w: jax.Array  # [U] averaged importance, prior and feedback pooled in
+    alpha: jax.Array  # [U] shares, sum 1
+    allocation: Whole  # whole amounts under the budgets, with prices
+
+
+class Balancer(NamedTuple):
+    """A pair of pure functions."""
+
+    init: Callable[[int], BalanceState]
+    update: Callable[..., tuple[Balance, BalanceState]]
+
+
+def balancer(
+    *,
+    decay: float = 0.9,
+    rule: str = "proportional",
+    floor: jax.Array | int = 0,
+    cap: jax.Array | int = checks.INT32_MAX,
+    prior: jax.Array | None = None,
+    beta: float = 0.0,
+    eta: float = 0.0,
+    axis_name: str | None = None,
+) -> Balancer:
+    """Compose importance -> average -> prior and feedback -> shares -> whole amounts.
+
+    w_t = decay w_{t-1} + (1 - decay) w, divided by 1 - decay^t so that the first updates are not drawn
+    to zero; before the first, the shares are uniform (METHOD section 1, second source).
+
+    Args:
+      decay: of the moving average, in [0, 1): 0 forgets at once.
+      rule: a name in `shares.SHARE_RULES`.
+      floor: [U] or [] least whole amount of a unit.
+      cap: [U] or [] greatest whole amount of a unit.
+      prior: [U] p >= 0, prior knowledge of the units' importance; its weight is beta.
+      beta: in [0, 1].
+      eta: >= 0, the weight of feedback.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      `Balancer(init, update)` with
+      `init(num_units) -> state` and
+      `update(w, state, budget, device_of=None, feedback=None) -> (Balance, state)`:
+      w [U] >= 0; budget [] or [G] whole amounts; device_of [U]; feedback [U] in [-1, 1].
+
+    Raises:
+      ValueError: decay, beta or eta out of range, unknown rule; and from update as the stages do.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}: it must be in [0, 1)")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}: it must be in [0, 1]")
+    if not eta >= 0:
+        raise ValueError(f"eta is {eta}: it must be >= 0")
+    share = checks.choice("rule", rule, shares.SHARE_RULES)
+
+    def init(num_units: int) -> BalanceState:
+        if num_units < 1:
+            raise ValueError(f"num_units is {num_units}: at least one unit is needed")
+        return BalanceState(jnp.zeros((num_units,), jnp.float32), jnp.zeros((), jnp.int32))
+
+    def update(
+        w: jax.Array,
+        state: BalanceState,
+        budget: jax.Array | int,
+        device_of: jax.Array | None = None,
+        feedback: jax.Array | None = None,
+    ) -> tuple[Balance, BalanceState]:
+        checks.rank("w", w, 1, "[U]")
+        checks.non_negative("w", w)
+        checks.same_length("w", w, "state.average", state.average)
+        step = state.step + 1
+        average = decay * state.average + (1 - decay) * jnp.asarray(w, jnp.float32)
+        known = average / (1 - jnp.float32(decay) ** step)
+        known = pool(known, prior, beta, feedback, eta, axis_name=axis_name)
+        alpha = share(known, axis_name=axis_name)
+        allocation = whole(alpha, budget, floor, cap, device_of, axis_name=axis_name)
+        return Balance(known, alpha, allocation), BalanceState(average, step)
+
+    return Balancer(init, update)

@@ -1,0 +1,55 @@
+"""w: how much each unit matters, by indicators, features, terms or tokens (METHOD step 1)."""
+
+from jbalance.importance.anova import anova
+from jbalance.importance.attention_mass import attention_mass
+from jbalance.importance.chi_squared import chi_squared
+from jbalance.importance.combine import NORMALIZERS, combine, combined, normalize_rows
+from jbalance.importance.correlation import correlation
+from jbalance.importance.entropy import entropy
+from jbalance.importance.expected_attention import expected_attention
+from jbalance.importance.features import FEATURE_SCORERS, feature_association, feature_importance
+from jbalance.importance.key_norm import key_norm
+from jbalance.importance.leverage import leverage
+from jbalance.importance.max_attention import max_attention
+from jbalance.importance.mutual_information import mutual_information
+from jbalance.importance.pooling import decay_feedback, pool
+from jbalance.importance.sinks_recent import sinks_recent
+from jbalance.importance.tfidf import term_importance, tfidf
+from jbalance.importance.tokens import TOKEN_SCORERS
+from jbalance.importance.value_weighted import value_weighted
+from jbalance.importance.weighted import weighted
+from jbalance.importance.window import window
+
+__all__ = [  # noqa: RUF022  (the order is the pipeline's)
+    # units and indicators
+    "weighted",
+    # features: relevance, discrimination, complexity
+    "mutual_information",
+    "correlation",
+    "anova",
+    "chi_squared",
+    "entropy",
+    "FEATURE_SCORERS",
+    "feature_association",
+    "feature_importance",
+    # terms of documents
+    "tfidf",
+    "term_importance",
+    # cached tokens: attended to, about to be, or unlike the rest
+    "attention_mass",
+    "max_attention",
+    "window",
+    "expected_attention",
+    "key_norm",
+    "leverage",
+    "sinks_recent",
+    "value_weighted",
+    "TOKEN_SCORERS",
+    # several scores, prior knowledge and feedback
+    "normalize_rows",
+    "NORMALIZERS",
+    "combine",
+    "combined",
+    "pool",
+    "decay_feedback",
+]

@@ -1,0 +1,72 @@
+"""What the feature scores share: checked samples and labels, bins and counts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jbalance import checks
+
+Samples = tuple[jax.Array, jax.Array, int]
+
+
+def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
+    """Checked x [B, N] float32, y [B] int32 and the number of classes C.
+
+    C is read from y where it has a value; under jit it is a shape, so the caller must say it.
+    """
+    checks.rank("x", x, 2, "[B, N]")
+    checks.rank("y", y, 1, "[B]")
+    checks.same_length("y", y, "x", x)
+    checks.non_empty("x", x)
+    x = jnp.asarray(x, jnp.float32)
+    checks.finite("x", x)
+    if num_classes is None:
+        if not checks.is_concrete(y):
+            raise ValueError("num_classes is None but y is traced: give the number of classes")
+        num_classes = max(int(np.max(np.asarray(y))), 0) + 1
+    checks.positive("num_classes", num_classes)
+    checks.index_below("y", y, num_classes)
+    return x, jnp.asarray(y, jnp.int32), num_classes
+
+
+def unit_interval(x: jax.Array) -> jax.Array:
+    """x [B, N] with every feature moved and scaled to 0..1; a constant feature to 0."""
+    low = x.min(axis=0)
+    span = x.max(axis=0) - low
+    return jnp.where(span > 0, (x - low) / jnp.where(span > 0, span, 1.0), 0.0)
+
+
+def centred(x: jax.Array) -> jax.Array:
+    """x [B, N] scaled to a span of 1 per feature and moved to mean 0; a constant feature is 0."""
+    unit = unit_interval(x)
+    return unit - unit.mean(axis=0)
+
+
+def per_class(values: jax.Array, y: jax.Array, num_classes: int) -> jax.Array:
+    """Sums of values [B, ...] over the samples of each class, [C, ...]."""
+    return jax.ops.segment_sum(values, y, num_segments=num_classes)
+
+
+def histogram(x: jax.Array, y: jax.Array, *, bins: int, num_classes: int) -> jax.Array:
+    """Samples by feature, bin of equal width and class, [N, bins, C] float32."""
+    checks.positive("bins", bins)
+    index = jnp.minimum(jnp.floor(unit_interval(x) * bins).astype(jnp.int32), bins - 1)
+    feature = jnp.arange(x.shape[1])
+    counts = jnp.zeros((x.shape[1], bins, num_classes), jnp.float32)
+    return counts.at[feature, index, y[:, None]].add(1.0, mode="drop")
+
+
+def entropy_nats(counts: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """-Σ p log p of counts along `axis`, with 0 log 0 = 0; 0 where all counts are 0."""
+    total = counts.sum(axis=axis, keepdims=True)
+    p = counts / jnp.where(total > 0, total, 1.0)
+    return -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)), axis=axis)
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """numerator / denominator within 0..1, and 0 where the denominator is 0."""
+    safe = jnp.where(denominator > 0, denominator, 1.0)
+    return jnp.where(denominator > 0, jnp.clip(numerator / safe, 0.0, 1.0), 0.0)

@@ -1,0 +1,102 @@
+"""What the token scorers share: checked q, k, v, norms and the fold over blocks of queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+
+QUERY_BLOCK_TOKENS = 128
+HIDDEN = -1e30  # logit of what a query cannot see; finite, so that gradients are
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [T, H, D], k [S, K, D] and v [S, K, Dv], checked and in float32."""
+    checks.rank("q", q, 3, "[T, H, D]")
+    checks.rank("k", k, 3, "[S, K, D]")
+    checks.rank("v", v, 3, "[S, K, D]")
+    q, k, v = _float32("q", q), _float32("k", k), _float32("v", v)
+    checks.same_length("v", v, "k", k)
+    checks.same_length("v", v, "k", k, axis=1)
+    checks.same_length("q", q, "k", k, axis=2)
+    if q.shape[0] > k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} queries but k has {k.shape[0]} keys: the queries are the last "
+            f"tokens of the keys' sequence, so give at most {k.shape[0]}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads but k has {k.shape[1]}: "
+            f"the heads of q must be a multiple of {k.shape[1]}"
+        )
+    return q, k, v
+
+
+def _float32(name: str, x: ArrayLike) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantise first"
+        )
+    checks.non_empty(name, x)
+    x = x.astype(jnp.float32)
+    checks.finite(f"the largest |{name}|", jnp.abs(x).max())  # one number leaves the device
+    return x
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm along the last axis, with gradient 0 at 0."""
+    squared = jnp.sum(x**2, axis=-1)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+
+
+def by_group(q: jax.Array, kv_heads: int) -> jax.Array:
+    """q [T, H, D] -> [T, K, G, D]: query head h reads key/value head h // G."""
+    return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
+
+
+def keep_first(w: jax.Array, kept: jax.Array) -> jax.Array:
+    """w [K, S] with the tokens where kept [S] set to the largest w of the row's other tokens."""
+    return jnp.where(kept, jnp.max(jnp.where(kept, 0.0, w), axis=1, keepdims=True), w)
+
+
+def fold_attention(
+    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], q: jax.Array, k: jax.Array
+) -> jax.Array:
+    """Fold causal attention over blocks of queries, so that memory is linear in S.
+
+    Args:
+      step: (w [K, S], attention [K, G, t, S], position of the queries [t]) -> new w [K, S].
+      q: [T, H, D] the last T queries; k: [S, K, D].
+
+    Returns:
+      w [K, S] after the last block, from 0. The backward pass computes the blocks again.
+    """
+    block = min(QUERY_BLOCK_TOKENS, q.shape[0])
+    blocks = math.ceil(q.shape[0] / block)
+    padding = blocks * block - q.shape[0]
+    queries = by_group(jnp.pad(q, ((0, padding), (0, 0), (0, 0))), k.shape[1])
+    position = k.shape[0] - q.shape[0] + jnp.arange(blocks * block)
+
+    @jax.checkpoint
+    def one_block(w, at):
+        queries, position = at
+        return step(w, _attention(queries, k, position), position), None
+
+    by_block = queries.reshape(blocks, block, *queries.shape[1:]), position.reshape(blocks, block)
+    zero = 0.0 * (k[:, :, 0].T + queries[0, :, 0, :1])  # varies over the same mesh axes as q and k
+    return jax.lax.scan(one_block, zero, by_block)[0]
+
+
+def _attention(q: jax.Array, k: jax.Array, position: jax.Array) -> jax.Array:
+    """Causal attention [K, G, t, S] of queries [t, K, G, D]; 0 for padding behind the keys."""
+    logits = jnp.einsum("tkgd,skd->kgts", q, k) / math.sqrt(q.shape[-1])
+    position = position[:, None]
+    visible = (jnp.arange(k.shape[0]) <= position) & (position < k.shape[0])
+    return jax.nn.softmax(jnp.where(visible, logits, HIDDEN), axis=-1) * visible

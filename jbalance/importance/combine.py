@@ -1,0 +1,123 @@
+"""Scorers combined: a weighted sum after normalising each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.importance.tokens import TOKEN_SCORERS
+from jbalance.types import TokenScorer
+
+_ROWS = tuple(range(1, 9))
+
+
+def _by_sum(w: jax.Array) -> jax.Array:
+    total = w.sum(axis=-1, keepdims=True)
+    return w / jnp.where(total > 0, total, 1.0)
+
+
+def _by_max(w: jax.Array) -> jax.Array:
+    largest = w.max(axis=-1, keepdims=True)
+    return w / jnp.where(largest > 0, largest, 1.0)
+
+
+def _by_rank(w: jax.Array) -> jax.Array:
+    flat = w.reshape(-1, w.shape[-1])
+    not_above = jax.vmap(lambda row: jnp.searchsorted(jnp.sort(row), row, side="right"))(flat)
+    rank = (1 + w.shape[-1] - not_above).astype(jnp.float32)
+    return _by_sum(1.0 / rank.reshape(w.shape))
+
+
+NORMALIZERS = {"sum": _by_sum, "max": _by_max, "rank": _by_rank}
+
+
+def normalize_rows(w: ArrayLike, normalize: str = "sum") -> jax.Array:
+    """Scores of different scales in one currency, row by row.
+
+    "sum": w / Σ w; "max": w / max w; "rank": 1/rank / Σ 1/rank, rank 1 the largest and equal scores
+    sharing their best rank. A row of zeros stays 0 ("rank": uniform).
+
+    Args:
+      w: [..., S], >= 0.
+      normalize: "sum", "max" or "rank", static. "rank" has gradient 0.
+
+    Returns:
+      [..., S] float32.
+
+    Raises:
+      ValueError: an unknown `normalize`, or w scalar, empty, negative or not finite.
+    """
+    rows = checks.choice("normalize", normalize, NORMALIZERS)
+    w = jnp.asarray(w, jnp.float32)
+    checks.rank("w", w, _ROWS, "[..., S]")
+    checks.non_empty("w", w)
+    checks.non_negative("w", w)
+    return rows(w)
+
+
+def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") -> jax.Array:
+    """Weighted sum of M normalised scores: w = Σ_m weights_m · normalize(scores_m).
+
+    Args:
+      scores: [M, ..., S], >= 0.
+      weights: [M], >= 0.
+      normalize: as for `normalize_rows`, static.
+
+    Returns:
+      w, [..., S] float32.
+
+    Raises:
+      ValueError: weights and scores differ in M, or as `normalize_rows`.
+    """
+    checks.rank("scores", scores, _ROWS[1:], "[M, ..., S]")
+    checks.rank("weights", weights, 1, "[M]")
+    checks.same_length("weights", weights, "scores", scores)
+    checks.non_negative("weights", weights)
+    weights = jnp.asarray(weights, jnp.float32)
+    normalized = normalize_rows(scores, normalize)
+    return jnp.einsum("m,m...->...", weights, normalized, precision=jax.lax.Precision.HIGHEST)
+
+
+def combined(
+    weights: Mapping[str, float],
+    *,
+    normalize: str | Mapping[str, str] = "sum",
+    scorers: Mapping[str, TokenScorer] = TOKEN_SCORERS,
+) -> TokenScorer:
+    """A scorer that is the weighted sum of others, each normalised row by row.
+
+    `combined({"window": 1.0, "leverage": 0.2}, normalize={"leverage": "rank"})`: what the last
+    queries need, and some of what is unlike the rest.
+
+    Args:
+      weights: by name, >= 0.
+      normalize: as for `normalize_rows`; one for all, or by name ("sum" where left out).
+      scorers: what the names mean; give your own, say with `functools.partial`, for options.
+
+    Returns:
+      A TokenScorer.
+
+    Raises:
+      ValueError: no weights, a negative one, or an unknown name of a scorer or of `normalize`.
+    """
+    checks.non_empty("weights", list(weights))
+    for name, weight in weights.items():
+        checks.choice("a name in weights", name, scorers)
+        checks.non_negative(f"weights[{name!r}]", weight)
+    by_name = dict.fromkeys(weights, normalize) if isinstance(normalize, str) else dict(normalize)
+    for name, how in by_name.items():
+        checks.choice("a name in normalize", name, weights)
+        checks.choice("normalize", how, NORMALIZERS)
+
+    def scored(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        terms = [
+            weight * normalize_rows(scorers[name](q, k, v), by_name.get(name, "sum"))
+            for name, weight in weights.items()
+        ]
+        return jnp.stack(terms).sum(axis=0)
+
+    return scored

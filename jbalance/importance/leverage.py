@@ -1,0 +1,59 @@
+"""Leverage: tokens whose keys are unlike the rest."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.importance import _rotary, _tokens
+
+
+def leverage(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    ridge: float = 1e-2,
+    rotary_base: float | None = None,
+) -> jax.Array:
+    """Ridge leverage scores of the keys: w_s = x_sᵀ (XᵀX + λI)⁻¹ x_s, x_s = k_s - mean of k.
+
+    λ = ridge · tr(XᵀX) / D, so that w is the same for keys in any unit. The scores ask no query,
+    which is why they remember what nobody has asked for yet.
+
+    Args:
+      q: [T, H, D] queries, only checked.
+      k: [S, K, D] keys, after the rotary embedding.
+      v: [S, K, D] values, only checked.
+      ridge: > 0.
+      rotary_base: undoes the rotary embedding first, as the reference does; None leaves the keys
+        as they are. Static.
+
+    Returns:
+      w, [K, S] float32 in 0..1; a row sums to at most D, and to 0 where all keys are equal.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, T > S, D odd with a rotary embedding,
+        ridge <= 0, or a value that is not finite.
+
+    Reference: Chari and Van Durme, Compactor, arXiv 2507.08143 (there with a random sketch).
+    """
+    _, k, _ = _tokens.tokens(q, k, v)
+    checks.positive("ridge", ridge)
+    if rotary_base is not None:
+        k = _rotary.unrotate(k, rotary_base, start=0)
+    x = _unit_scale((k - k.mean(axis=0)).transpose(1, 0, 2))
+    gram = jnp.einsum("ksd,kse->kde", x, x, precision=_tokens.HIGHEST)
+    strength = ridge * jnp.trace(gram, axis1=1, axis2=2)[:, None, None] / k.shape[-1]
+    eye = jnp.eye(k.shape[-1], dtype=jnp.float32)
+    factor = jnp.linalg.cholesky(gram + jnp.where(strength > 0, strength, 1.0) * eye)
+    solved = jax.scipy.linalg.solve_triangular(factor, x.transpose(0, 2, 1), lower=True)
+    return jnp.minimum(jnp.sum(solved**2, axis=1), 1.0)
+
+
+def _unit_scale(x: jax.Array) -> jax.Array:
+    """x [K, S, D] with largest entry 1 per head; the scores do not depend on it, overflow does."""
+    largest = jnp.abs(jax.lax.stop_gradient(x)).max(axis=(1, 2), keepdims=True)
+    return x / jnp.where(largest > 0, largest, 1.0)

@@ -1,0 +1,35 @@
+"""METHOD step 1: importance as the complexity that a unit is associated with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+
+
+def weighted(association: ArrayLike, complexity: ArrayLike) -> jax.Array:
+    """Importance of N units from K indicators: w_i = Σ_k a_ik · complexity_k.
+
+    Args:
+      association: a, [N, K], >= 0: how strongly unit i is associated with indicator k.
+      complexity: [K], >= 0: how much indicator k weighs (complexity, data volume, loss, ...).
+
+    Returns:
+      w, [N] float32.
+
+    Raises:
+      ValueError: the shapes do not fit, or an entry is negative or not finite.
+
+    >>> weighted([[0.6, 0.4], [0.4, 0.6]], [0.5, 0.3]).round(2)
+    Array([0.42, 0.38], dtype=float32)
+    """
+    checks.rank("association", association, 2, "[N, K]")
+    checks.rank("complexity", complexity, 1, "[K]")
+    a, c = jnp.asarray(association, jnp.float32), jnp.asarray(complexity, jnp.float32)
+    checks.same_length("complexity", c, "a row of association", a.T)
+    checks.non_empty("association", a)
+    checks.non_negative("association", a)
+    checks.non_negative("complexity", c)
+    return jnp.matmul(a, c, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,102 @@
+"""A~: the original attention weights, rescaled by the shares (METHOD section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jbalance import checks
+
+
+def weights(
+    alpha: jax.Array, association: jax.Array, attention: jax.Array, *, rule: str = "split"
+) -> jax.Array:
+    """Rescaled attention weights A~ by one of the three rules.
+
+    Args:
+      alpha: [N] shares, >= 0.
+      association: a [N, K] >= 0, how much unit i claims key k.
+      attention: A [..., K] >= 0, the original weights over K keys (or indicators).
+      rule: "literal", "split" or "renormalize", see the functions of these names.
+
+    Returns:
+      A~ [..., N, K] for "literal" and "split", [..., K] for "renormalize".
+
+    Raises:
+      ValueError: unknown rule, shapes that do not fit, negative or NaN entries.
+    """
+    fn = checks.choice("rule", rule, RULES)
+    checks.rank("alpha", alpha, 1, "[N]")
+    checks.rank("association", association, 2, "[N, K]")
+    checks.same_length("association", association, "alpha", alpha)
+    checks.same_length("attention", attention, "association", association, axis=-1)
+    for name, x in (("alpha", alpha), ("association", association), ("attention", attention)):
+        checks.non_negative(name, x)
+    return fn(*(jnp.asarray(x, jnp.float32) for x in (alpha, association, attention)))
+
+
+def literal(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> jax.Array:
+    """A~_ik = alpha_i / (sum_k' alpha_i a_ik') A_k, as printed in the source.
+
+    alpha cancels: this is A_k / sum_k' a_ik'. Kept so that the source's figures can be reproduced. A
+    unit without a share or without an association gets 0.
+    """
+    claim = alpha * jnp.sum(association, axis=1)
+    factor = jnp.where(claim > 0, alpha / jnp.where(claim > 0, claim, 1.0), 0.0)
+    return factor[:, None] * attention[..., None, :]
+
+
+def split(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> jax.Array:
+    """A~_ik = alpha_i a_ik / (sum_j alpha_j a_jk) A_k: every key divided among those that claim it.
+
+    Conserving: sum_i A~_ik = A_k. A key that no unit claims goes to nobody: see `unclaimed`.
+    """
+    claim = alpha[:, None] * association
+    claimed = jnp.sum(claim, axis=0)
+    part = jnp.where(claimed > 0, claim / jnp.where(claimed > 0, claimed, 1.0), 0.0)
+    return part * attention[..., None, :]
+
+
+def renormalize(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> jax.Array:
+    """A~_k = A_k g_k / sum_k' A_k' g_k' with the gain g = alpha^T a.
+
+    The same as adding `logit_bias` to the attention logits. Where no key with attention has a gain,
+    the result is 0.
+    """
+    scaled = attention * (alpha @ association)
+    whole = jnp.sum(scaled, axis=-1, keepdims=True)
+    return jnp.where(whole > 0, scaled / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+
+def logit_bias(alpha: jax.Array, association: jax.Array, *, minimum: float = -1e9) -> jax.Array:
+    """log g, the bias [K] on the attention logits that equals the "renormalize" rule.
+
+    Args:
+      alpha: [N] shares.
+      association: [N, K].
+      minimum: the bias of a key without gain: finite, so that a row of such keys gives no NaN.
+
+    Returns:
+      log(alpha^T a) [K] float32, differentiable in alpha (gradient 0 where the gain is 0).
+    """
+    checks.rank("alpha", alpha, 1, "[N]")
+    checks.rank("association", association, 2, "[N, K]")
+    checks.same_length("association", association, "alpha", alpha)
+    checks.non_negative("alpha", alpha)
+    checks.non_negative("association", association)
+    gain = jnp.asarray(alpha, jnp.float32) @ jnp.asarray(association, jnp.float32)
+    return jnp.where(gain > 0, jnp.log(jnp.where(gain > 0, gain, 1.0)), minimum)
+
+
+def unclaimed(alpha: jax.Array, association: jax.Array) -> jax.Array:
+    """Keys [K] bool that no unit with a share claims, whose attention "split" gives to nobody."""
+    return ~jnp.any((alpha[:, None] > 0) & (association > 0), axis=0)
+
+
+RULES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "literal": literal,
+    "split": split,
+    "renormalize": renormalize,
+}

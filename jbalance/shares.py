@@ -1,0 +1,148 @@
+"""alpha: who gets which fraction (METHOD step 3). Shares are >= 0 and sum to one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbalance import _search as search
+from jbalance import checks
+from jbalance._water_fill import water_fill
+from jbalance.types import ShareRule
+
+
+def uniform(num_units: int) -> jax.Array:
+    """alpha_i = 1 / N: the start where nothing is known.
+
+    Raises:
+      ValueError: num_units below 1.
+    """
+    if num_units < 1:
+        raise ValueError(f"num_units is {num_units}: at least one unit is needed")
+    return jnp.full((num_units,), 1.0 / num_units, jnp.float32)
+
+
+def proportional(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """alpha_i = w_i / sum_j w_j; equal shares where all w are zero.
+
+    Args:
+      w: [U] importance, >= 0.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      alpha [U] float32.
+
+    Raises:
+      ValueError: w empty, not [U], negative or NaN.
+    """
+    _check(w)
+    checks.non_negative("w", w)
+    w = jnp.asarray(w, jnp.float32)
+    # By the largest first: sums of huge or denormal weights neither overflow nor vanish.
+    top = _max(lax.stop_gradient(w), axis_name)
+    w = jnp.where(top > 0, w / jnp.where(top > 0, top, 1.0), 1.0)
+    return w / search.psum(jnp.sum(w), axis_name)
+
+
+def softmax(
+    w: jax.Array, temperature: jax.Array | float = 1.0, *, axis_name: str | None = None
+) -> jax.Array:
+    """alpha_i = exp(w_i / tau) / sum_j exp(w_j / tau): the maximiser of alpha . w + tau H(alpha).
+
+    tau -> 0 recovers the one-hot vector that maximises alpha . w alone (METHOD section 3).
+
+    Args:
+      w: [U] importance, finite, of any sign.
+      temperature: tau > 0.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      alpha [U] float32.
+
+    Raises:
+      ValueError: w empty, not [U] or not finite; temperature not above 0.
+    """
+    _check(w)
+    checks.finite("w", w)
+    checks.rank("temperature", temperature, 0, "[]")
+    checks.positive("temperature", temperature)
+    logits = jnp.asarray(w, jnp.float32) / temperature
+    weight = jnp.exp(logits - _max(lax.stop_gradient(logits), axis_name))
+    return weight / search.psum(jnp.sum(weight), axis_name)
+
+
+def constrained(
+    alpha: jax.Array,
+    *,
+    floor: jax.Array | float = 0.0,
+    cap: jax.Array | float = 1.0,
+    group_of: jax.Array | None = None,
+    group_floor: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """The shares in proportion to alpha that keep floors, caps and group floors.
+
+    alpha'_i = clip(mu_g alpha_i, floor_i, cap_i) with sum 1 and sum over group g >= phi_g: groups that
+    would get less than phi_g are lifted to it, the rest share what remains (METHOD section 4).
+
+    Args:
+      alpha: [U] >= 0, from any rule.
+      floor: [U] or [] least share of a unit, in 0..1.
+      cap: [U] or [] greatest share of a unit, in 0..1.
+      group_of: [U] int, the group of each unit; a group of floor 0 for those in none.
+      group_floor: [P] phi, least share of each group.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      alpha' [U] float32.
+
+    Raises:
+      ValueError: floors that sum to more than 1 or caps to less, each with the amount missing; a group
+        floor above what its units' caps allow.
+    """
+    _check(alpha, "alpha")
+    checks.in_range("floor", floor, 0, 1)
+    checks.in_range("cap", cap, 0, 1)
+    if (group_of is None) != (group_floor is None):
+        missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
+        raise ValueError(f"{missing} is None, but {given} is given: give both")
+    if group_floor is not None:
+        checks.rank("group_floor", group_floor, 1, "[P]")
+        checks.in_range("group_floor", group_floor, 0, 1)
+        checks.index_below("group_of", group_of, group_floor.shape[0])
+    out = water_fill(
+        alpha,
+        1.0,
+        floor,
+        cap,
+        segment_of=group_of,
+        segment_floor=group_floor,
+        axis_name=axis_name,
+    )
+    if checks.is_concrete(out.slack) and axis_name is None and out.slack > 1e-5:
+        raise ValueError(
+            f"cap: the caps let only {1 - float(out.slack):g} of the whole be shared out: raise them "
+            f"by {float(out.slack):g} in sum"
+        )
+    return out.amount
+
+
+def _check(w: Any, name: str = "w") -> None:
+    checks.rank(name, w, 1, "[U]")
+    checks.non_empty(name, w)
+
+
+def _max(x: jax.Array, axis_name: str | None) -> jax.Array:
+    top = jnp.max(x)
+    return top if axis_name is None else lax.pmax(top, axis_name)
+
+
+SHARE_RULES: dict[str, ShareRule] = {
+    "proportional": proportional,
+    "softmax": softmax,
+    "uniform": functools.partial(lambda w: uniform(w.shape[0])),
+}

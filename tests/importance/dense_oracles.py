@@ -1,0 +1,118 @@
+"""The token scorers by definition: dense, in float64 numpy, one loop per head."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def attention(q, k, last=None):
+    """Causal attention [K, G, T, S] with every weight written out."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    if last is not None:
+        q = q[-last:]
+    (t, h, d), (s, kv, _) = q.shape, k.shape
+    out = np.zeros((kv, h // kv, t, s))
+    for head in range(h):
+        for i in range(t):
+            seen = s - t + i + 1
+            logits = k[:seen, head // (h // kv)] @ q[i, head] / np.sqrt(d)
+            e = np.exp(logits - logits.max())
+            out[head // (h // kv), head % (h // kv), i, :seen] = e / e.sum()
+    return out
+
+
+def attention_mass(q, k, v):
+    t, s = len(q), len(k)
+    can_see = np.array([sum(s - t + i >= j for i in range(t)) for j in range(s)])
+    return attention(q, k).mean(1).sum(1) / can_see
+
+
+def max_attention(q, k, v, *, min_distance=0):
+    a, (t, s) = attention(q, k), (len(q), len(k))
+    w = np.zeros((a.shape[0], s))
+    for j in range(s - min_distance):
+        rows = [i for i in range(t) if s - t + i - j >= min_distance]
+        w[:, j] = a[:, :, rows, j].max((1, 2))
+    if min_distance:
+        w[:, s - min_distance :] = w.max(1, keepdims=True)
+    return w
+
+
+def window(q, k, v, *, window=32, kernel=5, pooling="mean"):
+    s = len(k)
+    w = attention(q, k, last=window).mean((1, 2))[:, : s - window]
+    padded = np.pad(w, ((0, 0), (kernel // 2, kernel // 2)))
+    views = np.stack([padded[:, i : i + w.shape[1]] for i in range(kernel)])
+    w = views.mean(0) if pooling == "mean" else views.max(0)
+    return np.pad(w, ((0, 0), (0, window)), constant_values=0) + np.where(
+        np.arange(s) >= s - window, w.max(1, keepdims=True), 0
+    )
+
+
+def rotation(angles):
+    """The matrix [D, D] that turns feature i with feature i + D/2."""
+    c, s = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+    return np.block([[c, -s], [s, c]])
+
+
+def expected_attention(
+    q, k, v, *, rotary_base=10_000.0, future=512, n_sink=4, use_covariance=True, epsilon=0.0
+):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (t, h, d), (s, kv, _) = q.shape, k.shape
+    freq = 0 if rotary_base is None else rotary_base ** (-np.arange(0, d, 2) / d)
+    turn = lambda p: rotation(p * freq) if rotary_base is not None else np.eye(d)  # noqa: E731
+    mean_turn = np.mean([turn(p) for p in range(s, s + future)], axis=0)
+    rows = [i for i in range(t) if s - t + i >= n_sink]
+    w = np.zeros((kv, s - n_sink))
+    for head in range(h):
+        before = np.stack([turn(s - t + i).T @ q[i, head] for i in rows])
+        mu = mean_turn @ before.mean(0)
+        cov = mean_turn @ np.cov(before.T, bias=True) @ mean_turn.T
+        keys = k[n_sink:, head // (h // kv)]
+        logits = keys @ mu / np.sqrt(d)
+        if use_covariance:
+            logits += np.einsum("sd,de,se->s", keys, cov, keys) / (2 * d)
+        e = np.exp(logits - logits.max())
+        w[head // (h // kv)] += e / e.sum() / (h // kv)
+    w = (w + epsilon) * np.linalg.norm(v[n_sink:], axis=-1).T
+    return np.concatenate([np.repeat(w.max(1, keepdims=True), n_sink, 1), w], axis=1)
+
+
+def key_norm(q, k, v):
+    n = np.linalg.norm(np.asarray(k, np.float64), axis=-1).T
+    return n.mean(1, keepdims=True) / (n.mean(1, keepdims=True) + n)
+
+
+def leverage(q, k, v, *, ridge=1e-2, rotary_base=None):
+    k = np.asarray(k, np.float64)
+    s, kv, d = k.shape
+    if rotary_base is not None:
+        freq = rotary_base ** (-np.arange(0, d, 2) / d)
+        k = np.stack([k[p] @ rotation(p * freq) for p in range(s)])
+    rows = []
+    for head in range(kv):
+        x = k[:, head] - k[:, head].mean(0)
+        gram = x.T @ x
+        inverse = np.linalg.inv(gram + ridge * np.trace(gram) / d * np.eye(d))
+        rows.append(np.diag(x @ inverse @ x.T))
+    return np.stack(rows)
+
+
+def sinks_recent(q, k, v, *, num_sinks=4):
+    s, kv, _ = k.shape
+    order = [*range(s - 1, num_sinks - 1, -1)]
+    order = [*range(min(num_sinks, s)), *order]  # best first
+    w = np.zeros(s)
+    w[order] = np.arange(s, 0, -1) / s
+    return np.tile(w, (kv, 1))
+
+
+def value_weighted(q, k, v, *, scorer, w_o=None, **options):
+    v = np.asarray(v, np.float64)
+    w = scorer(q, k, v, **options)
+    if w_o is None:
+        return w * np.linalg.norm(v, axis=-1).T
+    group = w_o.shape[0] // v.shape[1]
+    norms = [np.linalg.norm(v[:, h // group] @ w_o[h], axis=-1) for h in range(w_o.shape[0])]
+    return w * np.stack(norms).reshape(v.shape[1], group, -1).mean(1)
