@@ -36,6 +36,28 @@ def from_key(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key, jnp.float32)
 
 
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent as float32, |exponent| <= 126."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def scale(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x times 2^exponent, |exponent| <= 252: exact, where the result is a normal number."""
+    half = exponent // 2
+    return x * power_of_two(half) * power_of_two(exponent - half)
+
+
+def normalise(w: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights scaled by a power of two that brings their largest, top, into [1, 2); and its exponent.
+
+    Their sum then neither overflows nor vanishes. Where all are zero they count alike: ones. (Not
+    w / top: compilers multiply by 1 / top, which is zero for the largest floats.)
+    """
+    bits = lax.bitcast_convert_type(jnp.where(top > 0, top, 1.0), jnp.uint32)
+    exponent = 127 - (bits >> 23).astype(jnp.int32)
+    return scale(jnp.where(top == 0, 1.0, w), exponent), exponent
+
+
 def excess(spent: jax.Array, budget: jax.Array) -> jax.Array:
     """spent - budget as float32; of uint32 numbers the sign and zero are exact."""
     over = (spent - budget).astype(jnp.float32)
@@ -81,8 +103,9 @@ def largest(over: Callable[[jax.Array], jax.Array], top: int, shape: tuple[int, 
         _, low, high, f_low, _, _ = carry
         return (high - low > 1) & (f_low < 0)
 
+    # Behind a barrier: nothing is below key 0, and XLA would fold the sum of those zeros for seconds.
+    f_low = over(lax.optimization_barrier(jnp.zeros(shape, jnp.uint32)))
     # From the data, so that inside shard_map the carry varies over the mesh as the data does.
-    f_low = over(jnp.zeros(shape, jnp.uint32))
     low = jnp.where(f_low > 0, jnp.uint32(0), jnp.uint32(0))
     start = (jnp.int32(0), low, low + jnp.uint32(top), f_low, jnp.abs(f_low) + 1, f_low > 0)
     return lax.while_loop(lambda carry: jnp.any(active(carry)), step, start)[1]
@@ -120,10 +143,11 @@ def total(
         wraps = jnp.array(True)
 
     def rough() -> jax.Array:
-        return segment_total(x.astype(jnp.float32), segment_of, num_segments)
+        return psum(segment_total(x.astype(jnp.float32), segment_of, num_segments), axis_name)
 
-    size = lax.cond(wraps, rough, lambda: jnp.zeros_like(exact, jnp.float32))
-    return jnp.where(psum(size, axis_name) >= _NEAR_WRAP, jnp.uint32(_SATURATED), exact)
+    # Zeros from the data, so that inside shard_map both branches vary over the mesh alike.
+    size = lax.cond(wraps, rough, lambda: (exact & 0).astype(jnp.float32))
+    return jnp.where(size >= _NEAR_WRAP, jnp.uint32(_SATURATED), exact)
 
 
 def may_wrap(
@@ -168,6 +192,7 @@ def first_by_index(
     room: jax.Array,
     segment_of: jax.Array | None,
     axis_name: str | None,
+    wraps: jax.Array | None = None,
 ) -> jax.Array:
     """How much of `amount` each unit gets when `room` is handed out in the order of the index.
 
@@ -176,6 +201,7 @@ def first_by_index(
       room: [P] uint32, what there is to hand out in each segment.
       segment_of: [U] the segment of each unit, or None for one segment.
       axis_name: mesh axis that the units are split over.
+      wraps: as for `total`.
 
     Returns:
       given [U] uint32: all of `amount` before the cut, what is left of the room at the cut, 0 after.
@@ -185,20 +211,21 @@ def first_by_index(
 
     # Nothing to search where no segment has room and several takers: the usual case when priorities
     # differ.
-    takers = total((amount > 0).astype(jnp.uint32), segment_of, num_segments, axis_name)
+    takers = (amount > 0).astype(jnp.uint32)
+    takers = psum(segment_total(takers, segment_of, num_segments), axis_name)
     contested = (room > 0) & (takers > 1)
 
     def before(cut: jax.Array) -> jax.Array:
         return jnp.where(index < per_unit(cut, segment_of), amount, jnp.uint32(0))
 
     def over(cut: jax.Array) -> jax.Array:
-        spent = total(before(cut), segment_of, num_segments, axis_name)
+        spent = total(before(cut), segment_of, num_segments, axis_name, wraps)
         return jnp.where(contested, excess(spent, room), 0.0)
 
     size = amount.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     cut = largest(over, size + 1, (num_segments,))
     whole = before(jnp.where(contested, cut, 0))
-    left = room - total(whole, segment_of, num_segments, axis_name)
+    left = room - total(whole, segment_of, num_segments, axis_name, wraps)
     next_taker = _first(amount - whole, index, segment_of, num_segments, axis_name)
     at_cut = index == per_unit(next_taker, segment_of)
     return jnp.where(at_cut, jnp.minimum(amount, per_unit(left, segment_of)), whole)

@@ -102,6 +102,7 @@ def _check(w, budget, floor, cap, segment_of, segment_floor, segment_cap) -> Non
 @functools.partial(jax.jit, static_argnames=("num_segments", "axis_name"))
 def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_segments, axis_name):
     w, budget = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.float32)
+    segment_of = None if segment_of is None else jnp.asarray(segment_of)
     floor, cap = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), w.shape) for x in (floor, cap))
 
     def bound(x, default):
@@ -112,6 +113,10 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
     def sums(x: jax.Array) -> jax.Array:
         return search.psum(search.segment_total(x, segment_of, num_segments), axis_name)
 
+    # No comparison holds of NaN; what is negative or infinite fails one of these.
+    valid = jnp.all((w >= 0) & (w < jnp.inf) & (floor >= 0) & (floor < jnp.inf) & (cap >= floor))
+    valid = search.psum((~valid).astype(jnp.int32), axis_name) == 0
+    valid &= (budget > 0) & (budget < jnp.inf)
     infeasible = (
         (jnp.sum(jnp.maximum(sums(floor), seg_floor)) > budget * (1 + _ROUNDING))
         | jnp.any(sums(floor) > seg_cap * (1 + _ROUNDING))
@@ -124,13 +129,15 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
         jnp.where(infeasible, floor, cap),
     )
     seg_floor = jnp.where(infeasible, 0.0, seg_floor)
-    w = jnp.where(search.psum(jnp.sum(w), axis_name) > 0, w, 1.0)
+    top = search.segment_most(lax.stop_gradient(w), None, 1, axis_name)[0]
+    w, exponent = search.normalise(w, top)
     problem = (w, budget, floor, cap, seg_floor, seg_cap)
     level, low, high = _levels(jax.tree.map(lax.stop_gradient, problem), sums, segment_of)
     out = _exact(problem, level, low, high, sums, segment_of)
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK).astype(jnp.int32)
-    bad = ~jnp.isfinite(search.psum(jnp.sum(w), axis_name)) | (budget <= 0)
-    return Fill(**out, status=jnp.where(bad, jnp.int32(Status.INVALID), status))
+    for name in ("level", "segment_level"):
+        out[name] = search.scale(out[name], exponent)
+    return Fill(**out, status=jnp.where(valid, status, jnp.int32(Status.INVALID)))
 
 
 def _levels(problem, sums, segment_of):

@@ -26,6 +26,12 @@ def is_concrete(*xs: Any) -> bool:
 def rank(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> None:
     """ValueError unless `x` has (one of) `ndim` dimensions."""
     allowed = (ndim,) if isinstance(ndim, int) else ndim
+    try:
+        np.shape(x)
+    except ValueError:
+        raise ValueError(
+            f"{name} has rows of different lengths: it must have shape {shape_hint}"
+        ) from None
     if np.ndim(x) not in allowed:
         raise ValueError(f"{name} must have shape {shape_hint}, got shape {np.shape(x)}")
 
@@ -63,6 +69,9 @@ def _where(name: str, x: Any, bad: np.ndarray, want: str) -> None:
 
 def _values(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> None:
     """Check values now if they are there, else leave a debug check for checkify."""
+    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"{name} is {x!r} (dtype {dtype}): it must be numbers, {want}")
     if is_concrete(x):
         _where(name, x, np.asarray(bad(np, np.asarray(x))), want)
     else:

@@ -51,6 +51,8 @@ def pack(
     checks.rank("loads", loads, 1, "[U]")
     checks.non_empty("loads", loads)
     checks.non_negative("loads", loads)
+    if num_devices != int(num_devices):
+        raise ValueError(f"num_devices is {num_devices}: it must be a whole number")
     if num_devices < 1:
         raise ValueError(f"num_devices is {num_devices}: at least one device is needed")
     if swaps < 0:

@@ -63,6 +63,7 @@ def status(
         num_devices = capacity.shape[0] if capacity.ndim else 1
         checks.same_length("device_of", device_of, "demand", demand)
         checks.index_below("device_of", device_of, num_devices)
+        device_of = jnp.asarray(device_of)
         taken, needed = (
             jax.ops.segment_sum(x, device_of, num_devices).reshape(capacity.shape)
             for x in (used, jnp.minimum(demand, used))
@@ -252,6 +253,7 @@ def partition(
     checks.non_negative("attention", attention)
     checks.same_length("level_of", level_of, "attention", attention)
     checks.index_below("level_of", level_of, num_levels)
+    level_of = jnp.asarray(level_of)
     mass = jax.ops.segment_sum(jnp.asarray(attention, jnp.float32), level_of, num_levels)
     present = jax.ops.segment_sum(jnp.ones_like(level_of, jnp.float32), level_of, num_levels)
     mass = jnp.where(jnp.sum(mass) > 0, mass, present)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbalance import _search as search
@@ -42,9 +42,7 @@ def proportional(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     _check(w)
     checks.non_negative("w", w)
     w = jnp.asarray(w, jnp.float32)
-    # By the largest first: sums of huge or denormal weights neither overflow nor vanish.
-    top = _max(lax.stop_gradient(w), axis_name)
-    w = jnp.where(top > 0, w / jnp.where(top > 0, top, 1.0), 1.0)
+    w, _ = search.normalise(w, _max(lax.stop_gradient(w), axis_name))
     return w / search.psum(jnp.sum(w), axis_name)
 
 
@@ -113,7 +111,7 @@ def constrained(
     if group_floor is not None:
         checks.rank("group_floor", group_floor, 1, "[P]")
         checks.in_range("group_floor", group_floor, 0, 1)
-        checks.index_below("group_of", group_of, group_floor.shape[0])
+        checks.index_below("group_of", group_of, np.shape(group_floor)[0])
     out = water_fill(
         alpha,
         1.0,
@@ -131,6 +129,12 @@ def constrained(
     return out.amount
 
 
+def _uniform_like(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """The uniform start as a rule of w, of which it takes the number of units only."""
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    return jnp.full(w.shape, 1.0 / (w.shape[0] * shards), jnp.float32)
+
+
 def _check(w: Any, name: str = "w") -> None:
     checks.rank(name, w, 1, "[U]")
     checks.non_empty(name, w)
@@ -144,5 +148,5 @@ def _max(x: jax.Array, axis_name: str | None) -> jax.Array:
 SHARE_RULES: dict[str, ShareRule] = {
     "proportional": proportional,
     "softmax": softmax,
-    "uniform": functools.partial(lambda w: uniform(w.shape[0])),
+    "uniform": _uniform_like,
 }

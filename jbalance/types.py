@@ -115,8 +115,8 @@ class FeatureScorer(Protocol):
 class ShareRule(Protocol):
     """alpha from w: non-negative, summing to one."""
 
-    def __call__(self, w: jax.Array) -> jax.Array:
-        """w [U] -> alpha [U]."""
+    def __call__(self, w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+        """w [U] -> alpha [U]; axis_name: mesh axis that the units are split over."""
         ...
 
 

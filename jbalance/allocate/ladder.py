@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jbalance import _search as search
 from jbalance import checks
 from jbalance.types import Allocation, Binding, Status
 
-MAX_LEVELS = 32
+_FEW_LEVELS = 8  # up to here the levels are written out one by one
 
 
 def ladder(
@@ -70,10 +71,9 @@ def _check(values, costs, budgets, device_of, total_budget) -> None:
     checks.rank("values", values, 2, "[U, M]")
     checks.non_empty("values", values)
     checks.finite("values", values)
-    if np.shape(values)[1] > MAX_LEVELS:
+    if np.shape(values)[1] < 2:
         raise ValueError(
-            f"values has {np.shape(values)[1]} levels, at most {MAX_LEVELS} are written out: split a "
-            f"longer concave ladder into units of fewer levels"
+            "values has 1 level: a ladder needs at least 2, the lowest and one above it"
         )
     checks.rank("costs", costs, (1, 2), "[M] or [U, M]")
     checks.same_length("costs", costs, "values", values, axis=-1)
@@ -98,7 +98,11 @@ def _check(values, costs, budgets, device_of, total_budget) -> None:
 def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Allocation:
     values = jnp.asarray(values, jnp.float32)
     costs = jnp.asarray(costs, jnp.uint32)
+    negative = jnp.any(jnp.asarray(budgets) < 0)
+    if total_budget is not None:
+        negative |= jnp.asarray(total_budget) < 0
     budgets = jnp.atleast_1d(jnp.asarray(budgets, jnp.uint32))
+    device_of = None if device_of is None else jnp.asarray(device_of)
     limit = None if total_budget is None else jnp.asarray(total_budget, jnp.uint32)[None]
     hull = _hull(values, costs)
 
@@ -131,7 +135,7 @@ def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Alloca
     left = _slope_at(hull.slope, level)
     binding = jnp.where(left > total_price[0], Binding.DEVICE, Binding.PRICE)
     rising = jnp.all(costs[..., 1:] > costs[..., :-1]) & jnp.all(jnp.isfinite(values))
-    invalid = search.psum((~rising).astype(jnp.int32), axis_name) > 0
+    invalid = negative | (search.psum((~rising).astype(jnp.int32), axis_name) > 0)
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK)
     return Allocation(
         level=level.astype(jnp.int32),
@@ -172,24 +176,55 @@ def _hull(values: jax.Array, costs: jax.Array) -> _Hull:
 
     Steps of one straight stretch of the hull come from the same quotient s(a, b), so they are equal
     to the bit and are taken together. (The min-max formula of isotonic regression: Barlow et al.,
-    Statistical Inference under Order Restrictions, 1972.) Written out level by level: a few columns
-    that XLA fuses into one pass over the units.
+    Statistical Inference under Order Restrictions, 1972.)
     """
-    num_levels = values.shape[1]
-    value = [values[:, m] for m in range(num_levels)]
-    cost = [costs[..., m] for m in range(num_levels)]
+    values, costs = values.T, jnp.atleast_2d(costs).T
+    slopes = _slopes_written_out if values.shape[0] <= _FEW_LEVELS else _slopes_scanned
+    slope, direct = slopes(values, costs)
+    return _Hull(slope, jnp.diff(costs, axis=0), direct >= slope)
+
+
+def _slopes_written_out(values: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The hull's slopes [M-1, U], and the least slope straight to each level from one below it.
+
+    Level by level: a few rows that XLA fuses into one pass over the units.
+    """
+    num_levels = values.shape[0]
     slope: list[Any] = [jnp.inf] * num_levels
     direct: list[Any] = [jnp.inf] * num_levels
     for a in range(num_levels - 1):
         best: Any = -jnp.inf
         for b in range(num_levels - 1, a, -1):
-            rise = (value[b] - value[a]) / (cost[b] - cost[a]).astype(jnp.float32)
+            rise = (values[b] - values[a]) / (costs[b] - costs[a]).astype(jnp.float32)
             best = jnp.maximum(best, rise)
             slope[b] = jnp.minimum(slope[b], best)
             direct[b] = jnp.minimum(direct[b], rise)
-    corner = jnp.stack([d >= s for d, s in zip(direct[1:], slope[1:], strict=True)])
-    step_cost = [jnp.atleast_1d(cost[m + 1] - cost[m]) for m in range(num_levels - 1)]
-    return _Hull(jnp.stack(slope[1:]), jnp.stack(step_cost), corner)
+    return jnp.stack(slope[1:]), jnp.stack(direct[1:])
+
+
+def _slopes_scanned(values: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same by a scan: many levels written out would take XLA minutes to compile."""
+    level = jnp.arange(values.shape[0])[:, None]
+
+    def from_level(carry, a):
+        slope, direct = carry
+        below, value, cost = a
+        above = level > below
+        run = jnp.where(above, costs - cost, 1).astype(jnp.float32)
+        rise = jnp.where(above, (values - value) / run, -jnp.inf)
+        best = lax.cummax(rise, axis=0, reverse=True)
+        slope = jnp.where(above, jnp.minimum(slope, best), slope)
+        return (slope, jnp.where(above, jnp.minimum(direct, rise), direct)), None
+
+    far = jnp.full(values.shape, jnp.inf) + 0 * values  # varies over a mesh as the values do
+    (slope, direct), _ = lax.scan(from_level, (far, far), (level[:, 0], values, costs))
+    return slope[1:], direct[1:]
+
+
+def _over_levels(combine: Any, x: jax.Array) -> jax.Array:
+    """x [M-1, U] reduced over its levels. A few are written out: XLA fuses that into the pass over the
+    units, but reduces over a short leading axis many times slower."""
+    return functools.reduce(combine, x) if len(x) < _FEW_LEVELS else combine.reduce(x, axis=0)
 
 
 def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
@@ -197,7 +232,7 @@ def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
     key = search.to_key(hull.slope)
 
     def cost_where(chosen: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(chosen, hull.cost, 0), axis=0, dtype=jnp.uint32)
+        return _over_levels(jnp.add, jnp.where(chosen, hull.cost, 0))
 
     # Only if all of it together would not wrap can the passes do without the check.
     wraps = search.may_wrap(cost_where(key > 0), device_of, room.shape[0], axis_name)
@@ -214,17 +249,17 @@ def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
     taken = key >= threshold
     tied = (key == threshold - 1) & (key > 0)
     left = room - spent(taken)
-    given = search.first_by_index(cost_where(tied), left, device_of, axis_name)
+    given = search.first_by_index(cost_where(tied), left, device_of, axis_name, wraps)
     climbed = jnp.cumsum(jnp.where(tied, hull.cost, 0), axis=0, dtype=jnp.uint32)
     reached = taken | (tied & hull.corner & (climbed <= given))
     number = jnp.arange(1, key.shape[0] + 1, dtype=jnp.uint32)[:, None]
-    return jnp.max(jnp.where(reached, number, 0), axis=0, initial=0)
+    return _over_levels(jnp.maximum, jnp.where(reached, number, 0))
 
 
 def _slope_at(slope: jax.Array, level: jax.Array) -> jax.Array:
     """Slope [U] of each unit's next step, 0 where there is none worth taking."""
     number = jnp.arange(slope.shape[0], dtype=jnp.uint32)[:, None]
-    return jnp.sum(jnp.where(number == level, jnp.maximum(slope, 0.0), 0.0), axis=0)
+    return _over_levels(jnp.add, jnp.where(number == level, jnp.maximum(slope, 0.0), 0.0))
 
 
 def _next_slope(slope, level, device_of, num_segments, axis_name) -> jax.Array:

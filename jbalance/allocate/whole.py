@@ -41,7 +41,7 @@ def whole(
 
     Args:
       w: [U] importance, >= 0. A zero gets its floor only, unless all units of its device are zero
-        (then they count alike); so does a weight below 2^-90 of the largest.
+        (then they count alike); so does a weight below 2^-90 of the largest or a denormal one.
       budget: [] or [G] whole amount that each device shares among its units, 0..2^31-1. Count bytes in
         blocks.
       floor: [U] or [] least amount of a unit.
@@ -102,12 +102,16 @@ def _raise_infeasible(w, budget, floor, device_of) -> None:
 def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
     """The parts that every rounding shares: degenerate weights, infeasible floors, the report."""
     w, budgets = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.uint32).reshape(-1)
+    # No comparison holds of NaN.
+    valid = (w >= 0) & (jnp.asarray(floor) >= 0) & (jnp.asarray(cap) >= jnp.asarray(floor))
     # Behind a barrier: XLA would spend seconds on folding the sums of scalars made as long as w.
     floor, cap = lax.optimization_barrier(
         tuple(jnp.broadcast_to(jnp.asarray(x, jnp.uint32), w.shape) for x in (floor, cap))
     )
+    device_of = None if device_of is None else jnp.asarray(device_of)
     devices = _Devices(device_of, budgets.shape[0], axis_name)
 
+    bad = ~jnp.isfinite(devices.most(jnp.where(valid, w, jnp.inf))) | (jnp.asarray(budget) < 0)
     infeasible = devices.total(floor) > budgets
     scaled_down = devices.per_unit(infeasible)
     w, floor, cap = (
@@ -121,7 +125,6 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
     amount = jnp.where(devices.per_unit(devices.total(cap) <= budgets), cap, amount)
     at_floor = (amount == floor) & (floor > 0)
     binding = jnp.where(at_floor, Binding.FLOOR, Binding.PRICE)
-    bad = ~jnp.isfinite(devices.most(jnp.where(jnp.isnan(w), jnp.inf, w)))
     status = jnp.where(jnp.any(infeasible), Status.INFEASIBLE, Status.OK)
     next_claim = jnp.where(amount < cap, w / (amount.astype(jnp.float32) + 0.5), 0.0)
     return Whole(
@@ -157,17 +160,8 @@ class _Devices:
 
 def _normalise(w: jax.Array, devices: _Devices) -> jax.Array:
     """w times a power of two a device, so that its largest is in [1, 2): exact, the same shares."""
-    top = devices.per_unit(devices.most(w))
-    w = jnp.where(top > 0, w, 1.0)
-    bits = lax.bitcast_convert_type(jnp.where(top > 0, top, 1.0), jnp.uint32)
-    exponent = (bits >> 23).astype(jnp.int32) - 127
-    w = _scale(_scale(w, -(exponent // 2)), -(exponent - exponent // 2))
+    w, _ = search.normalise(w, devices.per_unit(devices.most(w)))
     return jnp.where(w >= 2.0**-90, w, 0.0)
-
-
-def _scale(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x times 2^exponent, |exponent| <= 126."""
-    return x * lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _webster(w, budgets, floor, cap, devices):
@@ -194,7 +188,8 @@ def _webster(w, budgets, floor, cap, devices):
 
     def extra(part: jax.Array) -> jax.Array:
         past = slope * devices.per_unit(part.astype(jnp.float32)) - distance
-        steps = jnp.where(past >= 0, jnp.floor(past) + 1, 0)
+        # Bounded, or base + steps of a unit far above its cap would wrap.
+        steps = jnp.where(past >= 0, jnp.minimum(jnp.floor(past) + 1, 2.0**30), 0)
         return jnp.clip(base + _to_uint(steps), floor, cap)
 
     part = search.largest(lambda p: search.excess(devices.total(extra(p)), budgets), _PARTS, shape)
@@ -219,8 +214,8 @@ def _crossing(w: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
     low = (m & 0xFFF) * (n & 0xFFF) + ((mid & 0xFFF) << 12)
     high = (m >> 12) * (n >> 12) + (mid >> 12) + (low >> 24)
     scale = jnp.clip(m_exp + n_exp, -126, 100)
-    head = _scale(high.astype(jnp.float32), jnp.clip(scale + 24, -126, 126))
-    tail = _scale((low & 0xFFFFFF).astype(jnp.float32), scale)
+    head = high.astype(jnp.float32) * search.power_of_two(scale + 24)
+    tail = (low & 0xFFFFFF).astype(jnp.float32) * search.power_of_two(scale)
     floor = jnp.floor(head)
     distance = (0.5 - (head - floor)) - tail
     past = distance <= 0

@@ -12,6 +12,7 @@ from jbalance.importance.key_norm import key_norm
 from jbalance.importance.leverage import leverage
 from jbalance.importance.max_attention import max_attention
 from jbalance.importance.mutual_information import mutual_information
+from jbalance.importance.output_error import output_error, protected
 from jbalance.importance.pooling import decay_feedback, pool
 from jbalance.importance.sinks_recent import sinks_recent
 from jbalance.importance.tfidf import term_importance, tfidf
@@ -45,6 +46,9 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "sinks_recent",
     "value_weighted",
     "TOKEN_SCORERS",
+    # heads: what evicting their tokens costs
+    "protected",
+    "output_error",
     # several scores, prior knowledge and feedback
     "normalize_rows",
     "NORMALIZERS",

@@ -27,7 +27,9 @@ def _by_max(w: jax.Array) -> jax.Array:
 
 def _by_rank(w: jax.Array) -> jax.Array:
     flat = w.reshape(-1, w.shape[-1])
-    not_above = jax.vmap(lambda row: jnp.searchsorted(jnp.sort(row), row, side="right"))(flat)
+    not_above = jax.vmap(
+        lambda row: jnp.searchsorted(jnp.sort(row), row, side="right", method="sort")
+    )(flat)
     rank = (1 + w.shape[-1] - not_above).astype(jnp.float32)
     return _by_sum(1.0 / rank.reshape(w.shape))
 

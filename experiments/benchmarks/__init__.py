@@ -1,0 +1,1 @@
+"""Benchmarks: one module each, one format (`_report`) for all."""

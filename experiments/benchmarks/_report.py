@@ -1,0 +1,121 @@
+"""What every benchmark shares: interleaved timing, rows with bars, a table and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+REPETITIONS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """What a value is held against."""
+
+    limit: float
+    at_least: bool = False  # the value must reach the limit; else it must not exceed it
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured value, and whether it holds its bar."""
+
+    case: str
+    metric: str
+    value: float
+    bar: Bar | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        holds = None if self.bar is None else self.bar.holds(self.value)
+        bar = None if self.bar is None else str(self.bar)
+        return {
+            "case": self.case,
+            "metric": self.metric,
+            "value": self.value,
+            "bar": bar,
+            "holds": holds,
+        }
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], repetitions: int = REPETITIONS
+) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns so that all meet the same load.
+
+    The first, untimed turn compiles. Results are waited for.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repetitions + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def main(description: str, measure: Callable[[bool], list[Row]]) -> None:
+    """Run `measure(quick)`, print its rows, and write them where --json says."""
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="small sizes: a smoke run")
+    options = parser.parse_args()
+    rows = measure(options.quick)
+    _print(rows)
+    if options.json:
+        report = {
+            "rows": [row.as_json() for row in rows],
+            "machine": _machine(),
+            "versions": _versions(),
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _print(rows: list[Row]) -> None:
+    table = Table("case", "metric")
+    for name in ("value", "bar", "holds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        holds = ""
+        if row.bar is not None:
+            holds = "[green]yes[/]" if row.bar.holds(row.value) else "[red]no[/]"
+        table.add_row(row.case, row.metric, f"{row.value:.4g}", str(row.bar or ""), holds)
+    Console().print(table)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jbalance", "jax", "jaxlib", "numpy")},
+    }

@@ -1,0 +1,1 @@
+"""The main job: keep what matters of a context that is too long for the memory of the devices."""

@@ -1,0 +1,129 @@
+"""Fit a real model's attention into given device memory.
+
+python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (about 2 minutes on 2 cores)
+python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy ladder --json OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+
+from jbalance.resources import parse_bytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, and turn a bad input into one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    try:
+        if options.job == "run":
+            _run(options, shlex.join(["python", "-m", "experiments.kv_budget", *arguments]))
+        else:
+            _score(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    memory = tuple(_memory(part) for part in options.device_memory.split(","))
+    # Simulated devices where there is no accelerator; must come before the first use of a device.
+    jax.config.update("jax_num_cpu_devices", len(memory))
+
+    from experiments.kv_budget import data, report, run
+    from experiments.models import load_gguf, smollm2_path
+
+    policies = options.policies.split(",") if options.policies else run.DEFAULT_POLICIES
+    path = Path(options.out)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {options.out!r} is a file: give a folder")
+    settings = run.Settings(
+        command=command,
+        memory_bytes=memory,
+        text_name=options.text or options.source,
+        text=data.read_file(options.text) if options.text else data.text_of(options.source),
+        question=options.question,
+        context_tokens=options.context_tokens,
+        continuation_tokens=options.continuation_tokens,
+        new_tokens=options.new_tokens,
+        policies=tuple(policies),
+    )
+    steps = run.steps_of(settings)
+    _, model, tokenizer = load_gguf(smollm2_path())
+    with report.progress() as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def step(what: str) -> None:
+            bar.update(task, description=what)
+            bar.advance(task)
+
+        result = run.run(settings, model, tokenizer, step)
+    report.write(result, path)
+    report.print_table(result)
+    print(f"report: {path / 'report.html'}, {path / 'report.json'}")
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--device-memory: {error}") from None
+
+
+def _score(options: argparse.Namespace) -> None:
+    from experiments.kv_budget import policies, report, score
+    from experiments.models import load_gguf, smollm2_path
+
+    names = options.policy.split(",")
+    for name in names:
+        policies.policy_of(name)
+    try:
+        budgets = [float(part) for part in options.budget.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--budget is {options.budget!r}: fractions of the full cache, such as 0.25,0.1"
+        ) from None
+    _, model, _ = load_gguf(smollm2_path())
+    cases = score.read_cases(options.cases, model.config.vocab_size)
+    with report.progress() as bar:
+        total = sum(len(x) for name, x in cases.items() if name.endswith("_ctx"))
+        task = bar.add_task("contexts", total=total)
+        results = score.score(model, cases, names, budgets, lambda: bar.advance(task))
+    score.write(results, options.json)
+    for row in results["results"]:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in row["mean"].items())
+        print(f"{row['policy']} at {row['budget']:g}: {figures}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments.kv_budget", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    jobs = parser.add_subparsers(dest="job", required=True)
+    run = jobs.add_parser("run", help="one context within the devices' memory, with a report")
+    run.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")
+    run.add_argument("--text", help="a UTF-8 text file; default: a text from a package")
+    run.add_argument("--source", default="lcet10", help="which text from a package, without --text")
+    run.add_argument("--question", help="asked after the context; default: for the pass key")
+    run.add_argument("--context-tokens", type=int, default=1280)
+    run.add_argument("--continuation-tokens", type=int, default=128, help="tokens to predict")
+    run.add_argument(
+        "--new-tokens", type=int, default=24, help="tokens to decode after the question"
+    )
+    run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
+    run.add_argument("--out", default="out/kv_budget", help="folder of the report")
+    score = jobs.add_parser("score", help="policies on given cases, at fractions of the full cache")
+    score.add_argument("--cases", required=True, help="an .npz file of token ids")
+    score.add_argument("--budget", required=True, help="fractions, separated by commas")
+    score.add_argument("--policy", required=True, help="names, separated by commas")
+    score.add_argument("--json", required=True, help="file for the results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

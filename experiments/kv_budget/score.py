@@ -1,0 +1,146 @@
+"""`score`: quality of policies at fractions of the full cache's bytes, on given cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.kv_budget import evaluate, measure
+from experiments.kv_budget.decode import Decoder, place_caches
+from experiments.kv_budget.policies import Policy, everything, make_plan, policy_of
+from experiments.models import Llama
+from jbalance.resources import kv_entry_bytes
+
+
+def read_cases(path: str, vocab_size: int) -> dict[str, np.ndarray]:
+    """The arrays of a case file, checked.
+
+    Raises:
+      ValueError: an unreadable file, missing arrays, wrong ranks or lengths, ids outside the
+        vocabulary.
+    """
+    try:
+        with np.load(path) as file:
+            cases = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cases {path!r} is no readable .npz file: {error}") from None
+    together = (("lm_ctx", "lm_cont"), ("pk_ctx", "pk_query", "pk_answer"))
+    for names in together:
+        present = [name for name in names if name in cases]
+        if present and len(present) < len(names):
+            missing = ", ".join(sorted(set(names) - set(present)))
+            raise ValueError(f"--cases {path!r} has {present[0]} but lacks {missing}")
+        for name in present:
+            _check_ids(path, name, cases[name], vocab_size, len(cases[names[0]]))
+    if "lm_ctx" not in cases and "pk_ctx" not in cases:
+        raise ValueError(f"--cases {path!r} holds {sorted(cases)}: it needs lm_ctx and lm_cont")
+    if "lm_cont" in cases and cases["lm_cont"].shape[1] < 2:
+        raise ValueError(f"--cases {path!r}: lm_cont needs at least 2 tokens, one to predict")
+    return cases
+
+
+def _check_ids(path: str, name: str, ids: np.ndarray, vocab_size: int, number: int) -> None:
+    where = f"--cases {path!r}: {name}"
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{where} has shape {ids.shape} and dtype {ids.dtype}: token ids [N, L]")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"{where} has ids {ids.min()}..{ids.max()}: they must be in 0..{vocab_size - 1}"
+        )
+    if len(ids) != number:
+        raise ValueError(f"{where} has {len(ids)} cases, the others {number}")
+    if name.endswith("ctx"):
+        measure.check_length(name, ids.shape[1])
+
+
+def score(
+    model: Llama,
+    cases: dict[str, np.ndarray],
+    policies: list[str],
+    budgets: list[float],
+    step: Any = None,
+) -> dict[str, Any]:
+    """Results of every policy at every budget, as the command writes them.
+
+    Args:
+      model: the decoder.
+      cases: of `read_cases`.
+      policies: names.
+      budgets: fractions of the full cache's bytes at 16 bits.
+      step: called after every context, for progress.
+
+    Raises:
+      ValueError: unknown policy, a budget outside (0, 1].
+    """
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budget is {budget}: a fraction of the full cache, in (0, 1]")
+    chosen = [policy_of(name) for name in policies]
+    decoder = Decoder(model, jax.devices()[:1])
+    table: dict[tuple[str, float], list[dict[str, Any]]] = {
+        (p.name, b): [{} for _ in range(max(map(len, cases.values())))]
+        for p in chosen
+        for b in budgets
+    }
+    for kind in ("lm", "pk"):
+        for i, context in enumerate(cases.get(f"{kind}_ctx", ())):
+            given = {
+                name.removeprefix(f"{kind}_"): x[i]
+                for name, x in cases.items()
+                if name.startswith(kind)
+            }
+            for scorer in dict.fromkeys(policy.scorer for policy in chosen):
+                measured = measure.prefill(model, context.astype(np.int32), scorer)
+                own = [policy for policy in chosen if policy.scorer == scorer]
+                for key, row in _score_context(decoder, measured, own, budgets, kind, given):
+                    table[key][i].update(row)
+            if step:
+                step()
+    return {
+        "results": [
+            {"policy": name, "budget": budget, "mean": _mean(rows), "cases": rows}
+            for (name, budget), rows in table.items()
+        ]
+    }
+
+
+def _score_context(decoder, measured, policies: list[Policy], budgets, kind, given):
+    """Rows of one context: quality ("lm") or whether the pass key is found ("pk")."""
+    layers, heads, size = measured.w.shape
+    full_bytes = layers * heads * size * kv_entry_bytes(measured.k.shape[-1])
+    if kind == "lm":
+        fed, labels = given["cont"][:-1].astype(np.int32), given["cont"][1:]
+        full = evaluate.reference(decoder, measured, fed)
+    for policy in policies:
+        for budget in budgets:
+            budget_bytes = int(budget * full_bytes)
+            plan = make_plan(policy, measured, [budget_bytes])
+            caches = place_caches(measured, plan, decoder.devices)
+            resident = sum(held.nbytes for held in caches)
+            if resident > budget_bytes and policy.rule is not everything:
+                raise RuntimeError(f"{policy.name} holds {resident} of {budget_bytes} bytes")
+            if kind == "lm":
+                reduced = evaluate.log_probs(decoder, plan, caches, fed)
+                row = evaluate.quality(reduced, full, labels)._asdict()
+                row |= {"cache_bytes": resident, "budget_bytes": budget_bytes}
+            else:
+                query, answer = given["query"].astype(np.int32), given["answer"]
+                found = evaluate.answers(decoder, plan, caches, query, answer)
+                row = {"passkey_exact": float(found), "passkey_cache_bytes": resident}
+            yield (policy.name, budget), row
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every figure over the cases that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def write(results: dict[str, Any], path: str) -> None:
+    """The results as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,58 @@
+"""The same answer in two real processes, which exchange their sums over the network."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from sharded_cases import CASES, COMMON, UNITS, assert_same
+from worker import NAMES
+
+HERE = Path(__file__).resolve().parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("devices_each", [1, 2])
+def test_two_processes(tmp_path, devices_each):
+    port = str(free_port())
+    outputs = [tmp_path / f"{i}.npz" for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, HERE / "worker.py", port, "2", str(i), str(devices_each), out],
+            cwd=HERE.parents[1],
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, out in enumerate(outputs)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+    wanted = {name: jax.jit(lambda u, c, f=CASES[name]: f(u, c, None)) for name in NAMES}
+    for name, alone in wanted.items():
+        wanted[name] = jax.tree.leaves(alone(UNITS, COMMON))
+    for output in outputs:
+        with np.load(output) as seen:
+            assert int(seen["processes"]) == 2
+            assert int(seen["devices"]) == 2 * devices_each
+            for name, leaves in wanted.items():
+                got = [seen[f"{name}/{i}"] for i in range(len(leaves))]
+                assert_same(got, leaves)

@@ -1,0 +1,90 @@
+"""The three rules for A~: what each conserves, and the bias that equals one of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jbalance import rescale
+
+N, K = 4, 6
+_rng = np.random.default_rng(0)
+ALPHA = _rng.dirichlet(np.ones(N)).astype(np.float32)
+A = (_rng.random((N, K)) * (_rng.random((N, K)) < 0.7)).astype(np.float32)
+A[:, 2] = 0  # a key that nobody claims
+A[0, 0] = 0.5
+ATTENTION = _rng.dirichlet(np.ones(K), 3).astype(np.float32)
+
+
+def test_split_conserves_every_claimed_key():
+    out = rescale.weights(ALPHA, A, ATTENTION, rule="split")
+    assert out.shape == (3, N, K)
+    unclaimed = np.arange(K) == 2
+    np.testing.assert_array_equal(rescale.unclaimed(ALPHA, A), unclaimed)
+    np.testing.assert_allclose(out.sum(1), np.where(unclaimed, 0, ATTENTION), rtol=1e-5)
+    claim = ALPHA[:, None] * A
+    want = claim[:, ~unclaimed] / claim.sum(0)[~unclaimed] * ATTENTION[:, None, ~unclaimed]
+    np.testing.assert_allclose(out[..., ~unclaimed], want, rtol=1e-5)
+
+
+def test_units_without_a_share_claim_nothing():
+    alpha = jnp.array([0.0, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(rescale.unclaimed(alpha, A), A[1] == 0)
+    out = rescale.weights(alpha, A, ATTENTION[0], rule="split")
+    np.testing.assert_array_equal(out[jnp.array([0, 2, 3])], 0)
+
+
+def test_literal_is_attention_over_the_row_sums():
+    out = rescale.weights(ALPHA, A, ATTENTION, rule="literal")
+    np.testing.assert_allclose(out, ATTENTION[:, None] / A.sum(1)[:, None], rtol=1e-5)
+    without = rescale.weights(ALPHA, np.zeros_like(A), ATTENTION, rule="literal")
+    np.testing.assert_array_equal(without, 0)
+
+
+def test_renormalize_is_a_bias_on_the_logits():
+    logits = np.log(ATTENTION)
+    want = jax.nn.softmax(logits + rescale.logit_bias(ALPHA, A))
+    got = rescale.weights(ALPHA, A, ATTENTION, rule="renormalize")
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
+    gain = ALPHA @ A
+    np.testing.assert_allclose(got, ATTENTION * gain / (ATTENTION @ gain)[:, None], rtol=1e-5)
+
+
+def test_no_key_with_a_gain_gives_zero_and_no_nan():
+    np.testing.assert_array_equal(rescale.weights(ALPHA, 0 * A, ATTENTION, rule="renormalize"), 0)
+    assert np.isfinite(rescale.logit_bias(ALPHA, 0 * A)).all()
+
+
+def test_the_bias_has_a_gradient():
+    mix = jnp.asarray(_rng.normal(size=K), jnp.float32) * (np.arange(K) != 2)
+
+    def f(alpha):
+        return mix @ rescale.logit_bias(alpha, A)
+
+    alpha, step = jnp.array([0.3, 0.4, 0.2, 0.6]), 0.01
+    numeric = [(f(alpha + d) - f(alpha - d)) / (2 * step) for d in step * jnp.eye(N)]
+    np.testing.assert_allclose(jax.grad(f)(alpha), numeric, rtol=5e-3, atol=5e-3)
+    all_gradients = jax.jacobian(rescale.logit_bias)(alpha, A)
+    assert np.isfinite(all_gradients).all()
+    np.testing.assert_array_equal(all_gradients[2], 0)
+
+
+@pytest.mark.parametrize("rule", rescale.RULES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_rules_under_transformations(rule, dtype):
+    arrays = [jnp.asarray(x, dtype) for x in (ALPHA, A, ATTENTION)]
+
+    def run(alpha, association, attention):
+        return rescale.weights(alpha, association, attention, rule=rule)
+
+    whole = run(*arrays)
+    assert whole.dtype == jnp.float32
+    rows = jax.jit(jax.vmap(run, in_axes=(None, None, 0)))(*arrays)
+    np.testing.assert_allclose(rows, whole, rtol=1e-5, atol=1e-7)
+    gradient = jax.grad(lambda *xs: (run(*xs) ** 2).sum(), argnums=(0, 1, 2))(
+        *(x.astype(jnp.float32) for x in arrays)
+    )
+    assert all(np.isfinite(g).all() for g in gradient)

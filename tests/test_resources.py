@@ -1,0 +1,143 @@
+"""What attention costs and what devices have: against real arrays, compiled programs, fake devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jbalance import resources
+from jbalance.resources import AttentionDims
+
+DIMS = AttentionDims(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16)
+
+
+def test_status_per_device_and_in_total():
+    demand, used = jnp.array([50.0, 30.0, 10.0]), jnp.array([20.0, 15.0, 40.0])
+    got = resources.status([100.0, 60.0, 7.0], demand, used, [0, 0, 1])
+    np.testing.assert_array_equal(got.available, [65, 20, 7])
+    np.testing.assert_array_equal(got.remaining, [65, 50, 7])
+    assert got.total_available == 92
+    assert got.total_remaining == 122
+    over = resources.status(10.0, demand, used)
+    assert over.available == -65
+
+
+def test_status_under_transformations():
+    demand, used = jnp.array([50.0, 30.0]), jnp.array([20.0, 15.0])
+    many = jax.jit(jax.vmap(resources.status, (0, None, None)))(
+        jnp.array([200.0, 40.0]), demand, used
+    )
+    np.testing.assert_array_equal(many.available, [165, 5])
+    gradient = jax.grad(lambda u: resources.status(200.0, demand, u).total_available)(used)
+    np.testing.assert_array_equal(gradient, [-1, -1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
+def test_cache_bytes_are_those_of_the_arrays(dtype):
+    entries = np.array([[5, 0], [17, 3], [64, 1]])
+    arrays = [
+        jnp.zeros((n, DIMS.head_dim), dtype) for n in entries.flat for _ in ("keys", "values")
+    ]
+    bits = 8 * jnp.dtype(dtype).itemsize
+    want = sum(x.nbytes for x in arrays)
+    assert resources.kv_cache_bytes(DIMS, entries, bits) == want
+    scales = [jnp.zeros(n, jnp.float16) for n in entries.flat for _ in ("keys", "values")]
+    want += sum(x.nbytes for x in scales)
+    assert resources.kv_cache_bytes(DIMS, entries, bits, scale_bits=16) == want
+
+
+def test_cache_bytes_at_any_size_and_mixed_bits():
+    # 2 vectors x 2^40 entries x 6 units x 16 numbers x 2 bytes: past 2^48, exact.
+    assert resources.kv_cache_bytes(DIMS, 2**40 + 1) == (2**40 + 1) * 6 * 16 * 2 * 2
+    bits = np.array([[2, 4], [8, 16], [3, 4]])
+    assert resources.kv_cache_bytes(DIMS, 10, bits) == 10 * 2 * 16 * bits.sum() // 8
+    assert resources.kv_entry_bytes(64, bits=3, scale_bits=16) == 52
+    assert DIMS.num_units == 6
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(8, 24), (1, 24), (24, 24)])
+def test_flops_are_those_of_the_compiled_program(num_queries, num_keys):
+    """Dense attention, layer by layer (a scan's body would be counted once), matmuls alone."""
+
+    def attend(q, k, v):
+        out = []
+        for layer in range(DIMS.num_layers):
+            scores = jnp.einsum("thd,shd->hts", q[layer], k[layer])
+            out.append(jnp.einsum("hts,shd->thd", scores, v[layer]))
+        return out
+
+    shape = (DIMS.num_layers, num_queries, DIMS.num_heads, DIMS.head_dim)
+    q = jax.ShapeDtypeStruct(shape, jnp.float32)
+    k = jax.ShapeDtypeStruct((shape[0], num_keys, *shape[2:]), jnp.float32)
+    counted = jax.jit(attend).lower(q, k, k).compile().cost_analysis()["flops"]
+    want = resources.attention_flops(DIMS, num_queries, num_keys, causal=False)
+    assert counted == pytest.approx(want, rel=0.02)
+
+
+def test_causal_flops_count_the_visible_pairs():
+    for num_queries, num_keys in ((5, 5), (1, 9), (3, 9)):
+        visible = np.tril(np.ones((num_queries, num_keys)), num_keys - num_queries).sum()
+        want = 4 * DIMS.num_layers * DIMS.num_heads * DIMS.head_dim * visible
+        assert resources.attention_flops(DIMS, num_queries, num_keys) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("4096", 4096),
+        ("4MiB", 4 * 2**20),
+        (" 2.5 GB ", 2_500_000_000),
+        ("1kB", 1000),
+        ("1KiB", 1024),
+        ("80gib", 80 * 2**30),
+        ("1.5TiB", 3 * 2**39),
+        ("7 B", 7),
+    ],
+)
+def test_parse_bytes(text, want):
+    assert resources.parse_bytes(text) == want
+
+
+@dataclass
+class Device:
+    """What `device_budgets` asks of a device."""
+
+    stats: dict[str, int] | None
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_device_budgets():
+    gib = 2**30
+    devices = [
+        Device({"bytes_limit": 80 * gib, "bytes_in_use": 20 * gib}),
+        Device({"bytes_limit": gib}),
+    ]
+    assert resources.device_budgets(devices) == [60 * gib, gib]
+    assert resources.device_budgets(devices, 0.5) == [30 * gib, gib // 2]
+    assert resources.device_budgets(devices, given_bytes=[7, 8]) == [7, 8]
+    assert resources.device_budgets(jax.devices()[:1], 0.5, [100]) == [50]
+
+
+def test_blocks_carry_budgets_past_32_bits():
+    budgets = [80 * 2**30 + 5, 3]
+    got = resources.blocks(budgets, 4096)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, [80 * 2**30 // 4096, 0])
+    assert resources.blocks(2**31 - 1, 1) == 2**31 - 1
+    assert resources.blocks(2**40, 1024).shape == ()
+
+
+def test_partition_over_the_levels_of_a_model():
+    level_of = resources.thirds(7)
+    np.testing.assert_array_equal(level_of, [0, 0, 0, 1, 1, 2, 2])
+    got = resources.partition(100.0, jnp.array([1.0, 1, 2, 0, 4, 1, 1]), level_of)
+    np.testing.assert_allclose(got, [40, 40, 20], rtol=1e-6)
+    np.testing.assert_allclose(
+        resources.partition(70.0, jnp.zeros(7), list(level_of)), [30, 20, 20]
+    )
