@@ -128,26 +128,20 @@ def total(
     segment_of: jax.Array | None,
     num_segments: int,
     axis_name: str | None,
-    wraps: jax.Array | None = None,
+    wraps: bool = True,
 ) -> jax.Array:
     """Exact sums [P] of whole numbers x [U] (uint32), saturating at 2^32 - 1.
 
-    `wraps` [] is what `may_wrap` said of a bound on x: where it is false nothing saturates, and the
-    sums cost one pass over the units.
+    Where `may_wrap` said no of a bound on x, wraps=False leaves the check out: one pass over the units.
     """
     x = x.astype(jnp.uint32)
     if segment_of is None and axis_name is None:
         return lax.reduce(x, jnp.uint32(0), _saturating_add, (0,))[None]
     exact = psum(segment_total(x, segment_of, num_segments), axis_name)
-    if wraps is None:
-        wraps = jnp.array(True)
-
-    def rough() -> jax.Array:
-        return psum(segment_total(x.astype(jnp.float32), segment_of, num_segments), axis_name)
-
-    # Zeros from the data, so that inside shard_map both branches vary over the mesh alike.
-    size = lax.cond(wraps, rough, lambda: (exact & 0).astype(jnp.float32))
-    return jnp.where(size >= _NEAR_WRAP, jnp.uint32(_SATURATED), exact)
+    if not wraps:
+        return exact
+    rough = psum(segment_total(x.astype(jnp.float32), segment_of, num_segments), axis_name)
+    return jnp.where(rough >= _NEAR_WRAP, jnp.uint32(_SATURATED), exact)
 
 
 def may_wrap(
@@ -192,7 +186,6 @@ def first_by_index(
     room: jax.Array,
     segment_of: jax.Array | None,
     axis_name: str | None,
-    wraps: jax.Array | None = None,
 ) -> jax.Array:
     """How much of `amount` each unit gets when `room` is handed out in the order of the index.
 
@@ -201,7 +194,6 @@ def first_by_index(
       room: [P] uint32, what there is to hand out in each segment.
       segment_of: [U] the segment of each unit, or None for one segment.
       axis_name: mesh axis that the units are split over.
-      wraps: as for `total`.
 
     Returns:
       given [U] uint32: all of `amount` before the cut, what is left of the room at the cut, 0 after.
@@ -219,13 +211,13 @@ def first_by_index(
         return jnp.where(index < per_unit(cut, segment_of), amount, jnp.uint32(0))
 
     def over(cut: jax.Array) -> jax.Array:
-        spent = total(before(cut), segment_of, num_segments, axis_name, wraps)
+        spent = total(before(cut), segment_of, num_segments, axis_name)
         return jnp.where(contested, excess(spent, room), 0.0)
 
     size = amount.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     cut = largest(over, size + 1, (num_segments,))
     whole = before(jnp.where(contested, cut, 0))
-    left = room - total(whole, segment_of, num_segments, axis_name, wraps)
+    left = room - total(whole, segment_of, num_segments, axis_name)
     next_taker = _first(amount - whole, index, segment_of, num_segments, axis_name)
     at_cut = index == per_unit(next_taker, segment_of)
     return jnp.where(at_cut, jnp.minimum(amount, per_unit(left, segment_of)), whole)

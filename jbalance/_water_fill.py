@@ -56,9 +56,8 @@ def water_fill(
     Reference: Bertsekas and Gallager, Data Networks (1992), section 6.5.2 (max-min fairness).
     """
     _check(w, budget, floor, cap, segment_of, segment_floor, segment_cap)
-    num_segments = 1
-    if segment_of is not None:
-        num_segments = np.shape(segment_cap if segment_floor is None else segment_floor)[0]
+    bounds = segment_cap if segment_floor is None else segment_floor
+    num_segments = 1 if bounds is None else np.shape(bounds)[0]
     out = _solve(
         w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_segments, axis_name
     )

@@ -10,7 +10,16 @@ import jbalance
 
 ROOT = Path(jbalance.__file__).parent
 # Above are those that import nothing from below. A stage that is not listed fails here: list it.
-ORDER = ["types", "checks", "_search", "_water_fill", "importance", "resources", "shares", "allocate"]
+ORDER = [
+    "types",
+    "checks",
+    "_search",
+    "_water_fill",
+    "importance",
+    "resources",
+    "shares",
+    "allocate",
+]
 ORDER += ["place", "rescale", "balance", "attention", "cache", "__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}

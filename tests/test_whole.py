@@ -100,7 +100,7 @@ def test_largest_remainder_keeps_floors_caps_and_devices():
     device_of = rng.integers(0, 3, 50).astype(np.int32)
     floor = rng.integers(0, 4, 50).astype(np.int32)
     cap = floor + rng.integers(1, 30, 50).astype(np.int32)
-    budgets = np.bincount(device_of, floor, 3) + np.array([0, 77, 5])
+    budgets = np.bincount(device_of, floor, 3).astype(np.int32) + np.array([0, 77, 5])
     got = whole(rng.random(50), budgets, floor, cap, device_of, method="largest_remainder")
     amount = np.asarray(got.amount)
     assert (amount >= floor).all()

@@ -7,6 +7,7 @@ python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy la
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, command: str) -> None:
     memory = tuple(_memory(part) for part in options.device_memory.split(","))
-    # Simulated devices where there is no accelerator; must come before the first use of a device.
-    jax.config.update("jax_num_cpu_devices", len(memory))
+    # Simulated devices where there is no accelerator. A caller that has used JAX already keeps its own.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", len(memory))
 
     from experiments.kv_budget import data, report, run
     from experiments.models import load_gguf, smollm2_path

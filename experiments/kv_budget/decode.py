@@ -63,7 +63,7 @@ def place_caches(
     tail_tokens: int = 0,
     dtype: jnp.dtype = jnp.bfloat16,
 ) -> list[DeviceCache]:
-    """Gather the kept entries of each device's units and move them there, `tail_tokens` of room behind."""
+    """Gather the kept entries of each device's units and move them there, with room for a tail."""
     caches = []
     for d, device in enumerate(devices):
         units = np.flatnonzero(plan.device_of == d)
@@ -110,9 +110,8 @@ class Decoder:
             raise ValueError(
                 f"tokens: {tail + len(tokens)} new tokens exceed the {room} that room was kept for"
             )
-        tokens = jnp.asarray(tokens)
-        positions = position + jnp.arange(tokens.shape[0])
-        x = self._embed(self._state, tokens)
+        positions = position + jnp.arange(len(tokens))
+        x = self._embed(self._state, jnp.asarray(tokens))
         for layer in range(self.config.num_layers):
             q, k, v = self._qkv(self._layers[layer], x, positions)
             parts, caches = self._attend_devices(layer, q, k, v, caches, layout, tail)
@@ -128,11 +127,9 @@ class Decoder:
             if heads.size == 0:
                 updated.append(caches[d])
                 continue
-            slots = jnp.asarray(layout.slot_of[layer, heads])
-            sent = jax.device_put(
-                (_heads(q, heads), _heads(k, heads), _heads(v, heads), slots), device
-            )
-            part, kept = _attend_held(*sent, caches[d], tail)
+            slots = jax.device_put(layout.slot_of[layer, heads], device)
+            local = jax.device_put([_heads(x, heads) for x in (q, k, v)], device)
+            part, kept = _attend_held(*local, slots=slots, held=caches[d], tail=tail)
             updated.append(kept)
             outputs.append(jax.device_put(part, self.devices[0]))
             order.append(heads)
@@ -145,7 +142,7 @@ def _heads(x: jax.Array, heads: np.ndarray) -> jax.Array:
     return jnp.moveaxis(x[:, heads], 0, 1)
 
 
-def _attend_held(q, k, v, slots, held: DeviceCache, tail) -> tuple[Partial, DeviceCache]:
+def _attend_held(q, k, v, *, slots, held: DeviceCache, tail) -> tuple[Partial, DeviceCache]:
     """Attention over all that the device holds; k and v join its tail if there is room for one.
 
     The tails are donated: the returned cache takes the place of the given one.
@@ -168,7 +165,8 @@ def _attend_tail(q, k, v, keys, values, slots, tail):
     """Queries [n, T, G, D] over the first `tail` tokens of the tails [U, R, D], and k, v behind them."""
     flat = q.reshape(q.shape[0], -1, q.shape[-1])
     visible = jnp.arange(keys.shape[1])[None] < tail
-    part = _dense(flat, *(x[slots].astype(jnp.float32) for x in (keys, values)), visible)
+    behind = [x[slots].astype(jnp.float32) for x in (keys, values)]
+    part = _dense(flat, behind[0], behind[1], visible)
     at = slots[:, None], tail + jnp.arange(q.shape[1])
     keys, values = (x.at[at].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v)))
     return part, keys, values

@@ -39,8 +39,11 @@ def counts(num_tokens: int) -> tuple[int, ...]:
 def scorers(rope_base: float) -> dict[str, TokenScorer]:
     """The token scorers by name, and their combination."""
     table = dict(importance.TOKEN_SCORERS)
-    for name in ("expected_attention", "leverage"):
-        table[name] = functools.partial(table[name], rotary_base=rope_base)
+    for name, scorer in (
+        ("expected_attention", importance.expected_attention),
+        ("leverage", importance.leverage),
+    ):
+        table[name] = functools.partial(scorer, rotary_base=rope_base)
     combined = importance.combined(SCORE_WEIGHTS, normalize={"leverage": "rank"}, scorers=table)
     return {"combined": combined, **table}
 

@@ -40,6 +40,21 @@ class Settings:
     new_tokens: int
     policies: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        """ValueError for what can be seen without the model."""
+        for name in self.policies:
+            policy_of(name)
+        least = 3 if self.question is not None else data.PASSKEY_DIGITS + 1
+        if self.new_tokens < least:
+            raise ValueError(
+                f"--new-tokens is {self.new_tokens}: at least {least}, for the answer and to time it"
+            )
+        if self.continuation_tokens < 1:
+            raise ValueError(f"--continuation-tokens is {self.continuation_tokens}: at least 1")
+        if self.question == "":
+            raise ValueError("--question is empty: leave it out to ask for the pass key")
+        measure.check_length("--context-tokens: the context", self.context_tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -70,10 +85,6 @@ def run(
     """
     policies = [policy_of(name) for name in settings.policies]
     budgets = device_budgets(_devices(len(settings.memory_bytes)), 1.0, settings.memory_bytes)
-    if settings.new_tokens < 3:
-        raise ValueError(f"--new-tokens is {settings.new_tokens}: at least 3, to time decoding")
-    if settings.continuation_tokens < 1:
-        raise ValueError(f"--continuation-tokens is {settings.continuation_tokens}: at least 1")
     case = data.cut(
         tokenizer,
         settings.text,
@@ -83,8 +94,6 @@ def run(
     query = case.query
     if settings.question is not None:
         query = data.encode(tokenizer, settings.question)
-        if not query.size:
-            raise ValueError("--question is empty: leave it out to ask for the pass key")
     decoder = Decoder(model, jax.devices()[: len(budgets)])
 
     prefilled: dict[str, measure.Measured] = {}

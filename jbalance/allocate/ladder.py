@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -221,45 +222,56 @@ def _slopes_scanned(values: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax
     return slope[1:], direct[1:]
 
 
-def _over_levels(combine: Any, x: jax.Array) -> jax.Array:
-    """x [M-1, U] reduced over its levels. A few are written out: XLA fuses that into the pass over the
-    units, but reduces over a short leading axis many times slower."""
-    return functools.reduce(combine, x) if len(x) < _FEW_LEVELS else combine.reduce(x, axis=0)
+def _blocks(x: jax.Array) -> list[jax.Array]:
+    """x [M-1, U] level by level if they are few, for XLA to sum them in its pass over the units (over
+    a short leading axis it reduces many times slower); else in one block."""
+    return jnp.split(x, len(x)) if len(x) < _FEW_LEVELS else [x]
 
 
 def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
     """Levels [U] reached by taking the steps of positive slope in their order while room [P] lasts."""
     key = search.to_key(hull.slope)
+    blocks = list(zip(_blocks(key), _blocks(hull.cost), strict=True))
 
-    def cost_where(chosen: jax.Array) -> jax.Array:
-        return _over_levels(jnp.add, jnp.where(chosen, hull.cost, 0))
+    def cost_where(chosen: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        parts = [jnp.sum(jnp.where(chosen(k), c, 0), 0, jnp.uint32) for k, c in blocks]
+        return functools.reduce(jnp.add, parts)
+
+    def spent(threshold: jax.Array, wraps: bool = True) -> jax.Array:
+        cost = cost_where(lambda k: k >= threshold)
+        return search.total(cost, device_of, room.shape[0], axis_name, wraps)
+
+    def threshold_at(depth: jax.Array) -> jax.Array:
+        return search.per_unit(search.INF_KEY - depth, device_of)
+
+    def depth_met(wraps: bool) -> jax.Array:
+        def over(depth: jax.Array) -> jax.Array:
+            return search.excess(spent(threshold_at(depth), wraps), room)
+
+        return search.largest(over, search.INF_KEY, room.shape)
 
     # Only if all of it together would not wrap can the passes do without the check.
-    wraps = search.may_wrap(cost_where(key > 0), device_of, room.shape[0], axis_name)
+    everything = cost_where(lambda k: k > 0)
+    wraps = search.may_wrap(everything, device_of, room.shape[0], axis_name)
+    depth = lax.cond(wraps, lambda: depth_met(True), lambda: depth_met(False))
+    threshold = threshold_at(depth)
 
-    def spent(taken: jax.Array) -> jax.Array:
-        return search.total(cost_where(taken), device_of, room.shape[0], axis_name, wraps)
+    def is_tied(key: jax.Array) -> jax.Array:
+        return (key == threshold - 1) & (key > 0)
 
-    def over(depth: jax.Array) -> jax.Array:
-        threshold = search.per_unit(search.INF_KEY - depth, device_of)
-        return search.excess(spent(key >= threshold), room)
-
-    depth = search.largest(over, search.INF_KEY, room.shape)
-    threshold = search.per_unit(search.INF_KEY - depth, device_of)
-    taken = key >= threshold
-    tied = (key == threshold - 1) & (key > 0)
-    left = room - spent(taken)
-    given = search.first_by_index(cost_where(tied), left, device_of, axis_name, wraps)
-    climbed = jnp.cumsum(jnp.where(tied, hull.cost, 0), axis=0, dtype=jnp.uint32)
-    reached = taken | (tied & hull.corner & (climbed <= given))
+    left = room - spent(threshold)
+    given = search.first_by_index(cost_where(is_tied), left, device_of, axis_name)
+    climbed = jnp.cumsum(jnp.where(is_tied(key), hull.cost, 0), axis=0, dtype=jnp.uint32)
+    reached = (key >= threshold) | (is_tied(key) & hull.corner & (climbed <= given))
     number = jnp.arange(1, key.shape[0] + 1, dtype=jnp.uint32)[:, None]
-    return _over_levels(jnp.maximum, jnp.where(reached, number, 0))
+    return jnp.max(jnp.where(reached, number, 0), axis=0)
 
 
 def _slope_at(slope: jax.Array, level: jax.Array) -> jax.Array:
     """Slope [U] of each unit's next step, 0 where there is none worth taking."""
     number = jnp.arange(slope.shape[0], dtype=jnp.uint32)[:, None]
-    return _over_levels(jnp.add, jnp.where(number == level, jnp.maximum(slope, 0.0), 0.0))
+    following = jnp.where(number == level, jnp.maximum(slope, 0.0), 0.0)
+    return functools.reduce(jnp.add, [jnp.sum(block, axis=0) for block in _blocks(following)])
 
 
 def _next_slope(slope, level, device_of, num_segments, axis_name) -> jax.Array:

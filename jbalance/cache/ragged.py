@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance.resources import kv_entry_bytes
@@ -62,7 +62,7 @@ def pack(
     k: jax.Array,
     v: jax.Array,
     kept: np.ndarray,
-    units: Sequence[int] | None = None,
+    units: ArrayLike | None = None,
     *,
     dtype: jnp.dtype = jnp.bfloat16,
 ) -> RaggedCache:
@@ -89,12 +89,12 @@ def pack(
         raise ValueError(
             f"kept has shape {np.shape(kept)}: it must be [L, K, S] = {(layers, heads, tokens)}"
         )
-    units = np.arange(layers * heads) if units is None else np.asarray(units, np.int32)
-    if units.size:
-        checks.index_below("units", units, layers * heads)
-    rows = np.asarray(kept).reshape(layers * heads, tokens)[units]
+    held = np.arange(layers * heads) if units is None else np.asarray(units, np.int32)
+    if held.size:
+        checks.index_below("units", held, layers * heads)
+    rows = np.asarray(kept).reshape(layers * heads, tokens)[held]
     index, position = np.nonzero(rows)
-    unit = units[index]
+    unit = held[index]
     at = (unit // heads, position, unit % heads)
     offsets = np.concatenate([[0], np.cumsum(rows.sum(axis=1))]).astype(np.int32)
     keys, values = _gather(k, v, *(jnp.asarray(i, jnp.int32) for i in at), dtype=dtype)

@@ -7,6 +7,7 @@ what the layers above receive.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -87,9 +88,9 @@ def output_error(
     if w.shape != (k.shape[1], k.shape[0]):
         raise ValueError(f"w must have shape {(k.shape[1], k.shape[0])} ([K, S]), got {w.shape}")
     checks.in_range("counts", np.asarray(counts), 1, k.shape[0])
-    if not counts or any(b <= a for a, b in zip(counts, counts[1:], strict=False)):
+    if not counts or any(b <= a for a, b in itertools.pairwise(counts)):
         raise ValueError(f"counts must rise, got {counts}")
-    checks.in_range("num_local", num_local, 0, k.shape[0])
+    checks.in_range("num_local", num_local, 0, checks.INT32_MAX)
     groups = jnp.moveaxis(_tokens.by_group(q, k.shape[1]), 0, 2)  # [K, G, T, D]
 
     def one_head(at):
