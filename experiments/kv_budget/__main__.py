@@ -1,6 +1,7 @@
 """Fit a real model's attention into given device memory.
 
 python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (about 2 minutes on 2 cores)
+python -m experiments.kv_budget cases --out FILE.npz              (real texts for `score`)
 python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy ladder --json OUT
 """
 
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jbalance.resources import parse_bytes
 
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.job == "run":
             _run(options, shlex.join(["python", "-m", "experiments.kv_budget", *arguments]))
         else:
-            _score(options)
+            {"score": _score, "cases": _cases}[options.job](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,6 +105,23 @@ def _score(options: argparse.Namespace) -> None:
         print(f"{row['policy']} at {row['budget']:g}: {figures}")
 
 
+def _cases(options: argparse.Namespace) -> None:
+    from experiments.kv_budget import data
+    from experiments.models import load_gguf, smollm2_path
+
+    _, _, tokenizer = load_gguf(smollm2_path())
+    arrays = data.case_arrays(
+        tokenizer,
+        options.texts.split(","),
+        per_text=options.per_text,
+        context_tokens=options.context_tokens,
+        continuation_tokens=options.continuation_tokens,
+    )
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(options.out, allow_pickle=False, **arrays)
+    print(", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items()))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.kv_budget", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -119,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
+    cases = jobs.add_parser("cases", help="cases for score, from real texts")
+    cases.add_argument("--texts", default="lcet10,plrabn12", help="names, separated by commas")
+    cases.add_argument("--per-text", type=int, default=5)
+    cases.add_argument("--context-tokens", type=int, default=1280)
+    cases.add_argument("--continuation-tokens", type=int, default=128)
+    cases.add_argument("--out", required=True, help="an .npz file")
     score = jobs.add_parser("score", help="policies on given cases, at fractions of the full cache")
     score.add_argument("--cases", required=True, help="an .npz file of token ids")
     score.add_argument("--budget", required=True, help="fractions, separated by commas")

@@ -144,3 +144,50 @@ def cut(
         answer=encode(tokenizer, f" {digits}"),
         span=(plant, plant + len(note)),
     )
+
+
+def case_arrays(
+    tokenizer: Tokenizer,
+    names: list[str],
+    *,
+    per_text: int,
+    context_tokens: int,
+    continuation_tokens: int,
+) -> dict[str, np.ndarray]:
+    """Cases for `score` from several of `TEXTS`: contexts spread over each, plain and with a pass key.
+
+    Returns:
+      lm_ctx [N, S], lm_cont [N, T + 1], pk_ctx [N, S], pk_query [N, Q], pk_answer [N, A].
+
+    Raises:
+      ValueError: as `text_of` and `cut`, or per_text below 1.
+    """
+    if per_text < 1:
+        raise ValueError(f"--per-text is {per_text}: at least 1")
+    rows: dict[str, list[np.ndarray]] = {}
+    for name in names:
+        text = text_of(name)
+        ids = encode(tokenizer, text)
+        last = len(ids) - context_tokens - continuation_tokens - 1
+        for i, start in enumerate(np.linspace(0.1 * len(ids), last, per_text).astype(int)):
+            part = (i + 0.5) / per_text
+            planted = cut(
+                tokenizer,
+                text,
+                context_tokens=context_tokens,
+                continuation_tokens=continuation_tokens,
+                at=part,
+                depth=0.15 + 0.7 * part,
+                seed=100 * i + len(name),
+            )
+            middle = int(start) + context_tokens
+            row = {
+                "lm_ctx": ids[start:middle],
+                "lm_cont": ids[middle : middle + continuation_tokens + 1],
+                "pk_ctx": planted.context,
+                "pk_query": planted.query,
+                "pk_answer": planted.answer,
+            }
+            for key, value in row.items():
+                rows.setdefault(key, []).append(value)
+    return {key: np.stack(values) for key, values in rows.items()}
