@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
@@ -17,14 +18,14 @@ _ROUNDING = 1e-6  # relative: floors whose float32 sum meets the budget are not 
 
 
 def water_fill(
-    w: jax.Array,
-    budget: jax.Array | float,
-    floor: jax.Array | float = 0.0,
-    cap: jax.Array | float = jnp.inf,
+    w: ArrayLike,
+    budget: ArrayLike,
+    floor: ArrayLike = 0.0,
+    cap: ArrayLike = jnp.inf,
     *,
-    segment_of: jax.Array | None = None,
-    segment_floor: jax.Array | None = None,
-    segment_cap: jax.Array | None = None,
+    segment_of: ArrayLike | None = None,
+    segment_floor: ArrayLike | None = None,
+    segment_cap: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> Fill:
     """Share a budget in proportion to w, within floor and cap: b_i = clip(mu w_i, floor_i, cap_i).
@@ -102,7 +103,9 @@ def _check(w, budget, floor, cap, segment_of, segment_floor, segment_cap) -> Non
 def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_segments, axis_name):
     w, budget = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.float32)
     segment_of = None if segment_of is None else jnp.asarray(segment_of)
-    floor, cap = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), w.shape) for x in (floor, cap))
+    # Scalars stay scalars: the passes then read w alone. Behind a barrier, or XLA would spend seconds
+    # on folding sums of constants as long as w.
+    floor, cap = lax.optimization_barrier(tuple(jnp.asarray(x, jnp.float32) for x in (floor, cap)))
 
     def bound(x, default):
         return jnp.full((num_segments,), default) if x is None else jnp.asarray(x, jnp.float32)
@@ -110,6 +113,7 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
     seg_floor, seg_cap = bound(segment_floor, 0.0), bound(segment_cap, jnp.inf)
 
     def sums(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x, w.shape)
         return search.psum(search.segment_total(x, segment_of, num_segments), axis_name)
 
     # No comparison holds of NaN; what is negative or infinite fails one of these.

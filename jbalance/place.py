@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance.types import Placement, Status
@@ -19,9 +20,9 @@ _GAIN = 1e-6  # relative: a swap that gains less is rounding
 
 
 def pack(
-    loads: jax.Array,
+    loads: ArrayLike,
     num_devices: int,
-    capacity: jax.Array | None = None,
+    capacity: ArrayLike | None = None,
     *,
     max_count: int | None = None,
     swaps: int = 100,

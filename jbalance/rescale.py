@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jbalance import checks
 
 
 def weights(
-    alpha: jax.Array, association: jax.Array, attention: jax.Array, *, rule: str = "split"
+    alpha: ArrayLike, association: ArrayLike, attention: ArrayLike, *, rule: str = "split"
 ) -> jax.Array:
     """Rescaled attention weights A~ by one of the three rules.
 
@@ -70,7 +71,7 @@ def renormalize(alpha: jax.Array, association: jax.Array, attention: jax.Array) 
     return jnp.where(whole > 0, scaled / jnp.where(whole > 0, whole, 1.0), 0.0)
 
 
-def logit_bias(alpha: jax.Array, association: jax.Array, *, minimum: float = -1e9) -> jax.Array:
+def logit_bias(alpha: ArrayLike, association: ArrayLike, *, minimum: float = -1e9) -> jax.Array:
     """log g, the bias [K] on the attention logits that equals the "renormalize" rule.
 
     Args:

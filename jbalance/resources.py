@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance.types import Resources
@@ -24,10 +25,10 @@ _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
 def status(
-    capacity: jax.Array | float,
-    demand: jax.Array,
-    used: jax.Array,
-    device_of: jax.Array | None = None,
+    capacity: ArrayLike,
+    demand: ArrayLike,
+    used: ArrayLike,
+    device_of: ArrayLike | None = None,
 ) -> Resources:
     """Resources available and remaining, per device and in total.
 
@@ -233,7 +234,7 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
 
 
 def partition(
-    capacity: float, attention: jax.Array, level_of: jax.Array, num_levels: int = 3
+    capacity: float, attention: ArrayLike, level_of: ArrayLike, num_levels: int = 3
 ) -> jax.Array:
     """Divide a capacity over the model's levels (feature extraction, middle, output) by attention.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
@@ -26,7 +27,7 @@ def uniform(num_units: int) -> jax.Array:
     return jnp.full((num_units,), 1.0 / num_units, jnp.float32)
 
 
-def proportional(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+def proportional(w: ArrayLike, *, axis_name: str | None = None) -> jax.Array:
     """alpha_i = w_i / sum_j w_j; equal shares where all w are zero.
 
     Args:
@@ -47,7 +48,7 @@ def proportional(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
 
 
 def softmax(
-    w: jax.Array, temperature: jax.Array | float = 1.0, *, axis_name: str | None = None
+    w: ArrayLike, temperature: ArrayLike = 1.0, *, axis_name: str | None = None
 ) -> jax.Array:
     """alpha_i = exp(w_i / tau) / sum_j exp(w_j / tau): the maximiser of alpha . w + tau H(alpha).
 
@@ -74,12 +75,12 @@ def softmax(
 
 
 def constrained(
-    alpha: jax.Array,
+    alpha: ArrayLike,
     *,
-    floor: jax.Array | float = 0.0,
-    cap: jax.Array | float = 1.0,
-    group_of: jax.Array | None = None,
-    group_floor: jax.Array | None = None,
+    floor: ArrayLike = 0.0,
+    cap: ArrayLike = 1.0,
+    group_of: ArrayLike | None = None,
+    group_floor: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
     """The shares in proportion to alpha that keep floors, caps and group floors.

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.allocation [--json OUT] [--quick]
 
-About a minute on two cores; --quick takes half of it. Expected, as ratio to `jnp.sort` of N float32 in
+Half a minute on two cores; --quick takes ten seconds. Expected, as ratio to `jnp.sort` of N float32 in
 the same run at N = 1e5 and 1e6: real amounts at most 0.1, whole amounts at most 0.25, a ladder of 4
 levels under 8 device budgets at most 0.5.
 """

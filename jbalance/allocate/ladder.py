@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
@@ -28,12 +29,12 @@ _FEW_LEVELS = 8  # up to here the levels are written out one by one
 
 
 def ladder(
-    values: jax.Array,
-    costs: jax.Array,
-    budgets: jax.Array | int,
-    device_of: jax.Array | None = None,
+    values: ArrayLike,
+    costs: ArrayLike,
+    budgets: ArrayLike,
+    device_of: ArrayLike | None = None,
     *,
-    total_budget: jax.Array | int | None = None,
+    total_budget: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> Allocation:
     """Choose a level for every unit, worth the most under the budgets.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
@@ -28,11 +29,11 @@ _STEPS_AROUND = 4  # float32 steps by which rounding can misplace the level of t
 
 
 def whole(
-    w: jax.Array,
-    budget: jax.Array | int,
-    floor: jax.Array | int = 0,
-    cap: jax.Array | int = checks.INT32_MAX,
-    device_of: jax.Array | None = None,
+    w: ArrayLike,
+    budget: ArrayLike,
+    floor: ArrayLike = 0,
+    cap: ArrayLike = checks.INT32_MAX,
+    device_of: ArrayLike | None = None,
     *,
     method: str = "webster",
     axis_name: str | None = None,
