@@ -127,19 +127,26 @@ class Decoder:
             if heads.size == 0:
                 updated.append(caches[d])
                 continue
-            slots = jax.device_put(layout.slot_of[layer, heads], device)
-            local = jax.device_put([_heads(x, heads) for x in (q, k, v)], device)
+            slots = layout.slot_of[layer, heads]
+            local = jax.device_put(_of_heads(q, k, v, heads), device)
             part, kept = _attend_held(*local, slots=slots, held=caches[d], tail=tail)
             updated.append(kept)
             outputs.append(jax.device_put(part, self.devices[0]))
             order.append(heads)
         back = np.argsort(np.concatenate(order))
-        return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *outputs), updated
+        return _join(outputs, back), updated
 
 
-def _heads(x: jax.Array, heads: np.ndarray) -> jax.Array:
-    """[T, K, ...] -> [n, T, ...] of some key/value heads."""
-    return jnp.moveaxis(x[:, heads], 0, 1)
+@jax.jit
+def _of_heads(q, k, v, heads):
+    """[n, T, ...] of some key/value heads, from [T, K, ...]."""
+    return tuple(jnp.moveaxis(x[:, heads], 0, 1) for x in (q, k, v))
+
+
+@jax.jit
+def _join(parts: list[Partial], back) -> Partial:
+    """[K, ...] in the order of the heads, from the parts of the devices."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
 
 
 def _attend_held(q, k, v, *, slots, held: DeviceCache, tail) -> tuple[Partial, DeviceCache]:
@@ -150,8 +157,9 @@ def _attend_held(q, k, v, *, slots, held: DeviceCache, tail) -> tuple[Partial, D
     part = _attend_context(q, slots, held.context)
     if not held.tail_keys.shape[1]:
         return part, held
-    behind, keys, values = _attend_tail(q, k, v, held.tail_keys, held.tail_values, slots, tail)
-    return cache.merge(part, behind), DeviceCache(held.context, keys, values)
+    tails = held.tail_keys, held.tail_values
+    part, keys, values = _attend_tail(part, q, k, v, *tails, slots, tail)
+    return part, DeviceCache(held.context, keys, values)
 
 
 @jax.jit
@@ -160,13 +168,13 @@ def _attend_context(q, slots, context: RaggedCache) -> Partial:
     return cache.attend(q.reshape(q.shape[0], -1, q.shape[-1]), context, slots)
 
 
-@functools.partial(jax.jit, donate_argnums=(3, 4))
-def _attend_tail(q, k, v, keys, values, slots, tail):
-    """Queries [n, T, G, D] over the first `tail` tokens of the tails [U, R, D], and k, v behind them."""
+@functools.partial(jax.jit, donate_argnums=(4, 5))
+def _attend_tail(part: Partial, q, k, v, keys, values, slots, tail):
+    """`part` merged with attention over the first `tail` tokens of [U, R, D]; k, v put behind them."""
     flat = q.reshape(q.shape[0], -1, q.shape[-1])
     visible = jnp.arange(keys.shape[1])[None] < tail
     behind = [x[slots].astype(jnp.float32) for x in (keys, values)]
-    part = _dense(flat, behind[0], behind[1], visible)
+    part = cache.merge(part, _dense(flat, behind[0], behind[1], visible))
     at = slots[:, None], tail + jnp.arange(q.shape[1])
     keys, values = (x.at[at].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v)))
     return part, keys, values
