@@ -24,7 +24,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("devices_each", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices_each", [1, 2])
 def test_two_processes(tmp_path, devices_each):
     port = str(free_port())
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
