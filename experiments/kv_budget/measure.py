@@ -16,6 +16,7 @@ from jbalance import importance
 from jbalance.types import TokenScorer
 
 NUM_SINKS, NUM_RECENT = 4, 32
+FEW_TOKENS = (8, 12, 18, 25)  # counts below the sinks and the recent tokens
 PROBE_TOKENS = 128  # last queries that stand for those to come
 SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
 
@@ -31,9 +32,8 @@ class Measured(NamedTuple):
 
 def counts(num_tokens: int) -> tuple[int, ...]:
     """Numbers of tokens at which a head is measured: at most 32, in a geometric series to all."""
-    few = [8, 12, 18, 25]
     rest = np.round(np.geomspace(NUM_SINKS + NUM_RECENT, num_tokens, 28)).astype(int)
-    return tuple(sorted({*few, *rest.tolist()}))
+    return tuple(sorted({*FEW_TOKENS, *rest.tolist()}))
 
 
 def scorers(rope_base: float) -> dict[str, TokenScorer]:

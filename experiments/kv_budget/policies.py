@@ -145,50 +145,38 @@ def make_plan(
     layers, heads, tokens = measured.w.shape
     units, head_dim = layers * heads, measured.k.shape[-1]
     budgets = np.asarray(budgets_bytes, np.int64)
-    if policy.rule is everything:
-        device_of = np.arange(units) * budgets.size // units
+    if policy.rule is everything:  # over any budget: spread evenly, whatever there is
+        device_of = (np.arange(units) * budgets.size // units).astype(np.int32)
+        entries = np.zeros(budgets.size, np.int32)
     else:
-        # Where the units would go if the memory were one, so that prices come out alike.
-        demand = policy.rule(
-            measured,
-            np.array([_entries(budgets.sum(), units, tail_tokens, head_dim)]),
-            np.zeros(units, np.int32),
-        ).entries
-        placed = place.pack(
-            jnp.asarray(demand + tail_tokens, jnp.float32),
-            budgets.size,
-            jnp.asarray(budgets, float),
-        )
-        device_of = np.asarray(placed.device_of)
-    number = np.bincount(device_of, minlength=budgets.size)
-    entries = np.array(
-        [
+        # Placed as if the memory were one, so that the devices' prices come out alike.
+        at_most = _entries(int(budgets.sum()), units, tail_tokens, head_dim, "the budget")
+        on_one = np.zeros(units, np.int32)
+        demand = policy.rule(measured, np.array([min(at_most, units * tokens)]), on_one).entries
+        loads = jnp.asarray(demand + tail_tokens, jnp.float32)
+        device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
+        number = np.bincount(device_of, minlength=budgets.size)
+        fits = [
             _entries(int(size), int(n), tail_tokens, head_dim, f"--device-memory[{d}]")
-            if policy.rule is not everything
-            else 0
             for d, (size, n) in enumerate(zip(budgets, number, strict=True))
-        ],
-        np.int32,
-    )
-    entries = np.minimum(entries, number * tokens).astype(np.int32)
-    chosen = policy.rule(measured, entries, device_of.astype(np.int32))
+        ]
+        entries = np.minimum(fits, number * tokens).astype(np.int32)
+    chosen = policy.rule(measured, entries, device_of)
     order = np.argsort(-np.asarray(measured.w), axis=-1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(tokens)[None, None], axis=-1)
     kept = rank < chosen.entries.reshape(layers, heads, 1)
-    return Plan(kept, device_of.astype(np.int32), chosen.entries, chosen.price)
+    return Plan(kept, device_of, chosen.entries, chosen.price)
 
 
-def _entries(
-    budget: int, units: int, tail_tokens: int, head_dim: int, name: str = "the budget"
-) -> int:
+def _entries(budget: int, units: int, tail_tokens: int, head_dim: int, name: str) -> int:
     """Entries that a device can keep beside its table and the tails of its units."""
-    entry = kv_entry_bytes(head_dim)
+    entry, fewest = kv_entry_bytes(head_dim), measure.FEW_TOKENS[0]
     tails = units * tail_tokens * entry
-    least = tails + cache.table_bytes(units) + units * measure.counts(10**4)[0] * entry
+    least = tails + cache.table_bytes(units) + units * fewest * entry
     if budget < least:
         raise ValueError(
-            f"{name} is {budget} bytes: the tables, {tail_tokens} new tokens and 8 kept ones of its "
-            f"{units} units take {least}; give more memory, or fewer --new-tokens"
+            f"{name} is {budget} bytes: the tables, {tail_tokens} new tokens and {fewest} kept ones of "
+            f"its {units} units take {least}; give more memory, or fewer --new-tokens"
         )
-    return cache.entries_within(int(budget) - tails, units, head_dim)
+    return cache.entries_within(budget - tails, units, head_dim)
