@@ -1,0 +1,263 @@
+"""Codecs: distortion as in theory, exact bytes, lossless packing, and the same result transformed."""
+
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jbalance import cache
+from jbalance.cache import codec
+
+BITS = [1, 2, 3, 4, 8]
+D = 64
+THEORY = {1: 0.3634, 2: 0.1175, 3: 0.03455, 4: 0.0095}  # Max 1960: error of the Gaussian codebook
+# Measured bounds at D = 64, where every vector's own grid and norm beat the codebook's average.
+AT_64 = {1: 0.360, 2: 0.1125, 3: 0.0300, 4: 0.0073, 8: 3.6e-5}
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def coded(x, bits):
+    return cache.decode(cache.encode(jnp.asarray(x), bits), x.shape[-1], bits)
+
+
+def relative_error(x, bits):
+    """[N] |x - x̂|² / |x|²."""
+    x = np.asarray(x, np.float64)
+    error = x - np.asarray(coded(np.asarray(x, np.float32), bits), np.float64)
+    return (error**2).sum(-1) / (x**2).sum(-1)
+
+
+def lloyd(count):
+    """The Lloyd-Max levels of the standard normal distribution, from the definition, and their error."""
+    normal = NormalDist()
+    level = np.linspace(-2, 2, count)
+    for _ in range(2000):
+        edge = (level[1:] + level[:-1]) / 2
+        mass = np.diff([0, *map(normal.cdf, edge), 1])
+        first_moment = -np.diff([0, *map(normal.pdf, edge), 0])
+        level = first_moment / mass
+    return level, 1 - (mass * level**2).sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_codebook_is_lloyd_max(bits):
+    level, error = lloyd(2**bits)
+    np.testing.assert_allclose(codec.levels(D, bits) * np.sqrt(D), level, atol=1e-6)
+    assert error == pytest.approx(THEORY[bits], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_distortion_of_long_vectors_is_the_theory(bits):
+    # A vector's own grid gains less, the longer it is.
+    x = gaussian(200, 4096)
+    error = relative_error(x, bits).mean()
+    assert error == pytest.approx(THEORY[bits], rel=0.02)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", [64, 96, 112, 128, 256])
+def test_distortion_is_at_most_the_theory(bits, head_dim):
+    bound = AT_64[bits] if head_dim == 64 else THEORY.get(bits, 1e-4) * 1.005
+    assert relative_error(gaussian(4000, head_dim), bits).mean() <= bound
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "kind", ["few_entries", "one_large", "heavy_tails", "outlier_channels", "smooth", "constant"]
+)
+def test_rotation_makes_any_data_as_good_as_gaussian(bits, kind):
+    rng = np.random.default_rng(1)
+    noise = gaussian(4000, D, seed=2)
+    x = {
+        "few_entries": noise * (rng.random(noise.shape).argsort(-1) < 4),
+        "one_large": noise * 0.1
+        + np.eye(D)[rng.integers(0, D, 4000)] * rng.choice([-1, 1], (4000, 1)),
+        "heavy_tails": rng.standard_t(2, size=noise.shape),
+        "outlier_channels": noise * np.where(np.arange(D) % 29 == 3, 20, 1),
+        "smooth": noise.cumsum(-1),
+        "constant": np.ones((1, D)),
+    }[kind]
+    assert relative_error(x, bits).mean() <= 1.15 * AT_64[bits]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_hot_vectors_are_stored_to_the_precision_of_the_norm(bits):
+    x = np.eye(D, dtype=np.float32) * np.where(np.arange(D) % 2, -3.7, 0.2)[:, None]
+    np.testing.assert_allclose(coded(x, bits), x, atol=3.7 * 2**-11)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_inner_products_err_as_theory_says(bits):
+    # (q · (x - x̂))² = |q|² |x - x̂|² / D in the mean over directions of q, and the least-error norm
+    # shrinks x · x̂ by the error itself.
+    x, q = gaussian(20000, D), gaussian(20000, D, seed=3)
+    error = relative_error(x, bits).mean()
+    decoded = np.asarray(coded(x, bits), np.float64)
+    x, q = x.astype(np.float64), q.astype(np.float64)
+    square = (q * (x - decoded)).sum(-1) ** 2 / (q**2).sum(-1) / (x**2).sum(-1)
+    assert square.mean() * D == pytest.approx(error, rel=0.05)
+    slope = ((x * decoded).sum(-1) / (x**2).sum(-1)).mean()
+    assert slope == pytest.approx(1 - error, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 112])
+def test_bytes_are_exact(bits, head_dim):
+    codes = cache.encode(jnp.ones((3, 5, head_dim)), bits)
+    assert codes.packed.shape == (3, 5, head_dim * bits // 8)
+    assert codes.nbytes == sum(x.nbytes for x in jax.tree.leaves(codes))
+    assert codes.nbytes == 15 * cache.codes_bytes(head_dim, bits)
+
+
+@given(bits=st.sampled_from(BITS), groups=st.integers(1, 16), data=st.data())
+def test_packing_loses_nothing(bits, groups, data):
+    size = 8 * groups
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=size, max_size=size))
+    packed = codec.pack_bits(jnp.asarray(codes), bits)
+    assert packed.dtype == jnp.uint8
+    assert packed.shape == (size * bits // 8,)
+    np.testing.assert_array_equal(codec.unpack_bits(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_byte_is_a_code(bits):
+    # Unpacking and packing give the bytes back, so no two patterns mean the same.
+    packed = np.random.default_rng(0).integers(0, 256, (50, D * bits // 8)).astype(np.uint8)
+    np.testing.assert_array_equal(
+        codec.pack_bits(codec.unpack_bits(jnp.asarray(packed), bits), bits), packed
+    )
+
+
+def test_layout_is_the_documented_one():
+    # Stored caches depend on it: code i at bit 4 (i div 4) of byte i mod 4; 3 bits: 8 codes in 3 bytes.
+    np.testing.assert_array_equal(codec.pack_bits(jnp.arange(8), 4), [0x40, 0x51, 0x62, 0x73])
+    word = sum(i << (3 * i) for i in range(8))
+    np.testing.assert_array_equal(
+        codec.pack_bits(jnp.arange(8), 3), [word & 255, word >> 8 & 255, word >> 16]
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_encoding_what_was_decoded_changes_nothing(bits):
+    first = cache.encode(gaussian(500, D), bits)
+    again = cache.encode(cache.decode(first, D, bits), bits)
+    np.testing.assert_array_equal(again.packed, first.packed)
+    np.testing.assert_allclose(again.norm, first.norm, rtol=2**-10)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_jit_and_vmap_equal_the_plain_call(bits):
+    x = gaussian(4, 7, D)
+    plain = cache.encode(x, bits)
+    for transformed in (
+        jax.jit(cache.encode, static_argnums=1)(x, bits),
+        jax.vmap(lambda x: cache.encode(x, bits))(x),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, plain, transformed)
+
+    def decode(codes):
+        return cache.decode(codes, D, bits)
+
+    np.testing.assert_allclose(jax.jit(decode)(plain), decode(plain), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(decode)(plain), decode(plain), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sixteen_bit_vectors(dtype):
+    x = jnp.asarray(gaussian(100, D), dtype)
+    codes = cache.encode(x, 4)
+    wide = cache.encode(x.astype(jnp.float32), 4)
+    jax.tree.map(np.testing.assert_array_equal, codes, wide)
+    out = cache.decode(codes, D, 4, dtype)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, cache.decode(codes, D, 4).astype(dtype))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_tiny_and_empty(bits):
+    x = np.stack([np.zeros(D), np.full(D, 1e-30), gaussian(D)]).astype(np.float32)
+    out = np.asarray(coded(x, bits))
+    np.testing.assert_array_equal(out[:2], 0)
+    np.testing.assert_array_equal(out[2], np.asarray(coded(x[2:], bits))[0])
+    assert coded(np.zeros((0, D), np.float32), bits).shape == (0, D)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_error_does_not_depend_on_the_scale(bits):
+    x = gaussian(500, D)
+    for scale in (1e-3, 3e3):
+        ratio = relative_error(x * scale, bits).mean() / relative_error(x, bits).mean()
+        assert ratio == pytest.approx(1, rel=0.02)
+
+
+def test_traced_values_saturate_and_stay_finite():
+    encode = jax.jit(cache.encode, static_argnums=1)
+    for bits in BITS:
+        x = jnp.asarray(gaussian(3, D)) * jnp.array([[1.0], [1e6], [1e30]])
+        codes = encode(x, bits)
+        np.testing.assert_array_equal(codes.norm[1:], codec.NORM_MAX)
+        assert jnp.isfinite(cache.decode(codes, D, bits)).all()
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 56, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256])
+def test_rotation_is_orthonormal_and_flat(head_dim):
+    r = codec.rotation(head_dim).astype(np.float64)
+    np.testing.assert_allclose(r @ r.T, np.eye(head_dim), atol=1e-6)
+    np.testing.assert_allclose(abs(r), head_dim**-0.5, rtol=1e-6)
+    x = gaussian(10, head_dim)
+    np.testing.assert_allclose(cache.unrotate(cache.rotate(x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_attention_needs_no_rotation_back(bits):
+    x, q = gaussian(50, D), gaussian(3, D, seed=1)
+    codes = cache.encode(x, bits)
+    stored = cache.dequantise(codes, D, bits)
+    np.testing.assert_allclose(
+        cache.rotate(q) @ stored.T, q @ cache.decode(codes, D, bits).T, atol=1e-4
+    )
+    assert cache.dequantise(codes, D, bits, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda x: cache.encode(x, 5), ("bits is 5", "1, 2, 3, 4, 8")),
+        (lambda x: cache.encode(x, True), ("bits is True",)),
+        (lambda x: cache.encode(x, 2.5), ("bits is 2.5",)),
+        (lambda x: cache.encode(x[:, :60], 4), ("x's last axis is 60", "56 and 64")),
+        (lambda x: cache.encode(x[:, :0], 4), ("x's last axis is 0",)),
+        (lambda x: cache.encode(jnp.float32(1), 4), ("x has shape ()",)),
+        (lambda x: cache.encode(x.astype(jnp.int32), 4), ("x has dtype int32",)),
+        (lambda x: cache.encode(x.at[1, 2].set(jnp.nan), 4), ("x[(1, 2)] is nan",)),
+        (lambda x: cache.encode(x.at[0, 3].set(jnp.inf), 4), ("x[(0, 3)] is inf",)),
+        (lambda x: cache.encode(x * 1e6, 4), ("x has values up to 1000000", "65504")),
+        (lambda x: cache.codes_bytes(184, 4), ("head_dim is 184", "176 and 192")),
+        (lambda x: cache.codes_bytes(-8, 4), ("head_dim is -8",)),
+        (lambda x: cache.codes_bytes(64, 16), ("bits is 16",)),
+        (
+            lambda x: cache.decode(cache.encode(x, 4), 64, 3),
+            ("codes.packed is uint8 of shape (2, 32)", "[..., 24]"),
+        ),
+        (
+            lambda x: cache.decode(cache.Codes(x, x[:, 0]), 64, 8),
+            ("codes.packed is float32",),
+        ),
+        (
+            lambda x: cache.decode(cache.Codes(x.astype(jnp.uint8), x[0]), 64, 8),
+            ("codes.norm has shape (64,)", "(2,)"),
+        ),
+    ],
+)
+def test_bad_input_is_named(call, names):
+    with pytest.raises(ValueError, match=r"is|has") as error:
+        call(jnp.ones((2, D)))
+    for name in names:
+        assert name in str(error.value)
