@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.kv_budget import measure
 from experiments.kv_budget.measure import Measured
-from jbalance import allocate, cache, place, shares
+from jbalance import allocate, cache, checks, place, shares
 from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
 
@@ -114,9 +114,7 @@ def policy_of(name: str) -> Policy:
     Raises:
       ValueError: that lists the names.
     """
-    if name not in POLICIES:
-        raise ValueError(f"policy is {name!r}: it must be one of {', '.join(POLICIES)}")
-    return POLICIES[name]
+    return checks.choice("policy", name, POLICIES)
 
 
 class Plan(NamedTuple):

@@ -148,14 +148,14 @@ def _policy_row(job: Job, policy: Policy, measured: measure.Measured) -> tuple[d
     plan = make_plan(policy, measured, job.budgets, job.tail_tokens)
     seconds = time.perf_counter() - start
     caches = place_caches(measured, plan, job.decoder.devices, job.tail_tokens)
-    live = [_live_bytes(held) for held in caches]
+    live = [held.nbytes for held in caches]
     entries = [held.context.num_entries for held in caches]
     reduced = evaluate.log_probs(
         job.decoder, plan, [_without_room(held) for held in caches], job.case.continuation[:-1]
     )
     quality = evaluate.quality(reduced, job.full, job.case.continuation[1:])
     generated = evaluate.generate(job.decoder, plan, caches, job.query, job.new_tokens)
-    after = [_live_bytes(held) for held in generated.caches]
+    after = [held.nbytes for held in generated.caches]
     within = all(b <= size for b, size in zip(np.maximum(live, after), job.budgets, strict=True))
     if not within and policy.rule is not everything:
         raise RuntimeError(f"{policy.name} holds {live} bytes, the budgets are {job.budgets}")
@@ -180,11 +180,6 @@ def _policy_row(job: Job, policy: Policy, measured: measure.Measured) -> tuple[d
         ],
     }
     return row, plan
-
-
-def _live_bytes(held: DeviceCache) -> int:
-    """Bytes of the arrays as they lie on the device."""
-    return sum(x.nbytes for x in jax.tree.leaves(held))
 
 
 def _without_room(held: DeviceCache) -> DeviceCache:
