@@ -49,7 +49,11 @@ def lloyd(count):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_codebook_is_lloyd_max(bits):
     level, error = lloyd(2**bits)
-    np.testing.assert_allclose(codec.levels(D, bits) * np.sqrt(D), level, atol=1e-6)
+    # In whole 127ths of the largest.
+    np.testing.assert_allclose(
+        codec.levels(D, bits) * np.sqrt(D), level, atol=0.75 * level[-1] / 127
+    )
+    assert codec.levels(D, bits)[-1] * np.sqrt(D) == pytest.approx(level[-1], rel=1e-6)
     assert error == pytest.approx(THEORY[bits], rel=1e-3)
 
 
@@ -136,12 +140,29 @@ def test_every_byte_is_a_code(bits):
 
 
 def test_layout_is_the_documented_one():
-    # Stored caches depend on it: code i at bit 4 (i div 4) of byte i mod 4; 3 bits: 8 codes in 3 bytes.
+    # Stored caches depend on it: code i at bit 4 (i div 4) of byte i mod 4; 3 bits: two planes.
     np.testing.assert_array_equal(codec.pack_bits(jnp.arange(8), 4), [0x40, 0x51, 0x62, 0x73])
-    word = sum(i << (3 * i) for i in range(8))
-    np.testing.assert_array_equal(
-        codec.pack_bits(jnp.arange(8), 3), [word & 255, word >> 8 & 255, word >> 16]
-    )
+    codes = np.array([5, 2, 7, 0, 1, 6, 3, 4])
+    low, high = codes & 3, codes >> 2
+    want = [
+        *(sum(low[2 * i + j] << (2 * i) for i in range(4)) for j in range(2)),
+        sum(high[i] << i for i in range(8)),
+    ]
+    np.testing.assert_array_equal(codec.pack_bits(jnp.asarray(codes), 3), want)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_tokens_may_lie_coordinate_by_coordinate(bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (7, D))
+    by_coordinate = codec.pack_bits(jnp.asarray(codes), bits).T.reshape(-1)
+    np.testing.assert_array_equal(codec.unpack_bits(by_coordinate, bits).reshape(D, 7), codes.T)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_levels_are_the_levels(bits):
+    whole = np.asarray(codec.integer_levels(jnp.arange(2**bits, dtype=jnp.uint8), bits), float)
+    value = (whole + 0.5 * (bits == 8)) * codec.step(D, bits)
+    np.testing.assert_allclose(value, codec.levels(D, bits), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -165,8 +186,8 @@ def test_jit_and_vmap_equal_the_plain_call(bits):
     def decode(codes):
         return cache.decode(codes, D, bits)
 
-    np.testing.assert_allclose(jax.jit(decode)(plain), decode(plain), atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(decode)(plain), decode(plain), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(decode)(plain), decode(plain), atol=4e-6)
+    np.testing.assert_allclose(jax.vmap(decode)(plain), decode(plain), atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
