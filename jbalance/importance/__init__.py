@@ -1,6 +1,7 @@
 """w: how much each unit matters, by indicators, features, terms or tokens (METHOD step 1)."""
 
 from jbalance.importance.anova import anova
+from jbalance.importance.attention_energy import attention_energy
 from jbalance.importance.attention_mass import attention_mass
 from jbalance.importance.chi_squared import chi_squared
 from jbalance.importance.combine import NORMALIZERS, combine, combined, normalize_rows
@@ -14,6 +15,7 @@ from jbalance.importance.max_attention import max_attention
 from jbalance.importance.mutual_information import mutual_information
 from jbalance.importance.output_error import output_error, protected
 from jbalance.importance.pooling import decay_feedback, pool
+from jbalance.importance.reconstruction import reconstruction
 from jbalance.importance.sinks_recent import sinks_recent
 from jbalance.importance.tfidf import term_importance, tfidf
 from jbalance.importance.tokens import TOKEN_SCORERS
@@ -44,6 +46,8 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "key_norm",
     "leverage",
     "sinks_recent",
+    "attention_energy",
+    "reconstruction",
     "value_weighted",
     "TOKEN_SCORERS",
     # heads: what evicting their tokens costs

@@ -66,6 +66,15 @@ def keep_first(w: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.where(kept, jnp.max(jnp.where(kept, 0.0, w), axis=1, keepdims=True), w)
 
 
+def sum_queries(attention: jax.Array) -> jax.Array:
+    """[K, G, t, S] summed over the group and the queries, [K, S].
+
+    A product with ones: XLA's own reduction over the middle axes takes three times as long on CPU.
+    """
+    by_query = attention.reshape(attention.shape[0], -1, attention.shape[-1])
+    return jnp.einsum("n,kns->ks", jnp.ones(by_query.shape[1], jnp.float32), by_query, precision=HIGHEST)
+
+
 def fold_attention(
     step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], q: jax.Array, k: jax.Array
 ) -> jax.Array:

@@ -1,0 +1,47 @@
+"""Attention energy: tokens whose loss the last queries would feel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.importance import _tokens
+
+
+def attention_energy(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, queries: int = 64, min_distance: int = 32
+) -> jax.Array:
+    """Sum of the squared attention received from the last queries.
+
+    w_s = Σ over the last `queries` t, and the heads of the group, of A_ts² where the position of
+    t - s >= min_distance. If token s is stored with an independent relative error ε, the squared error
+    of the outputs is Σ_t A_ts² ε² ‖v_s‖²: one currency for all heads and layers, in which bits and
+    evictions compare. The root of w is an amplitude, on the scale of the attention itself.
+
+    Args:
+      q: [T, H, D] the last T queries, after the rotary embedding.
+      k: [S, K, D] all keys; T <= S, H a multiple of K.
+      v: [S, K, D] values, only checked.
+      queries: how many of them to ask; static, in 1..T.
+      min_distance: nearer tokens are seen by every query and judged later; static, >= 0.
+
+    Returns:
+      w, [K, S] float32 >= 0; 0 for the tokens that no asked query is far enough from.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, T > S, queries outside 1..T, min_distance < 0, or a
+        value that is not finite.
+    """
+    q, k, _ = _tokens.tokens(q, k, v)
+    checks.in_range("queries", queries, 1, q.shape[0])
+    checks.in_range("min_distance", min_distance, 0, checks.INT32_MAX)
+    key = jnp.arange(k.shape[0])
+
+    def step(w: jax.Array, attention: jax.Array, position: jax.Array) -> jax.Array:
+        far = position[:, None] - key >= min_distance
+        squared = jnp.where(far, attention, 0.0) ** 2
+        return w + _tokens.sum_queries(squared)
+
+    return _tokens.fold_attention(step, q[-queries:], k)
