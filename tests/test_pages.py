@@ -40,6 +40,10 @@ def vectors(*shape, seed=0):
     return [jnp.asarray(rng.normal(size=(*shape, D)), jnp.float32) for _ in range(2)]
 
 
+def worths(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.uint8)
+
+
 def owned(at):
     """The page ids of each group."""
     return np.split(np.asarray(at.order), np.asarray(at.offset))[1:-1]
@@ -58,8 +62,8 @@ def test_bytes_are_the_budget_but_for_less_than_a_page(budget, page_bytes):
 def test_tokens_of_a_page():
     for bits in BITS:
         codes = D * bits // 8 + (0 if bits == 16 else 2)
-        assert pages.token_bytes(D, bits) == 2 * codes
-        assert pages.tokens_per_page(PAGE, D, bits) == PAGE // (2 * codes)
+        assert pages.token_bytes(D, bits) == 2 * codes + 1
+        assert pages.tokens_per_page(PAGE, D, bits) == PAGE // (2 * codes + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,13 +101,15 @@ def test_absurd_requests_are_refused(value):
 def test_what_is_written_is_read(level):
     at = arena(want=np.full((U, M), 2))
     npp = at.page_tokens[level]
-    k, v = vectors(2, npp + 2)
-    new, dropped = write(at, jnp.array([2, 0]), level, jnp.zeros(2, jnp.int32), k, v)
+    (k, v), worth = vectors(2, npp + 2), worths(2, npp + 2)
+    new, dropped = write(at, jnp.array([2, 0]), level, jnp.zeros(2, jnp.int32), k, v, worth)
     np.testing.assert_array_equal(dropped, 0)
     assert new.count[2, level] == new.count[0, level] == npp + 2
     for i, unit in enumerate((2, 0)):
         held = read(new, unit, level, num_pages=2)
         np.testing.assert_array_equal(held.valid, np.arange(2 * npp) < npp + 2)
+        np.testing.assert_array_equal(held.worth[: npp + 2], worth[i])
+        np.testing.assert_array_equal(held.worth[npp + 2 :], 0)
         for got, x in ((held.k, k[i]), (held.v, v[i])):
             np.testing.assert_array_equal(got[npp + 2 :], 0)
             if BITS[level] == 16:
@@ -121,51 +127,52 @@ def test_what_is_written_is_read(level):
 def test_one_by_one_is_the_same_as_at_once(level):
     at = arena(want=np.full((U, M), 2))
     size = at.page_tokens[level] + 1
-    k, v = vectors(U, size)
+    tokens = (*vectors(U, size), worths(U, size))
     units, zero = jnp.arange(U), jnp.zeros(U, jnp.int32)
-    once, _ = write(at, units, level, zero, k, v)
+    once, _ = write(at, units, level, zero, *tokens)
     for i in range(size):
-        at, _ = write(at, units, level, zero + i, k[:, i : i + 1], v[:, i : i + 1])
+        at, _ = write(at, units, level, zero + i, *(x[:, i : i + 1] for x in tokens))
     jax.tree.map(np.testing.assert_array_equal, at, once)
 
 
 def test_writes_outside_the_capacity_are_reported_and_dropped():
     at = arena(want=np.full((U, M), 1))
     npp = at.page_tokens[2]
-    k, v = vectors(U, 4)
+    tokens = (*vectors(U, 4), worths(U, 4))
     first = jnp.array([npp - 1, npp + 7, -1])
-    new, dropped = write(at, jnp.arange(U), 2, first, k, v)
+    new, dropped = write(at, jnp.arange(U), 2, first, *tokens)
     np.testing.assert_array_equal(dropped, [3, 4, 4])
     np.testing.assert_array_equal(new.count[:, 2], [npp, 0, 0])
     changed = np.flatnonzero((np.asarray(new.data) != np.asarray(at.data)).any(axis=1))
     np.testing.assert_array_equal(changed, owned(at)[2])
     none = arena()
-    same, dropped = write(none, jnp.arange(U), 2, first * 0, k, v)
+    same, dropped = write(none, jnp.arange(U), 2, first * 0, *tokens)
     np.testing.assert_array_equal(dropped, 4)
     jax.tree.map(np.testing.assert_array_equal, same, none)
 
 
 def test_units_may_write_different_numbers_of_tokens():
     at = arena(want=np.full((U, M), 2))
-    k, v = vectors(U, 5)
+    tokens = (*vectors(U, 5), worths(U, 5))
     number = jnp.array([0, 3, 5])
-    new, dropped = write(at, jnp.arange(U), 4, jnp.zeros(U, jnp.int32), k, v, number)
+    new, dropped = write(at, jnp.arange(U), 4, jnp.zeros(U, jnp.int32), *tokens, number)
     np.testing.assert_array_equal(dropped, 0)
     np.testing.assert_array_equal(new.count[:, 4], number)
 
 
 def test_demotion_by_reading_and_writing_anew():
     at = arena(want=np.full((U, M), 1))
-    k, v = vectors(1, 4)
-    at, _ = write(at, jnp.array([1]), 0, jnp.array([0]), k, v)
+    (k, v), worth = vectors(1, 3), worths(1, 3)
+    at, _ = write(at, jnp.array([1]), 0, jnp.array([0]), k, v, worth)
     held = read(at, 1, 0, num_pages=1)
-    at, dropped = write(at, jnp.array([1]), 2, jnp.array([0]), held.k[None, :4], held.v[None, :4])
+    again = (x[None, :3] for x in (held.k, held.v, held.worth))
+    at, dropped = write(at, jnp.array([1]), 2, jnp.array([0]), *again)
     at = pages.truncate(at, at.count.at[1, 0].set(0))
     assert dropped == 0
-    np.testing.assert_array_equal(at.count[1], [0, 0, 4, 0, 0])
+    np.testing.assert_array_equal(at.count[1], [0, 0, 3, 0, 0])
     assert not read(at, 1, 0, num_pages=1).valid.any()
     lower = read(at, 1, 2, num_pages=1)
-    error = np.square(lower.k[:4] - k[0]).sum() / np.square(k[0]).sum()
+    error = np.square(lower.k[:3] - k[0]).sum() / np.square(k[0]).sum()
     assert error < 0.01
 
 
@@ -173,7 +180,7 @@ def test_demotion_by_reading_and_writing_anew():
     ("call", "names"),
     [
         (lambda: pages.create(100, U, D, BITS, PAGE), ("budget_bytes is 100", "take 384")),
-        (lambda: pages.create(10**6, U, D, BITS, 63), ("page_bytes is 63", "takes 64")),
+        (lambda: pages.create(10**6, U, D, BITS, 64), ("page_bytes is 64", "takes 65")),
         (lambda: pages.create(10**6, U, D, (4, 5), PAGE), ("bits is (4, 5)",)),
         (lambda: pages.create(10**6, U, D, (4, 4), PAGE), ("bits is (4, 4)",)),
         (lambda: pages.create(10**6, U, D, (), PAGE), ("bits is ()",)),
@@ -186,6 +193,8 @@ def test_demotion_by_reading_and_writing_anew():
         (lambda: pages.read(arena(), 0, 5), ("level is 5",)),
         (lambda: write_with(level=-1), ("level is -1",)),
         (lambda: write_with(k=jnp.ones((1, 2, 8))), ("(1, 2, 8)",)),
+        (lambda: write_with(worth=jnp.ones((1, 2))), ("worth is float32", "uint8")),
+        (lambda: write_with(worth=worths(2, 1)), ("(2, 1)", "(1, 2)")),
         (lambda: write_with(units=jnp.arange(2)), ("units has shape (2,)",)),
         (lambda: write_with(first_slot=0), ("first_slot has shape ()",)),
     ],
@@ -201,5 +210,5 @@ def write_with(**changes):
     """`write` with good arguments but for some."""
     k, v = vectors(1, 2)
     zero = jnp.zeros(1, jnp.int32)
-    good = {"units": zero, "level": 0, "first_slot": zero, "k": k, "v": v}
+    good = {"units": zero, "level": 0, "first_slot": zero, "k": k, "v": v, "worth": worths(1, 2)}
     return pages.write(arena(), **(good | changes))

@@ -15,11 +15,38 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.kv_budget.measure import Measured
-from experiments.kv_budget.policies import Plan
+from experiments.kv_budget.measure import NUM_SINKS, Measured
+from experiments.kv_budget.policies import Plan, Room
 from experiments.models.llama import Llama
 from jbalance import cache
-from jbalance.cache import Partial, RaggedCache
+from jbalance.cache import Partial, RaggedCache, paged_attention, pages, worth
+from jbalance.cache.pages import Arena
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedContext:
+    """Kept entries at several precisions: keys less a mean per unit, which costs them fewer bits."""
+
+    arena: Arena
+    key_mean: jax.Array  # [U, D] bfloat16
+
+    @property
+    def num_entries(self) -> int:
+        """Over all units."""
+        return int(np.sum(self.arena.count))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay resident."""
+        return self.arena.nbytes + self.key_mean.nbytes
+
+    def attend(self, q: jax.Array, slots: jax.Array) -> Partial:
+        """Attention of queries [n, T, D] over their units; the mean shifts all logits of a query."""
+        part = paged_attention.attend_pages(q, self.arena, slots)
+        mean = self.key_mean[slots].astype(jnp.float32)
+        shift = jnp.einsum("ntd,nd->nt", q.astype(jnp.float32), mean, precision="highest")
+        return Partial(part.y, part.lse + shift / np.sqrt(q.shape[-1]))
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +54,7 @@ from jbalance.cache import Partial, RaggedCache
 class DeviceCache:
     """What one device holds: kept entries of the context, and room for the tokens behind it."""
 
-    context: RaggedCache
+    context: RaggedCache | PagedContext
     tail_keys: jax.Array  # [U, R, D]
     tail_values: jax.Array  # [U, R, D]
 
@@ -69,9 +96,45 @@ def place_caches(
         units = np.flatnonzero(plan.device_of == d)
         shape = (units.size, tail_tokens, measured.k.shape[-1])
         tails = (jnp.zeros(shape, dtype, device=device) for _ in range(2))
-        packed = cache.pack(measured.k, measured.v, plan.kept, units, dtype=dtype)
-        caches.append(DeviceCache(jax.device_put(packed, device), *tails))
+        held: RaggedCache | PagedContext
+        if plan.room is None:
+            held = cache.pack(measured.k, measured.v, plan.kept, units, dtype=dtype)
+        else:
+            held = _pack_pages(measured, plan, plan.room, d)
+        caches.append(DeviceCache(jax.device_put(held, device), *tails))
     return jax.block_until_ready(caches)
+
+
+def _pack_pages(measured: Measured, plan: Plan, room: Room, device: int) -> PagedContext:
+    """The tokens of a device's units, in its pages at their levels."""
+    units = np.flatnonzero(plan.device_of == device)
+    tokens, head_dim = measured.k.shape[1], measured.k.shape[-1]
+    level = plan.level.reshape(-1, tokens)[units]
+    count = np.stack([(level == m).sum(axis=1) for m in range(len(plan.bits))], axis=1)
+    need = -(-count // np.array(room.page_tokens(plan.bits)))
+    arena = pages.empty(room.num_pages[device], units.size, head_dim, plan.bits, room.page_bytes)
+    arena, missing = pages.reallocate(arena, jnp.asarray(need))
+    if missing:
+        raise RuntimeError(f"device {device} lacks {missing} pages for what was planned")
+    k, v = (jnp.moveaxis(x, 2, 1).reshape(-1, tokens, head_dim)[units] for x in measured[:2])
+    key_mean = jnp.mean(k[:, NUM_SINKS:], axis=1).astype(jnp.bfloat16)
+    k -= key_mean.astype(jnp.float32)[:, None]
+    code = worth.encode_worth(measured.w).reshape(-1, tokens)[units]
+    for m in range(len(plan.bits)):
+        first = jnp.asarray(np.argsort(level != m, axis=1, kind="stable"))
+        arena = _write_level(arena, m, first, k, v, code, jnp.asarray(count[:, m]))
+    return PagedContext(arena, key_mean)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _write_level(arena: Arena, m: int, first, k, v, code, number) -> Arena:
+    """The first `number` [U] tokens in the order `first` [U, S] fill the groups of level m."""
+    k, v, code = (
+        jnp.take_along_axis(x, first.reshape(first.shape + (1,) * (x.ndim - 2)), axis=1)
+        for x in (k, v, code)
+    )
+    units, start = jnp.arange(len(first)), jnp.zeros(len(first), jnp.int32)
+    return pages.write(arena, units, m, start, k, v, code, number)[0]
 
 
 class Decoder:
@@ -163,9 +226,12 @@ def _attend_held(q, k, v, *, slots, held: DeviceCache, tail) -> tuple[Partial, D
 
 
 @jax.jit
-def _attend_context(q, slots, context: RaggedCache) -> Partial:
+def _attend_context(q, slots, context: RaggedCache | PagedContext) -> Partial:
     """Queries [n, T, G, D] over the kept entries of their units."""
-    return cache.attend(q.reshape(q.shape[0], -1, q.shape[-1]), context, slots)
+    q = q.reshape(q.shape[0], -1, q.shape[-1])
+    if isinstance(context, PagedContext):
+        return context.attend(q, slots)
+    return cache.attend(q, context, slots)
 
 
 @functools.partial(jax.jit, donate_argnums=(4, 5))

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.kv_budget.decode import Decoder, DeviceCache, Layout, place_caches
 from experiments.kv_budget.measure import Measured
-from experiments.kv_budget.policies import Plan, everything
+from experiments.kv_budget.policies import Plan
 
 
 class Quality(NamedTuple):
@@ -34,13 +34,9 @@ def log_probs(
 
 def reference(decoder: Decoder, measured: Measured, tokens: np.ndarray) -> jax.Array:
     """Log-probabilities [T, V] over the full cache in float32, on the first device."""
-    layers, heads, size = measured.w.shape
-    plan = Plan(
-        np.ones((layers, heads, size), bool),
-        np.zeros(layers * heads, np.int32),
-        everything(measured, np.zeros(1), np.zeros(layers * heads)).entries,
-        None,
-    )
+    layers, heads, _ = measured.w.shape
+    device_of = np.zeros(layers * heads, np.int32)
+    plan = Plan(np.zeros(measured.w.shape, np.int8), (16,), device_of, None)
     caches = place_caches(measured, plan, decoder.devices, dtype=jnp.float32)
     return log_probs(decoder, plan, caches, tokens)
 

@@ -19,6 +19,11 @@ NUM_SINKS, NUM_RECENT = 4, 32
 FEW_TOKENS = (8, 12, 18, 25)  # counts below the sinks and the recent tokens
 PROBE_TOKENS = 128  # last queries that stand for those to come
 SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
+# Energies of attention, whose root is a token's worth at every precision: what the last queries asked
+# for counts little beside what a repetition of the context would, or it would be all that is kept.
+WINDOW_SHARE = 0.02
+WORTHS = ("sketch", "repetition")
+REPEAT_TOKENS = 1024  # of the context, fed back at a time
 
 
 class Measured(NamedTuple):
@@ -26,8 +31,8 @@ class Measured(NamedTuple):
 
     k: jax.Array  # [L, S, K, D]
     v: jax.Array  # [L, S, K, D]
-    w: jax.Array  # [L, K, S] importance of the tokens, sinks and recent ones above all
-    error: jax.Array  # [L, K, M] what keeping counts[m] tokens costs in output error
+    w: jax.Array  # [L, K, S] importance of the tokens; orders put sinks and recent ones above all
+    error: jax.Array | None  # [L, K, M] what keeping counts[m] tokens costs in output error
 
 
 def counts(num_tokens: int) -> tuple[int, ...]:
@@ -64,21 +69,29 @@ def prefill(model: Llama, tokens: np.ndarray, scorer: str = "combined") -> Measu
     Args:
       model: the decoder.
       tokens: [S] ids of the context.
-      scorer: name of the token scorer that orders each head's tokens.
+      scorer: name of the token scorer that orders each head's tokens; or one of `WORTHS`, whose w
+        are in one currency for all heads and precisions.
     """
     check_length("context", len(tokens))
     parts = nnx.split(model)
-    return _prefill(parts[0], parts[1], jnp.asarray(tokens), scorer, counts(len(tokens)))
+    measured = _prefill(parts[0], parts[1], jnp.asarray(tokens), scorer, counts(len(tokens)))
+    if scorer == "repetition":
+        energy = measured.w**2 + _repeated(parts, np.asarray(tokens), measured)
+        measured = measured._replace(w=jnp.sqrt(energy))
+    return measured
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "scorer", "counts"))
 def _prefill(graph, state, tokens, scorer, counts) -> Measured:
     model = nnx.merge(graph, state)
-    score = scorers(model.config.rope_base)[scorer]
+    base = model.config.rope_base
+    score = None if scorer in WORTHS else scorers(base)[scorer]
 
     def attention(q, k, v, _):
         y, _ = causal_attention(q, k, v)
         q, k, v = q[0], k[0], v[0]
+        if score is None:
+            return y, Measured(k, v, worth(q, k, v, base), None)
         w = score(q, k, v)
         if scorer != "sinks_recent":  # an order by position needs no protection of positions
             w = importance.protected(w, num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
@@ -86,3 +99,43 @@ def _prefill(graph, state, tokens, scorer, counts) -> Measured:
         return y, Measured(k, v, w, error)
 
     return model.hidden(tokens[None], None, attention)[1]
+
+
+def worth(q: jax.Array, k: jax.Array, v: jax.Array, rope_base: float) -> jax.Array:
+    """w [K, S] of one layer's tokens: the root of their energies, sketched from the prefill alone."""
+    sketch = importance.reconstruction(q, k, v, rotary_base=rope_base)
+    window = importance.attention_energy(q, k, v)
+    return jnp.sqrt(sketch + WINDOW_SHARE * window)
+
+
+def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:
+    """Energies [L, K, S] received while the context is fed back in pieces of one size."""
+    number = -(-len(tokens) // REPEAT_TOKENS)
+    size = -(-len(tokens) // number)
+    total = jnp.zeros_like(measured.w)
+    for start in np.minimum(np.arange(number) * size, len(tokens) - size):
+        piece = jnp.asarray(tokens[start : start + size])
+        total += _repeat_piece(*parts, piece, measured.k, measured.v)
+    return total
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _repeat_piece(graph, state, tokens, k, v) -> jax.Array:
+    model, size = nnx.merge(graph, state), k.shape[1]
+
+    def attention(q, new_k, new_v, context):
+        keys, values = (
+            jnp.concatenate([x, new[0]]) for x, new in zip(context, (new_k, new_v), strict=True)
+        )
+        y = _attend_after(q[0], keys, values)
+        energy = importance.attention_energy(q[0], keys, values, queries=q.shape[1], min_distance=0)
+        return y[None], energy[:, :size]
+
+    positions = size + jnp.arange(tokens.shape[0])
+    return model.hidden(tokens[None], positions, attention, (k, v))[1]
+
+
+def _attend_after(q, k, v) -> jax.Array:
+    """The last queries [T, H, D] of the keys' sequence [S, K, D], causally: y [T, H, D]."""
+    visible = jnp.tril(jnp.ones((q.shape[0], k.shape[0]), bool), k.shape[0] - q.shape[0])
+    return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=visible[None, None])[0]

@@ -98,8 +98,8 @@ def _prices(report: Report) -> Iterator[str]:
         return
     yield _figure(
         pictures.prices(report),
-        f"The price on each device under {name}: how much the value of the plan (the output error "
-        "that it expects to avoid) would grow with one more byte there, shown here for one KiB. "
+        f"The price on each device under {name}: how much the worth of what is kept (attention that "
+        "would be missed without it) would grow with one more byte there, shown here for one KiB. "
         "The higher the price, the scarcer the memory; where it is zero, more memory would not "
         f"help.{_dearest(report)}",
     )

@@ -1,8 +1,9 @@
-"""Who keeps how many tokens: one function a policy, all at the same bytes.
+"""Who keeps which tokens at how many bits: one function a policy, all at the same bytes.
 
-A policy orders each head's tokens by a scorer and gives each (layer, key/value head) unit a number of
-them, within every device's entries. `uniform:NAME` is `uniform` with another scorer of
-`importance.TOKEN_SCORERS`.
+Those that only evict order each head's tokens by a scorer and give each (layer, key/value head) unit a
+number of them, within every device's entries; `uniform:NAME` is `uniform` with another scorer of
+`importance.TOKEN_SCORERS`. Those with several precisions give every token a level, within every
+device's pages.
 """
 
 from __future__ import annotations
@@ -17,18 +18,45 @@ import numpy as np
 from experiments.kv_budget import measure
 from experiments.kv_budget.measure import Measured
 from jbalance import allocate, cache, checks, place, shares
+from jbalance.cache import live, pages, worth
 from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
 
+LADDER_BITS = (8, 4, 3)
+LADDER_RECENT = 16  # latest tokens at its highest level
+
 
 class Counts(NamedTuple):
-    """What a policy decided."""
+    """What a policy that only evicts decided."""
 
     entries: np.ndarray  # [U] tokens kept by each unit
     price: np.ndarray | None  # [G] output error that one more entry would save, if it has prices
 
 
 Rule = Callable[[Measured, np.ndarray, np.ndarray], Counts]
+
+
+class Levels(NamedTuple):
+    """What a policy of several precisions decided."""
+
+    level: np.ndarray  # [U, S] index into the policy's bits; their number where evicted
+    price: np.ndarray | None  # [G] worth per byte, if it has prices
+
+
+class Room(NamedTuple):
+    """What the devices hold in pages."""
+
+    num_pages: np.ndarray  # [G]
+    page_bytes: int
+    device_of: np.ndarray  # [U]
+    head_dim: int
+
+    def page_tokens(self, bits: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that a page holds at each level."""
+        return tuple(pages.tokens_per_page(self.page_bytes, self.head_dim, b) for b in bits)
+
+
+PagedRule = Callable[[Measured, tuple[int, ...], Room], Levels]
 
 
 def equal(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -> Counts:
@@ -59,8 +87,8 @@ def _in_proportion(measured, entries, device_of, power) -> Counts:
     return Counts(np.asarray(out.amount), None)
 
 
-def ladder(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -> Counts:
-    """The ladder: levels are numbers of tokens, their values the output error that they save."""
+def ladder_eviction_only(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -> Counts:
+    """Levels are numbers of tokens of 16 bits, their values the output error that they save."""
     counts = np.asarray(measure.counts(measured.w.shape[2]), np.int32)
     lowest = _least_level(counts, entries.sum() / device_of.size)
     error = np.asarray(measured.error, np.float64).reshape(device_of.size, -1)[:, lowest:]
@@ -79,13 +107,63 @@ def _least_level(counts: np.ndarray, average: float) -> int:
     return max(int(np.searchsorted(counts, floor, side="right")) - 1, 0)
 
 
+def ladder(measured: Measured, bits: tuple[int, ...], room: Room) -> Levels:
+    """The ladder over all tokens: what one price allows each, from nothing to the highest precision."""
+    codes = np.array(worth.encode_worth(measured.w)).reshape(room.device_of.size, -1)
+    codes[:, : measure.NUM_SINKS] = codes[:, -LADDER_RECENT:] = worth.PROTECTED
+    offsets = worth.steps(room.head_dim, bits)
+    page_tokens = room.page_tokens(bits)
+    level = np.full(codes.shape, len(bits), np.int8)
+    prices = np.zeros(room.num_pages.size)
+    for d, num_pages in enumerate(room.num_pages):
+        own = room.device_of == d
+        histogram = np.zeros((own.sum(), len(bits), worth.NUM_CODES), np.int32)
+        np.add.at(histogram[:, 0], (np.arange(len(histogram))[:, None], codes[own]), 1)
+        out = worth.price_of(jnp.asarray(histogram), offsets, page_tokens, num_pages)
+        if out.shortfall > 0:
+            raise ValueError(
+                f"--device-memory[{d}] or the budget holds {num_pages} pages of {room.page_bytes} bytes "
+                f"for contexts: sinks and recent tokens of its units lack {out.shortfall}; give more"
+            )
+        slots = np.asarray(out.pages) * np.array(page_tokens)
+        level[own] = worth.fill(jnp.asarray(codes[own]), jnp.asarray(slots))
+        # A price in worth: what a token must bring per byte to be kept at all.
+        least = float(worth.decode_worth(jnp.max(out.price)))
+        prices[d] = least / pages.token_bytes(room.head_dim, bits[-1])
+    return Levels(level, prices)
+
+
+def uniform_bits(measured: Measured, bits: tuple[int, ...], room: Room) -> Levels:
+    """As KIVI and its like: all tokens at the most bits that all can have; else the latest and sinks."""
+    units, tokens = room.device_of.size, measured.w.shape[2]
+    level = np.full((units, tokens), len(bits), np.int8)
+    order = np.argsort(-np.asarray(measured.w[0, 0]), kind="stable")  # by position, as in all heads
+    for d, num_pages in enumerate(room.num_pages):
+        own = room.device_of == d
+        each = int(num_pages) // max(int(own.sum()), 1)
+        fits = [each * number for number in room.page_tokens(bits)]
+        chosen = next((m for m, number in enumerate(fits) if number >= tokens), len(bits) - 1)
+        level[np.ix_(own, order[: fits[chosen]])] = chosen
+    return Levels(level, None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A way to spend the entries."""
+    """A way to spend the bytes on whole tokens."""
 
     name: str
     scorer: str
     rule: Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedPolicy:
+    """A way to spend the bytes at several precisions."""
+
+    name: str
+    scorer: str
+    rule: PagedRule
+    bits: tuple[int, ...]
 
 
 def everything(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -> Counts:
@@ -94,21 +172,24 @@ def everything(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -
     return Counts(np.full(device_of.size, measured.w.shape[2], np.int32), None)
 
 
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("full", "combined", everything),
-        Policy("sinks-recent", "sinks_recent", equal),
-        Policy("uniform", "combined", equal),
-        Policy("proportional", "combined", proportional),
-        Policy("proportional-rms", "combined", proportional_rms),
-        Policy("ladder", "combined", ladder),
-        *(Policy(f"uniform:{scorer}", scorer, equal) for scorer in TOKEN_SCORERS),
-    )
-}
+AnyPolicy = Policy | PagedPolicy
+
+_ALL: tuple[AnyPolicy, ...] = (
+    Policy("full", "combined", everything),
+    Policy("sinks-recent", "sinks_recent", equal),
+    Policy("uniform", "combined", equal),
+    Policy("proportional", "combined", proportional),
+    Policy("proportional-rms", "combined", proportional_rms),
+    Policy("ladder-eviction-only", "combined", ladder_eviction_only),
+    PagedPolicy("uniform-bits", "sinks_recent", uniform_bits, (16, 8, 4, 3, 2, 1)),
+    PagedPolicy("ladder", "sketch", ladder, LADDER_BITS),
+    PagedPolicy("ladder-thorough", "repetition", ladder, LADDER_BITS),
+    *(Policy(f"uniform:{scorer}", scorer, equal) for scorer in TOKEN_SCORERS),
+)
+POLICIES = {policy.name: policy for policy in _ALL}
 
 
-def policy_of(name: str) -> Policy:
+def policy_of(name: str) -> AnyPolicy:
     """The policy called `name`.
 
     Raises:
@@ -118,16 +199,27 @@ def policy_of(name: str) -> Policy:
 
 
 class Plan(NamedTuple):
-    """Which tokens stay, and where."""
+    """Which tokens stay, at how many bits, and where."""
 
-    kept: np.ndarray  # [L, K, S] bool
+    level: np.ndarray  # [L, K, S] index into bits; their number where evicted
+    bits: tuple[int, ...]
     device_of: np.ndarray  # [U] int32
-    entries: np.ndarray  # [U]
-    price: np.ndarray | None  # [G]
+    price: np.ndarray | None  # [G] value that one more byte would save, if it has prices
+    room: Room | None = None  # of a plan in pages
+
+    @property
+    def kept(self) -> np.ndarray:
+        """[L, K, S] bool."""
+        return self.level < len(self.bits)
+
+    @property
+    def entries(self) -> np.ndarray:
+        """[U] tokens kept by each unit."""
+        return self.kept.sum(axis=-1).reshape(-1)
 
 
 def make_plan(
-    policy: Policy, measured: Measured, budgets_bytes: list[int], tail_tokens: int = 0
+    policy: AnyPolicy, measured: Measured, budgets_bytes: list[int], tail_tokens: int = 0
 ) -> Plan:
     """Place the units on the devices, and spend each device's bytes on its own.
 
@@ -140,31 +232,82 @@ def make_plan(
     Raises:
       ValueError: a budget too small for the tables, tails and least entries of its units.
     """
-    layers, heads, tokens = measured.w.shape
-    units, head_dim = layers * heads, measured.k.shape[-1]
     budgets = np.asarray(budgets_bytes, np.int64)
+    units = measured.w.shape[0] * measured.w.shape[1]
     if policy.rule is everything:  # over any budget: spread evenly, whatever there is
         device_of = (np.arange(units) * budgets.size // units).astype(np.int32)
-        entries = np.zeros(budgets.size, np.int32)
-    else:
-        # Placed as if the memory were one, so that the devices' prices come out alike.
-        at_most = _entries(int(budgets.sum()), units, tail_tokens, head_dim, "the budget")
-        on_one = np.zeros(units, np.int32)
-        demand = policy.rule(measured, np.array([min(at_most, units * tokens)]), on_one).entries
-        loads = jnp.asarray(demand + tail_tokens, jnp.float32)
-        device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
-        number = np.bincount(device_of, minlength=budgets.size)
-        fits = [
-            _entries(int(size), int(n), tail_tokens, head_dim, f"--device-memory[{d}]")
-            for d, (size, n) in enumerate(zip(budgets, number, strict=True))
-        ]
-        entries = np.minimum(fits, number * tokens).astype(np.int32)
+        return Plan(np.zeros(measured.w.shape, np.int8), (16,), device_of, None)
+    if isinstance(policy, PagedPolicy):
+        return _plan_pages(policy, measured, budgets, tail_tokens)
+    return _plan_entries(policy, measured, budgets, tail_tokens)
+
+
+def _plan_entries(policy: Policy, measured: Measured, budgets: np.ndarray, tail: int) -> Plan:
+    """Of a policy that only evicts: whole entries, as many as fit."""
+    layers, heads, tokens = measured.w.shape
+    units, head_dim = layers * heads, measured.k.shape[-1]
+    # Placed as if the memory were one, so that the devices' prices come out alike.
+    at_most = _entries(int(budgets.sum()), units, tail, head_dim, "the budget")
+    on_one = np.zeros(units, np.int32)
+    demand = policy.rule(measured, np.array([min(at_most, units * tokens)]), on_one).entries
+    loads = jnp.asarray(demand + tail, jnp.float32)
+    device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
+    number = np.bincount(device_of, minlength=budgets.size)
+    fits = [
+        _entries(int(size), int(n), tail, head_dim, f"--device-memory[{d}]")
+        for d, (size, n) in enumerate(zip(budgets, number, strict=True))
+    ]
+    entries = np.minimum(fits, number * tokens).astype(np.int32)
     chosen = policy.rule(measured, entries, device_of)
     order = np.argsort(-np.asarray(measured.w), axis=-1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(tokens)[None, None], axis=-1)
-    kept = rank < chosen.entries.reshape(layers, heads, 1)
-    return Plan(kept, device_of, chosen.entries, chosen.price)
+    evicted = rank >= chosen.entries.reshape(layers, heads, 1)
+    price = None if chosen.price is None else chosen.price / kv_entry_bytes(head_dim)
+    return Plan(evicted.astype(np.int8), (16,), device_of, price)
+
+
+def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, tail: int) -> Plan:
+    """Of a policy of several precisions: whole pages, as many as fit beside tails and key means."""
+    shape, head_dim = measured.w.shape, measured.k.shape[-1]
+    units = shape[0] * shape[1]
+    beside = tail * kv_entry_bytes(head_dim) + key_mean_bytes(head_dim)
+    page_bytes = live.page_bytes_for(
+        max(int(budgets.sum()) - units * beside, 1), units, head_dim, policy.bits
+    )
+
+    def solve(budgets: np.ndarray, device_of: np.ndarray) -> tuple[Levels, Room]:
+        number = np.bincount(device_of, minlength=budgets.size)
+        fits = [
+            _pages_within(int(size), int(n), tail, beside, head_dim, policy.bits, page_bytes, d)
+            for d, (size, n) in enumerate(zip(budgets, number, strict=True))
+        ]
+        room = Room(np.array(fits), page_bytes, device_of, head_dim)
+        return policy.rule(measured, policy.bits, room), room
+
+    # Placed as if the memory were one, so that the devices' prices come out alike.
+    demand, _ = solve(budgets.sum(keepdims=True), np.zeros(units, np.int32))
+    sizes = np.array([*(pages.token_bytes(head_dim, b) for b in policy.bits), 0])
+    loads = jnp.asarray(sizes[demand.level].sum(axis=1) + beside, jnp.float32)
+    device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
+    chosen, room = solve(budgets, device_of)
+    return Plan(chosen.level.reshape(shape), policy.bits, device_of, chosen.price, room)
+
+
+def key_mean_bytes(head_dim: int) -> int:
+    """Of one unit's mean key, in bfloat16."""
+    return 2 * head_dim
+
+
+def _pages_within(budget, units, tail, beside, head_dim, bits, page_bytes, device) -> int:
+    """Pages that a device can hold beside the tails and mean keys of its units."""
+    try:
+        return pages.pages_within(budget - units * beside, units, head_dim, bits, page_bytes)
+    except ValueError as error:
+        raise ValueError(
+            f"--device-memory[{device}] or the budget is {budget} bytes, of which {tail} new tokens "
+            f"and the mean keys of its {units} units take {units * beside}: {error}"
+        ) from None
 
 
 def _entries(budget: int, units: int, tail_tokens: int, head_dim: int, name: str) -> int:

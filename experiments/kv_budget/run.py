@@ -17,12 +17,15 @@ from tokenizers import Tokenizer
 from experiments.kv_budget import data, evaluate, measure
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.decode import Decoder, DeviceCache, place_caches
-from experiments.kv_budget.policies import Plan, Policy, everything, make_plan, policy_of
+from experiments.kv_budget.policies import AnyPolicy, Plan, everything, make_plan, policy_of
 from experiments.models import Llama
 from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
 
-DEFAULT_POLICIES = ("full", "sinks-recent", "uniform", "proportional", "ladder")
-CURVE_POLICIES = ("sinks-recent", "uniform", "ladder")
+DEFAULT_POLICIES = (
+    *("full", "sinks-recent", "uniform", "ladder-eviction-only"),
+    *("uniform-bits", "ladder"),
+)
+CURVE_POLICIES = ("sinks-recent", "ladder-eviction-only", "ladder")
 CURVE_SCALES = (0.5, 1.5, 2.0)
 
 
@@ -141,7 +144,7 @@ def _devices(number: int) -> list[jax.Device]:
     return jax.devices()[:number]
 
 
-def _policy_row(job: Job, policy: Policy, measured: measure.Measured) -> tuple[dict, Plan]:
+def _policy_row(job: Job, policy: AnyPolicy, measured: measure.Measured) -> tuple[dict, Plan]:
     """Everything that the report says of one policy."""
     make_plan(policy, measured, job.budgets, job.tail_tokens)  # compiles; the next one is timed
     start = time.perf_counter()
@@ -159,8 +162,7 @@ def _policy_row(job: Job, policy: Policy, measured: measure.Measured) -> tuple[d
     within = all(b <= size for b, size in zip(np.maximum(live, after), job.budgets, strict=True))
     if not within and policy.rule is not everything:
         raise RuntimeError(f"{policy.name} holds {live} bytes, the budgets are {job.budgets}")
-    entry_bytes = 2 * measured.k.shape[-1] * 2
-    price = [None] * len(live) if plan.price is None else (plan.price / entry_bytes).tolist()
+    price = [None] * len(live) if plan.price is None else plan.price.tolist()
     found = generated.tokens[: len(job.case.answer)]
     row = {
         "policy": policy.name,

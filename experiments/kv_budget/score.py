@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.decode import Decoder, place_caches
-from experiments.kv_budget.policies import Policy, everything, make_plan, policy_of
+from experiments.kv_budget.policies import AnyPolicy, everything, make_plan, policy_of
 from experiments.models import Llama
 from jbalance.resources import kv_entry_bytes
 
@@ -108,7 +108,7 @@ def score(
     }
 
 
-def _score_context(decoder, measured, policies: list[Policy], budgets, kind, given):
+def _score_context(decoder, measured, policies: list[AnyPolicy], budgets, kind, given):
     """Rows of one context: quality ("lm") or whether the pass key is found ("pk")."""
     layers, heads, size = measured.w.shape
     full_bytes = layers * heads * size * kv_entry_bytes(measured.k.shape[-1])

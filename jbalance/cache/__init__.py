@@ -1,22 +1,41 @@
-"""The key/value cache that stores only what was allocated, and attention over it."""
+"""The key/value cache that stores only what was allocated, and attention over it.
 
+`live` is the cache of a decoder; `pages`, `worth` and `rebalance` are what it is made of.
+"""
+
+from jbalance.cache import live, pages, rebalance, worth
 from jbalance.cache.attend import Partial, attend, merge
 from jbalance.cache.codec import Codes, codes_bytes, decode, dequantise, encode, rotate, unrotate
+from jbalance.cache.live import KVCache
+from jbalance.cache.paged_attention import attend_decoded, attend_pages
+from jbalance.cache.pages import Arena
 from jbalance.cache.ragged import RaggedCache, entries_within, pack, table_bytes
 
-__all__ = [
+__all__ = [  # noqa: RUF022  (the order is the pipeline's)
+    # few bits
     "Codes",
-    "Partial",
-    "RaggedCache",
-    "attend",
     "codes_bytes",
+    "encode",
     "decode",
     "dequantise",
-    "encode",
-    "entries_within",
-    "merge",
-    "pack",
     "rotate",
-    "table_bytes",
     "unrotate",
+    # whole tokens of one precision
+    "RaggedCache",
+    "entries_within",
+    "table_bytes",
+    "pack",
+    "attend",
+    # pages of every precision
+    "Arena",
+    "pages",
+    "worth",
+    "rebalance",
+    "attend_pages",
+    "attend_decoded",
+    # while decoding
+    "KVCache",
+    "live",
+    "Partial",
+    "merge",
 ]

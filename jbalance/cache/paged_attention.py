@@ -22,13 +22,15 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
-from jbalance.cache import codec, pages
+from jbalance.cache import codec, paged_gpu, paged_tpu, pages
 from jbalance.cache.attend import _EMPTY, Partial, merge
 from jbalance.cache.pages import Arena
 
 BLOCK_TOKENS = 128  # small pages of one unit are joined to about so many tokens
 TILE_TOKENS = 4096  # of all blocks of one iteration, at most
 _TILE_LOGITS = 1 << 17
+# The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `paged_tpu`.
+_KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
 _LARGEST_WHOLE = 127 << 16  # a row's largest entry in units of the lowest of its three digits
 _SHIFTS = np.array([16, 8, 0], np.int32).reshape(3, 1, 1)
 _ROUNDING = np.array([0x8080, 0x80, 0], np.int32).reshape(3, 1, 1)
@@ -49,6 +51,7 @@ def attend_pages(
     units: jax.Array,
     *,
     key_gain: tuple[float, ...] | None = None,
+    backend: str | None = None,
 ) -> Partial:
     """Attention of queries over all tokens of their units, whatever their levels.
 
@@ -60,26 +63,51 @@ def attend_pages(
       arena: where the units are.
       units: [N] int32, indices into the arena's units.
       key_gain: [M] g of each level, 1 for None; 1 / (1 - error) undoes what `codec.encode` shrinks.
+      backend: "gpu", "tpu" or "xla", static; None for the GPU kernel on CUDA where it can read the
+        arena, else XLA. The kernels run on their own platform only, so export for several platforms at
+        once needs "xla".
 
     Returns:
       `Partial` with y [N, T, D] and lse [N, T], float32; a unit without tokens gives y = 0.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit; an unknown back end, or one that cannot read this arena.
     """
     gain = _check(q, arena, units, key_gain)
+    _check_backend(backend, arena)
     if 0 in q.shape:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], _EMPTY))
     units = jnp.asarray(units, jnp.int32)
     turned = codec.rotate(q) / math.sqrt(arena.head_dim)
-    total = functools.reduce(
-        merge,
-        (
-            _attend_level(turned * gain[i], arena, units, i, _level(arena, i, q.shape))
-            for i in range(len(arena.bits))
-        ),
-    )
+    total = _over_pages(turned, arena, units, gain, backend)
     return Partial(codec.unrotate(total.y), total.lse)
+
+
+def _check_backend(backend: str | None, arena: Arena) -> None:
+    """ValueError for a back end that is unknown or cannot read the arena."""
+    if backend not in (None, "xla", *_KERNELS):
+        raise ValueError(f"backend is {backend!r}: it must be 'gpu', 'tpu', 'xla' or None")
+    if backend in _KERNELS and (reason := _KERNELS[backend].unsupported(arena)):
+        raise ValueError(f"backend is {backend!r}, which cannot read this arena: {reason}")
+
+
+def _over_pages(q, arena, units, gain, backend) -> Partial:
+    """Attention of rotated and scaled queries by one back end."""
+    if backend in _KERNELS:
+        return _KERNELS[backend].attend_rotated(q, arena, units, gain)
+    xla = functools.partial(_attend_xla, gain=gain)
+    if backend == "xla" or paged_gpu.unsupported(arena):
+        return xla(q, arena, units)
+    gpu = functools.partial(paged_gpu.attend_rotated, gain=gain)
+    return lax.platform_dependent(q, arena, units, cuda=gpu, default=xla)
+
+
+def _attend_xla(q, arena, units, gain) -> Partial:
+    """All levels by the loops below, merged."""
+    levels = (
+        _attend_level(q * g, arena, units, i, _level(arena, i, q.shape)) for i, g in enumerate(gain)
+    )
+    return functools.reduce(merge, levels)
 
 
 def attend_decoded(

@@ -9,7 +9,8 @@ that allocations change without compiling anew. Every level stores vectors in th
 A page below 8 bits lies coordinate by coordinate: [D * bits / 8, tokens] bytes of keys, as
 `codec.unpack_bits` takes them, the same of values, then the low and the high bytes of the keys' float16
 norms, then of the values'. At 8 bits it is [tokens, D] of keys and of values and the norms; at 16
-bits [tokens, D] bfloat16 of keys and of values. What is left at its end is unused.
+bits [tokens, D] bfloat16 of keys and of values. Then, at every level, one byte per token: the code of
+its worth (`worth.encode_worth`). What is left at a page's end is unused.
 """
 
 from __future__ import annotations
@@ -78,27 +79,59 @@ class Tokens(NamedTuple):
     k: jax.Array  # [S, D] float32
     v: jax.Array  # [S, D] float32
     valid: jax.Array  # [S] bool; the others are zeros
+    worth: jax.Array  # [S] uint8
 
 
 def token_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one token's key and value with their norms.
+    """Bytes of one token's key and value with their norms, and of its worth.
 
     >>> token_bytes(64, bits=4)
-    68
+    69
     """
     if bits == WIDE_BITS and not isinstance(bits, bool):
         codec.rotation(head_dim)
-        return 4 * head_dim
-    return 2 * codec.codes_bytes(head_dim, bits)
+        return 4 * head_dim + 1
+    return 2 * codec.codes_bytes(head_dim, bits) + 1
 
 
 def tokens_per_page(page_bytes: int, head_dim: int, bits: int) -> int:
     """Tokens that a page holds.
 
     >>> [tokens_per_page(16384, 64, bits) for bits in (16, 8, 4, 3, 2)]
-    [64, 124, 240, 315, 455]
+    [63, 123, 237, 309, 442]
     """
     return page_bytes // token_bytes(head_dim, bits)
+
+
+def pages_within(
+    budget_bytes: int, num_units: int, head_dim: int, bits: tuple[int, ...], page_bytes: int
+) -> int:
+    """Pages of the arena that `create` makes of these arguments, with its errors."""
+    allowed = (*codec.BITS, WIDE_BITS)
+    if not bits or len(set(bits)) != len(bits) or any(b not in allowed for b in bits):
+        raise ValueError(f"bits is {bits}: it must be different ones of {allowed}")
+    if num_units < 1:
+        raise ValueError(f"num_units is {num_units}: it must be at least 1")
+    largest = max(token_bytes(head_dim, b) for b in bits)
+    if page_bytes < largest:
+        raise ValueError(
+            f"page_bytes is {page_bytes}: a token of {max(bits)} bits and head_dim {head_dim} "
+            f"takes {largest}"
+        )
+    groups = num_units * len(bits)
+    fixed, each = 4 * (2 * groups + 1), page_bytes + 4
+    if budget_bytes < fixed + each:
+        raise ValueError(
+            f"budget_bytes is {budget_bytes}: the tables of {num_units} units and {len(bits)} levels "
+            f"and one page of {page_bytes} bytes take {fixed + each}"
+        )
+    num_pages = int(budget_bytes - fixed) // each
+    if (num_pages + 1) * (groups + 1) > checks.INT32_MAX:
+        raise ValueError(
+            f"budget_bytes is {budget_bytes}: {num_pages} pages for {groups} groups are more than "
+            f"int32 can count; page_bytes {page_bytes} must be larger"
+        )
+    return num_pages
 
 
 def create(
@@ -124,34 +157,18 @@ def create(
       ValueError: values that do not fit, with what would.
     """
     bits = tuple(bits)
-    allowed = (*codec.BITS, WIDE_BITS)
-    if not bits or len(set(bits)) != len(bits) or any(b not in allowed for b in bits):
-        raise ValueError(f"bits is {bits}: it must be different ones of {allowed}")
-    if num_units < 1:
-        raise ValueError(f"num_units is {num_units}: it must be at least 1")
-    largest = max(token_bytes(head_dim, b) for b in bits)
-    if page_bytes < largest:
-        raise ValueError(
-            f"page_bytes is {page_bytes}: a token of {max(bits)} bits and head_dim {head_dim} "
-            f"takes {largest}"
-        )
-    groups = num_units * len(bits)
-    fixed, each = 4 * (2 * groups + 1), page_bytes + 4
-    if budget_bytes < fixed + each:
-        raise ValueError(
-            f"budget_bytes is {budget_bytes}: the tables of {num_units} units and {len(bits)} levels "
-            f"and one page of {page_bytes} bytes take {fixed + each}"
-        )
-    num_pages = int(budget_bytes - fixed) // each
-    if (num_pages + 1) * (groups + 1) > checks.INT32_MAX:
-        raise ValueError(
-            f"budget_bytes is {budget_bytes}: {num_pages} pages for {groups} groups are more than "
-            f"int32 can count; page_bytes {page_bytes} must be larger"
-        )
+    num_pages = pages_within(budget_bytes, num_units, head_dim, bits, page_bytes)
+    return empty(num_pages, num_units, head_dim, bits, page_bytes)
+
+
+def empty(
+    num_pages: int, num_units: int, head_dim: int, bits: tuple[int, ...], page_bytes: int
+) -> Arena:
+    """The arena of `create`, by the number of its pages."""
     return Arena(
         data=jnp.zeros((num_pages, page_bytes), jnp.uint8),
         order=jnp.arange(num_pages, dtype=jnp.int32),
-        offset=jnp.zeros(groups + 1, jnp.int32),
+        offset=jnp.zeros(num_units * len(bits) + 1, jnp.int32),
         count=jnp.zeros((num_units, len(bits)), jnp.int32),
         head_dim=head_dim,
         bits=bits,
@@ -231,6 +248,7 @@ def write(
     first_slot: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    worth: jax.Array,
     num_tokens: jax.Array | None = None,
 ) -> tuple[Arena, jax.Array]:
     """Encode tokens into slots first_slot, first_slot + 1, ... of one level's groups.
@@ -245,6 +263,7 @@ def write(
       first_slot: [N] int32, >= 0.
       k: [N, S, D] float keys.
       v: [N, S, D] float values.
+      worth: [N, S] uint8 codes of what the tokens are worth.
       num_tokens: [N] int32 <= S, how many of the S tokens to write; None for all.
 
     Returns:
@@ -260,6 +279,11 @@ def write(
     if np.shape(v) != np.shape(k) or head_dim != arena.head_dim:
         raise ValueError(
             f"k has shape {np.shape(k)} and v {np.shape(v)}: both must be [N, S, {arena.head_dim}]"
+        )
+    if np.shape(worth) != (num_units, size) or jnp.result_type(worth) != jnp.uint8:
+        raise ValueError(
+            f"worth is {jnp.result_type(worth)} of shape {np.shape(worth)}: it must be uint8 of shape "
+            f"[N, S] = {(num_units, size)}"
         )
     for name, x in (("units", units), ("first_slot", first_slot), ("num_tokens", num_tokens)):
         if x is not None and np.shape(x) != (num_units,):
@@ -279,7 +303,7 @@ def write(
     at = jnp.clip(token, 0, size - 1).reshape(num_units, -1, 1)
     content = [
         jnp.take_along_axis(x, at, axis=1).reshape(num_units, window, npp, -1)
-        for x in (*_encoded(k, bits), *_encoded(v, bits))
+        for x in (*_encoded(k, bits), *_encoded(v, bits), jnp.asarray(worth)[..., None])
     ]
     touched = jnp.any(fresh, axis=-1)
     ids = arena.order[jnp.clip(begin[:, None] + page, 0, arena.num_pages - 1)]
@@ -314,13 +338,13 @@ def read(
     ids = arena.order[jnp.clip(begin + page, 0, arena.num_pages - 1)]
     slot = (jnp.asarray(page)[:, None] * npp + np.arange(npp)).reshape(-1)
     valid = slot < arena.count[unit, level]
-    content = _from_page(arena.data[ids], npp, bits, arena.head_dim)
+    *content, worth = _from_page(arena.data[ids], npp, bits, arena.head_dim)
     half = len(content) // 2
     k, v = (
         jnp.where(valid[:, None], _decoded(part, arena.head_dim, bits), 0)
         for part in (content[:half], content[half:])
     )
-    return Tokens(k, v, valid)
+    return Tokens(k, v, valid, jnp.where(valid, worth[:, 0], 0))
 
 
 def _level_of(arena, level):
@@ -359,14 +383,14 @@ def _decoded(parts, head_dim, bits):
 def widths(head_dim: int, bits: int) -> list[tuple[int, bool]]:
     """Of a page's parts in their order: bytes per token, and whether they lie byte by byte."""
     if bits == WIDE_BITS:
-        return [(2 * head_dim, False)] * 2
+        return [(2 * head_dim, False)] * 2 + [(1, True)]
     code = (head_dim * bits // 8, bits < 8)
-    return [code, code, (2, True), (2, True)]
+    return [code, code, (2, True), (2, True), (1, True)]
 
 
 def _parts(content):
-    """The order of a page's parts from that of keys and values, and back."""
-    return content if len(content) == 2 else [content[i] for i in (0, 2, 1, 3)]
+    """The order of a page's parts from that of keys, values and worth, and back."""
+    return content if len(content) == 3 else [content[i] for i in (0, 2, 1, 3, 4)]
 
 
 def _to_page(content, bits):
@@ -389,7 +413,7 @@ def _page_bytes(fresh, bits, head_dim):
 
 
 def _from_page(data, npp, bits, head_dim):
-    """Pages [W, page_bytes] to `_encoded`'s parts [W npp, w] of keys, then of values."""
+    """Pages [W, page_bytes] to `_encoded`'s parts [W npp, w] of keys, of values, and worth."""
     parts, at = [], 0
     for width, across in widths(head_dim, bits):
         part = data[:, at : at + npp * width]

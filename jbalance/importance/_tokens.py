@@ -72,7 +72,9 @@ def sum_queries(attention: jax.Array) -> jax.Array:
     A product with ones: XLA's own reduction over the middle axes takes three times as long on CPU.
     """
     by_query = attention.reshape(attention.shape[0], -1, attention.shape[-1])
-    return jnp.einsum("n,kns->ks", jnp.ones(by_query.shape[1], jnp.float32), by_query, precision=HIGHEST)
+    return jnp.einsum(
+        "n,kns->ks", jnp.ones(by_query.shape[1], jnp.float32), by_query, precision=HIGHEST
+    )
 
 
 def fold_attention(

@@ -68,7 +68,8 @@ def reconstruction(
     if rotary_base is not None:
         ahead = size if shift is None else shift
         angle = ahead * _rotary.frequencies(rotary_base, q.shape[-1]).astype(np.float64)
-        q = _rotary.turn(q, jnp.asarray(np.cos(angle), jnp.float32), np.sin(angle).astype("f4"))
+        cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+        q = _rotary.turn(q, cos, sin)
     heads = jnp.moveaxis(_tokens.by_group(q / math.sqrt(q.shape[-1]), k.shape[1]), 0, 2)
     keys = jnp.moveaxis(k, 1, 0)  # [K, S, D]; heads are [K, G, S, D]
 
@@ -99,7 +100,9 @@ def _beside(heads: jax.Array, keys: jax.Array, step: int) -> jax.Array:
     inside = (there >= 0) & (there < keys.shape[1])
     product = heads * jnp.roll(keys, -step, axis=1)[:, None]
     # A product with ones: XLA's own reduction of the last axis is slower on CPU.
-    logits = jnp.matmul(product, jnp.ones(product.shape[-1], jnp.float32), precision=_tokens.HIGHEST)
+    logits = jnp.matmul(
+        product, jnp.ones(product.shape[-1], jnp.float32), precision=_tokens.HIGHEST
+    )
     return jnp.where(inside, logits, _tokens.HIDDEN)
 
 

@@ -151,7 +151,8 @@ def test_the_real_model_runs_on_two_devices_within_their_memory(tmp_path):
         "full",
         "sinks-recent",
         "uniform",
-        "proportional",
+        "ladder-eviction-only",
+        "uniform-bits",
         "ladder",
     ]
     for row in report["policies"][1:]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.kv_budget import evaluate
+from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.decode import Decoder, Layout, place_caches
 from experiments.kv_budget.policies import make_plan, policy_of
+from jbalance.cache import paged_attention, pages
 
 NEW = np.random.default_rng(1).integers(0, 61, 9).astype(np.int32)
 
@@ -40,8 +41,8 @@ def masked_logits(model, context, kept, new):
 @pytest.mark.parametrize(
     ("name", "budgets"),
     [
-        ("ladder", [20_000]),
-        ("ladder", [9_000, 6_000, 4_000, 3_000]),
+        ("ladder-eviction-only", [20_000]),
+        ("ladder-eviction-only", [9_000, 6_000, 4_000, 3_000]),
         ("uniform", [16_000, 8_000]),
         ("full", [1, 1]),
     ],
@@ -56,10 +57,35 @@ def test_logits_equal_the_masked_model(small_model, context, measured, name, bud
     np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("budgets", [[24_000], [16_000, 8_000]])
+def test_paged_logits_equal_dense_attention_over_what_is_decoded(
+    small_model, context, monkeypatch, budgets
+):
+    measured = measure.prefill(small_model, context, "sketch")
+    devices = jax.devices()[: len(budgets)]
+    plan = make_plan(policy_of("ladder"), measured, budgets)
+    caches = place_caches(measured, plan, devices)
+    layout = Layout.of(plan.device_of, plan.kept.shape[:2])
+    decoder = Decoder(small_model, devices)
+    paged, _ = decoder.forward(NEW, len(context), caches, layout, 0)
+    monkeypatch.setattr(paged_attention, "attend_pages", paged_attention.attend_decoded)
+    jax.clear_caches()
+    dense, _ = decoder.forward(NEW, len(context), caches, layout, 0)
+    np.testing.assert_allclose(paged, dense, atol=1e-4)
+    for d, held in enumerate(caches):
+        for slot, unit in enumerate(np.flatnonzero(plan.device_of == d)):
+            layer, head = divmod(int(unit), 3)
+            want = np.asarray(measured.k[layer, :, head])[plan.kept[layer, head]]
+            got = [pages.read(held.context.arena, slot, m) for m in range(3)]
+            k = np.concatenate([x.k[x.valid] for x in got]) + held.context.key_mean[slot]
+            near = np.linalg.norm(k[:, None] - want, axis=-1).min(axis=1)
+            assert np.median(near / np.linalg.norm(want, axis=-1).mean()) < 0.2
+
+
 def test_token_by_token_into_the_room_equals_all_at_once(small_model, context, measured):
     devices = jax.devices()[:2]
     decoder = Decoder(small_model, devices)
-    plan = make_plan(policy_of("ladder"), measured, [16_000, 8_000], len(NEW))
+    plan = make_plan(policy_of("ladder-eviction-only"), measured, [16_000, 8_000], len(NEW))
     layout = Layout.of(plan.device_of, plan.kept.shape[:2])
     at_once, _ = decoder.forward(
         NEW, len(context), place_caches(measured, plan, devices, dtype=jnp.float32), layout, 0

@@ -1,0 +1,278 @@
+"""The cache: attention straight from its pages against dense caches, re-balancing, bytes, compilations.
+
+    python -m experiments.benchmarks.cache [--json OUT] [--quick]
+
+About six minutes on two cores; --quick takes one. One layer of SmolLM2-135M (3 key/value heads, 9 query
+heads, D = 64): real keys, values and worth of a public-domain text, cut into pieces that the model can
+read and laid one after the other. A case `ctxS_bF` holds S tokens at the fraction F of their bytes at 16
+bits, all metadata counted, as the ladder allots them. Times are medians of interleaved calls, and
+ratios are those of one run: a dense cache is attended to by the faster of two layouts of its keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import _report
+from experiments.benchmarks._report import Bar, Row
+from experiments.kv_budget import data, measure
+from experiments.models import load_gguf, prefill_attention, smollm2_path
+from jbalance.cache import codec, live, paged_attention, pages
+from jbalance.resources import kv_entry_bytes
+
+TEXT, LAYER, PIECE_TOKENS = "lcet10", 14, 2048
+SIZES, QUICK_SIZES = (1024, 4096, 16384, 32768), (1024, 4096)
+FRACTIONS = (0.25, 0.1, 0.05)
+BARS = {
+    (16384, 0.25): {"step_speedup_vs_dense_f32": 0.8, "step_speedup_vs_dense_bf16": 3.0},
+    (16384, 0.1): {"step_speedup_vs_dense_f32": 1.3},
+    (16384, 0.05): {"step_speedup_vs_dense_f32": 2.5},
+}
+LONG_STEPS, LONG_CONTEXT = 20_000, 1024
+CODED_VECTORS = 16384
+
+
+class Context(NamedTuple):
+    """One layer's tokens."""
+
+    q: jax.Array  # [H, D] the last query
+    k: jax.Array  # [S, K, D]
+    v: jax.Array  # [S, K, D]
+    w: jax.Array  # [K, S]
+
+
+def main() -> None:
+    _report.main(__doc__ or "", measure_all)
+
+
+def measure_all(quick: bool) -> list[Row]:
+    sizes = QUICK_SIZES if quick else SIZES
+    context = real_context(max(sizes))
+    rows = [row for size in sizes for row in _sized(_first(context, size))]
+    rows += _codec()
+    return rows + _long_decode(_first(context, LONG_CONTEXT), 2_000 if quick else LONG_STEPS)
+
+
+def real_context(size: int) -> Context:
+    """Tokens of a text through the model's first layers, in pieces laid one after the other."""
+    config, model, tokenizer = load_gguf(smollm2_path())
+    ids = data.encode(tokenizer, data.text_of(TEXT))
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def layer_of(state, ids):
+        q, k, v = nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
+        w = measure.worth(q[LAYER], k[LAYER], v[LAYER], config.rope_base)
+        return q[LAYER], k[LAYER], v[LAYER], w
+
+    piece = min(PIECE_TOKENS, size)
+    starts = range(0, size, piece)
+    parts = [layer_of(state, jnp.asarray(ids[start : start + piece])) for start in starts]
+    q, k, v, w = zip(*parts, strict=True)
+    return Context(q[-1][-1], jnp.concatenate(k), jnp.concatenate(v), jnp.concatenate(w, axis=1))
+
+
+def _keep(q, k, v, _):
+    y, (k, v) = prefill_attention(q, k, v)
+    return y, (q[0], k[0], v[0])
+
+
+def _first(context: Context, size: int) -> Context:
+    return Context(context.q, context.k[:size], context.v[:size], context.w[:, :size])
+
+
+def _sized(context: Context) -> list[Row]:
+    """One size: dense caches and all fractions in one interleaved run."""
+    size, heads, head_dim = context.k.shape
+    q = context.q.reshape(heads, -1, head_dim)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, dtype in (("f32", jnp.float32), ("bf16", jnp.bfloat16)):
+        k, v = (jnp.asarray(jnp.moveaxis(x, 1, 0), dtype) for x in (context.k, context.v))
+        turned = jnp.asarray(jnp.swapaxes(k, 1, 2))
+        calls[f"{name}/rows"] = functools.partial(_dense, q.astype(dtype), k, v)
+        calls[f"{name}/columns"] = functools.partial(_dense_turned, q.astype(dtype), turned, v)
+    held = {}
+    for fraction in FRACTIONS:
+        held[fraction], calls[f"admit_b{fraction}"] = _held(context, fraction)
+        calls[f"b{fraction}"] = functools.partial(_attend, q, held[fraction].arena)
+    seconds = _report.interleaved(calls)
+    dense = {
+        name: min(seconds[f"{name}/rows"], seconds[f"{name}/columns"]) for name in ("f32", "bf16")
+    }
+    rows = []
+    for fraction in FRACTIONS:
+        label = f"ctx{size}_b{fraction:g}"
+        bars = BARS.get((size, fraction), {})
+        step = seconds[f"b{fraction}"]
+        arena = held[fraction].arena
+        number = np.asarray(arena.count).sum(axis=0)
+        budget = budget_bytes(context, fraction)
+        flush, between = _flush_seconds(context, held[fraction])
+        rows += [
+            *(
+                Row(label, metric, dense[name] / step, _at_least(bars.get(metric)))
+                for name in dense
+                for metric in [f"step_speedup_vs_dense_{name}"]
+            ),
+            Row(label, "resident_bytes", held[fraction].nbytes, Bar(budget)),
+            Row(label, "budget_bytes", budget),
+            Row(label, "bytes_read_per_step", _bytes_read(arena)),
+            Row(label, "bytes_read_over_dense_bf16", _bytes_read(arena) / _dense_bytes(context)),
+            Row(label, "tokens_kept", number.sum() / (heads * size)),
+            *(
+                Row(label, f"tokens_at_{bits}_bits", n / (heads * size))
+                for bits, n in zip(arena.bits, number, strict=True)
+            ),
+            Row(label, "admit_steps", seconds[f"admit_b{fraction}"] / step),
+            Row(label, "rebalance_share", flush / (flush + between * step), Bar(0.05)),
+        ]
+    rows.append(Row(f"ctx{size}", "dense_bf16_over_f32", dense["bf16"] / dense["f32"]))
+    return rows
+
+
+def _at_least(limit: float | None) -> Bar | None:
+    return None if limit is None else Bar(limit, at_least=True)
+
+
+def budget_bytes(context: Context, fraction: float) -> int:
+    """So much of the context's bytes at 16 bits."""
+    return int(fraction * _dense_bytes(context))
+
+
+def _dense_bytes(context: Context) -> int:
+    size, heads, head_dim = context.k.shape
+    return size * heads * kv_entry_bytes(head_dim)
+
+
+def _held(context: Context, fraction: float) -> tuple[live.KVCache, Callable[[], Any]]:
+    """The context in a cache of that budget, and the call that put it there."""
+    _, heads, head_dim = context.k.shape
+    made = live.create(budget_bytes(context, fraction), 1, heads, head_dim)
+
+    @jax.jit
+    def admit(made, k, v, w):
+        allowance = made.arena.num_pages
+        return live.admit_layer(made, 0, 0, k, v, w, allowance, num_sinks=4, num_recent=16)[0]
+
+    call = functools.partial(admit, made, context.k, context.v, context.w)
+    return call(), call
+
+
+@jax.jit
+def _attend(q, arena):
+    return paged_attention.attend_pages(q, arena, jnp.arange(q.shape[0]))
+
+
+@jax.jit
+def _dense(q, k, v):
+    logits = jnp.einsum("ktd,ksd->kts", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("kts,ksd->ktd", jax.nn.softmax(logits), v)
+
+
+@jax.jit
+def _dense_turned(q, k, v):
+    logits = jnp.einsum("ktd,kds->kts", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("kts,ksd->ktd", jax.nn.softmax(logits), v)
+
+
+def _bytes_read(arena: pages.Arena) -> int:
+    """Of pages and tables in one step: what an accelerator's memory would have to deliver."""
+    used = -(-np.asarray(arena.count) // np.array(arena.page_tokens))
+    return int(used.sum()) * (arena.page_bytes + 4) + arena.offset.nbytes + arena.count.nbytes
+
+
+def _codec() -> list[Row]:
+    """Encoding and dequantising, beside a float32 copy of the same vectors."""
+    x = jax.random.normal(jax.random.key(0), (CODED_VECTORS, 64))
+    copy = jax.jit(lambda x: x + 1)
+    calls: dict[str, Callable[[], Any]] = {"copy": functools.partial(copy, x)}
+    for bits in codec.BITS:
+        codes = codec.encode(x, bits)
+        encode, dequantise = (
+            jax.jit(functools.partial(codec.encode, bits=bits)),
+            jax.jit(functools.partial(codec.dequantise, head_dim=64, bits=bits)),
+        )
+        calls[f"encode_{bits}"] = functools.partial(encode, x)
+        calls[f"dequantise_{bits}"] = functools.partial(dequantise, codes)
+    seconds = _report.interleaved(calls)
+    return [
+        Row(f"codec_{bits}bits", f"{name}_over_copy", seconds[f"{name}_{bits}"] / seconds["copy"])
+        for bits in codec.BITS
+        for name in ("encode", "dequantise")
+    ]
+
+
+def _long_decode(context: Context, steps: int) -> list[Row]:
+    """Steps far beyond the context in a cache of a quarter of its bytes: all of it stays the same."""
+    size, heads, head_dim = context.k.shape
+    budget = budget_bytes(context, 0.25)
+    made = live.create(budget, 1, heads, head_dim)
+    allowance = jnp.array([made.arena.num_pages])
+    made, _ = live.admit_layer(
+        made, 0, 0, context.k, context.v, context.w, allowance[0], num_sinks=4, num_recent=16
+    )
+    traces = 0
+
+    def step(made, k, v, q):
+        nonlocal traces
+        traces += 1
+        ring = jax.tree.map(lambda x: x[0], made.rings)
+        y, ring = live.attend_step(made, ring, 0, q[None], k[None], v[None])
+        rings = jax.tree.map(lambda x: x[None], ring)
+        made, report = live.end_step(made, rings, allowance)
+        return made, y, report.shortfall[0]
+
+    compiled = jax.jit(step, donate_argnums=0)
+    largest, lacking = 0, 0
+    queries = jnp.roll(jnp.repeat(context.k, context.q.shape[0] // heads, axis=1), 1, axis=0)
+    q, k, v = (np.asarray(x) for x in (queries, context.k, context.v))
+    for i in range(steps):
+        at = i % size
+        made, y, shortfall = compiled(made, k[at], v[at], q[at])
+        largest = max(largest, made.nbytes)
+        lacking += int(shortfall > 0)
+    jax.block_until_ready(y)
+    label = f"decode{steps}"
+    return [
+        Row(label, "largest_resident_bytes", largest, Bar(budget)),
+        Row(label, "traces", traces, Bar(1)),
+        Row(label, "shortfalls", lacking, Bar(0)),
+    ]
+
+
+def _flush_seconds(context: Context, held: live.KVCache) -> tuple[float, int]:
+    """Median seconds of letting half a ring into the arena, and the steps that lie between two."""
+    size, ring = len(context.k), held.ring_tokens
+    allowance = jnp.array([held.arena.num_pages])
+
+    def fill(made: live.KVCache, start: int) -> live.KVCache:
+        at = np.arange(start, start + ring) % size
+        k, v = (jnp.moveaxis(x[at], 1, 0).astype(jnp.bfloat16) for x in (context.k, context.v))
+        gained = jnp.square(context.w[:, at]) * ring
+        count = jnp.array([ring - 1])
+        return dataclasses.replace(
+            made, ring_keys=k, ring_values=v, ring_worth=gained, ring_count=count
+        )
+
+    flush = jax.jit(lambda made: live.end_step(made, made.rings, allowance)[0], donate_argnums=0)
+    made, taken = jax.tree.map(jnp.copy, held), []
+    for i in range(_report.REPETITIONS + 1):
+        made = jax.block_until_ready(fill(made, i * ring))
+        start = time.perf_counter()
+        made = jax.block_until_ready(flush(made))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:]), ring // 2
+
+
+if __name__ == "__main__":
+    main()
