@@ -144,7 +144,7 @@ def create(
     num_requests: int = 1,
     bits: Sequence[int] = (8, 4, 3),
     page_bytes: int | None = None,
-    ring_tokens: int = 64,
+    ring_tokens: int | None = None,
 ) -> KVCache:
     """An empty cache: the rings and tables, and an arena of what is left of the budget.
 
@@ -156,7 +156,8 @@ def create(
       num_requests: B.
       bits: of each level, descending.
       page_bytes: of one page; None for `page_bytes_for`.
-      ring_tokens: R, even; half of them enter the arena at a time.
+      ring_tokens: R, even; half of them enter the arena at a time. None for an eighth of the budget,
+        4 to 512: the more enter at once, the less it costs.
 
     Returns:
       `KVCache`.
@@ -168,9 +169,12 @@ def create(
     for name, x in sizes.items():
         if x < 1:
             raise ValueError(f"{name} is {x}: it must be at least 1")
+    units = num_requests * num_layers * num_kv_heads
+    if ring_tokens is None:
+        share = budget_bytes // (8 * units * (4 * head_dim + 4))
+        ring_tokens = min(max(share - share % 2, 4), 512)
     if ring_tokens < 2 or ring_tokens % 2:
         raise ValueError(f"ring_tokens is {ring_tokens}: it must be even and at least 2")
-    units = num_requests * num_layers * num_kv_heads
     bits = tuple(bits)
     worth.steps(head_dim, bits)
     ring = {

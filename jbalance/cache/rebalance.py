@@ -120,13 +120,13 @@ class _Format(NamedTuple):
 
 def admit(
     arena: Arena,
-    first_unit: jax.Array,
+    first_unit: jax.Array | int,
     num_units: int,
     units: jax.Array,
     k: jax.Array,
     v: jax.Array,
     code: jax.Array,
-    allowance_pages: jax.Array,
+    allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | None = None,
     lowest_price: jax.Array | None = None,
