@@ -27,7 +27,7 @@ from jbalance.cache.attend import _EMPTY, Partial, merge
 from jbalance.cache.pages import Arena
 
 BLOCK_TOKENS = 128  # small pages of one unit are joined to about so many tokens
-TILE_TOKENS = 4096  # of all blocks of one iteration, at most
+TILE_TOKENS = 2048  # of all blocks of one iteration, at most
 _TILE_LOGITS = 1 << 17
 # The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `paged_tpu`.
 _KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
