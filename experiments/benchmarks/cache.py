@@ -108,9 +108,7 @@ def _sized(context: Context) -> list[Row]:
         calls[f"b{fraction}"] = functools.partial(_attend, q, held[fraction].arena)
     seconds = _report.interleaved(calls)
     dense = {name: seconds[f"{name}/rows"] for name in ("f32", "bf16")}
-    dense |= {
-        f"{name}_any_layout": min(dense[name], seconds[f"{name}/columns"]) for name in dense
-    }
+    dense |= {f"{name}_any_layout": min(dense[name], seconds[f"{name}/columns"]) for name in dense}
     rows = []
     for fraction in FRACTIONS:
         label = f"ctx{size}_b{fraction:g}"
@@ -164,7 +162,7 @@ def _held(context: Context, fraction: float) -> tuple[live.KVCache, Callable[[],
     @jax.jit
     def admit(made, k, v, w):
         allowance = made.arena.num_pages
-        return live.admit_layer(made, 0, 0, k, v, w, allowance, num_sinks=4, num_recent=16)[0]
+        return live.admit_layer(made, 0, 0, k, v, w, allowance, num_sinks=4, num_recent=8)[0]
 
     call = functools.partial(admit, made, context.k, context.v, context.w)
     return call(), call
@@ -221,7 +219,7 @@ def _long_decode(context: Context, steps: int) -> list[Row]:
     made = live.create(budget, 1, heads, head_dim)
     allowance = jnp.array([made.arena.num_pages])
     made, _ = live.admit_layer(
-        made, 0, 0, context.k, context.v, context.w, allowance[0], num_sinks=4, num_recent=16
+        made, 0, 0, context.k, context.v, context.w, allowance[0], num_sinks=4, num_recent=8
     )
     traces = 0
 

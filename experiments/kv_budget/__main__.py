@@ -106,16 +106,17 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _cases(options: argparse.Namespace) -> None:
-    from experiments.kv_budget import data
+    from experiments.kv_budget import data, evaluate
     from experiments.models import load_gguf, smollm2_path
 
-    _, _, tokenizer = load_gguf(smollm2_path())
+    _, model, tokenizer = load_gguf(smollm2_path())
     arrays = data.case_arrays(
         tokenizer,
         options.texts.split(","),
         per_text=options.per_text,
         context_tokens=options.context_tokens,
         continuation_tokens=options.continuation_tokens,
+        accept=evaluate.answers_with_everything(model),
     )
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     np.savez(options.out, allow_pickle=False, **arrays)

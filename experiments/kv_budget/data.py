@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 CACHE = Path("data")
 PASSKEY_DIGITS = 5
+PLANTINGS = 20  # pass keys tried for one case
 QUESTION = "\nThe pass key is"
 NOTE = " The pass key is {}. Remember it. {} is the pass key."
 
@@ -153,14 +155,24 @@ def case_arrays(
     per_text: int,
     context_tokens: int,
     continuation_tokens: int,
+    accept: Callable[[Case], bool] = lambda case: True,
 ) -> dict[str, np.ndarray]:
     """Cases for `score` from several of `TEXTS`: contexts spread over each, plain and with a pass key.
+
+    Args:
+      tokenizer: the model's.
+      names: of the texts.
+      per_text: contexts of each kind.
+      context_tokens: S.
+      continuation_tokens: T.
+      accept: whether a pass key will do; those that the model cannot answer with all of its cache say
+        nothing of a smaller one. Another pass key is planted elsewhere until one does.
 
     Returns:
       lm_ctx [N, S], lm_cont [N, T + 1], pk_ctx [N, S], pk_query [N, Q], pk_answer [N, A].
 
     Raises:
-      ValueError: as `text_of` and `cut`, or per_text below 1.
+      ValueError: as `text_of` and `cut`, or per_text below 1, or pass keys that are never accepted.
     """
     if per_text < 1:
         raise ValueError(f"--per-text is {per_text}: at least 1")
@@ -170,16 +182,21 @@ def case_arrays(
         ids = encode(tokenizer, text)
         last = len(ids) - context_tokens - continuation_tokens - 1
         for i, start in enumerate(np.linspace(0.1 * len(ids), last, per_text).astype(int)):
-            part = (i + 0.5) / per_text
-            planted = cut(
-                tokenizer,
-                text,
-                context_tokens=context_tokens,
-                continuation_tokens=continuation_tokens,
-                at=part,
-                depth=0.15 + 0.7 * part,
-                seed=100 * i + len(name),
-            )
+            for attempt in range(PLANTINGS):
+                part = ((i + 0.5) / per_text + 0.382 * attempt) % 1
+                planted = cut(
+                    tokenizer,
+                    text,
+                    context_tokens=context_tokens,
+                    continuation_tokens=continuation_tokens,
+                    at=part,
+                    depth=0.15 + 0.7 * part,
+                    seed=1000 * attempt + 100 * i + len(name),
+                )
+                if accept(planted):
+                    break
+            else:
+                raise ValueError(f"{name}: none of {PLANTINGS} pass keys was accepted")
             middle = int(start) + context_tokens
             row = {
                 "lm_ctx": ids[start:middle],

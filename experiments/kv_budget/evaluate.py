@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from experiments.kv_budget.data import Case
 from experiments.kv_budget.decode import Decoder, DeviceCache, Layout, place_caches
 from experiments.kv_budget.measure import Measured
 from experiments.kv_budget.policies import Plan
+from experiments.models import Llama
 
 
 class Quality(NamedTuple):
@@ -65,6 +70,23 @@ def answers(
     fed = np.concatenate([query, answer[:-1]])
     predicted = np.argmax(log_probs(decoder, plan, caches, fed), axis=-1)
     return bool((predicted[-len(answer) :] == answer).all())
+
+
+def answers_with_everything(model: Llama) -> Callable[[Case], bool]:
+    """Whether the model, with nothing reduced, finds every token of a case's answer."""
+    graph, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def predicted(tokens, number):
+        model = nnx.merge(graph, state)
+        hidden, _ = model.hidden(tokens[None])
+        return jnp.argmax(model.logits(hidden[:, -number:])[0], axis=-1)
+
+    def accept(case: Case) -> bool:
+        tokens = np.concatenate([case.context, case.query, case.answer[:-1]])
+        return bool((predicted(jnp.asarray(tokens), len(case.answer)) == case.answer).all())
+
+    return accept
 
 
 class Generation(NamedTuple):

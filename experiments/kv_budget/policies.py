@@ -23,7 +23,7 @@ from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
 
 LADDER_BITS = (8, 4, 3)
-LADDER_RECENT = 16  # latest tokens at its highest level
+LADDER_RECENT = 8  # latest tokens at its highest level
 
 
 class Counts(NamedTuple):

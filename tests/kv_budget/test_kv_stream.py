@@ -1,4 +1,4 @@
-"""The model over a live cache: bytes that stay, prompts that enter by layers, requests that do not meet."""
+"""The model over a live cache: bytes that stay, prompts entering by layers, requests kept apart."""
 
 import dataclasses
 
@@ -137,7 +137,7 @@ def test_a_cache_saved_while_decoding_goes_on_bit_for_bit(streamer, context, tmp
 
 def test_bad_input_is_named(streamer, context):
     cache = streamer.create(24_000, ring_tokens=8)
-    with pytest.raises(RuntimeError, match="lacks .* pages at layer"):
+    with pytest.raises(RuntimeError, match=r"lacks \d+ pages at layer"):
         streamer.prefill(cache, context, allowance_pages=3)
     with pytest.raises(ValueError, match="tokens has 5 tokens"):
         streamer.prefill(cache, context[:5], allowance_pages=3)
