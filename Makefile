@@ -33,6 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
+	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
 
 clean:
 	rm -rf $(VENV) out data build dist *.egg-info
