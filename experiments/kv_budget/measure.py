@@ -16,6 +16,7 @@ from jbalance import importance
 from jbalance.types import TokenScorer
 
 NUM_SINKS, NUM_RECENT = 4, 32
+LADDER_RECENT = 8  # latest tokens at the ladder's highest level; all before them are judged
 FEW_TOKENS = (8, 12, 18, 25)  # counts below the sinks and the recent tokens
 PROBE_TOKENS = 128  # last queries that stand for those to come
 SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
@@ -104,7 +105,7 @@ def _prefill(graph, state, tokens, scorer, counts) -> Measured:
 def worth(q: jax.Array, k: jax.Array, v: jax.Array, rope_base: float) -> jax.Array:
     """w [K, S] of one layer's tokens: the root of their energies, sketched from the prefill alone."""
     sketch = importance.reconstruction(q, k, v, rotary_base=rope_base)
-    window = importance.attention_energy(q, k, v)
+    window = importance.attention_energy(q, k, v, min_distance=LADDER_RECENT)
     return jnp.sqrt(sketch + WINDOW_SHARE * window)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from experiments.kv_budget import measure
-from experiments.kv_budget.policies import LADDER_RECENT
 from experiments.models import causal_attention
 from experiments.models.llama import Llama
 from jbalance.cache import live
@@ -79,7 +78,7 @@ class Streamer:
             if lacking:
                 raise RuntimeError(
                     f"request {request} lacks {lacking} pages at layer {layer} for its sinks and its "
-                    f"{LADDER_RECENT} latest tokens; give it more than {allowance_pages}"
+                    f"{measure.LADDER_RECENT} latest tokens; give it more than {allowance_pages}"
                 )
         return _logits(self.graph, self.state, x[:, -1:])[0], cache
 
@@ -122,7 +121,7 @@ def _admit_layer(graph, state, cache, x, request, layer, allowance_pages):
         w,
         allowance_pages,
         num_sinks=measure.NUM_SINKS,
-        num_recent=LADDER_RECENT,
+        num_recent=measure.LADDER_RECENT,
     )
     return model.finish(x, y), cache, report.shortfall
 

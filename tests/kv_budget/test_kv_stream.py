@@ -82,6 +82,7 @@ def test_the_full_cache_of_a_prompt_never_exists(streamer, context):
     assert sum(a.nbytes for a in left) <= 24_000 + 4 * config.vocab_size + 1024 < full
 
 
+@pytest.mark.slow
 def test_a_flood_does_not_reach_another_request(small_model, streamer, context):
     """Squeezed to its floor, a request says what it says alone in a cache of that size."""
     floor = 24
