@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbalance import cache
+from jbalance import attention, cache
 
 L, S, K, D, T = 2, 300, 3, 16, 4
 
@@ -81,7 +81,7 @@ def test_merging_parts_is_attention_over_the_whole():
         cache.attend(q, cache.pack(k, v, x, dtype=jnp.float32), units) for x in (first, second)
     ]
     whole = cache.attend(q, cache.pack(k, v, kept, dtype=jnp.float32), units)
-    merged = cache.merge(*parts)
+    merged = attention.merge(*parts)
     np.testing.assert_allclose(merged.y, whole.y, atol=1e-5)
     np.testing.assert_allclose(merged.lse, whole.lse, atol=1e-5)
 

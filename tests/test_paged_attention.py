@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbalance.cache import Partial, paged_attention, pages
+from jbalance.attention import Partial
+from jbalance.cache import paged_attention, pages
 
 attend = jax.jit(paged_attention.attend_pages, static_argnames="key_gain")
 reference = jax.jit(paged_attention.attend_decoded, static_argnames="key_gain")

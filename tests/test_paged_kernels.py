@@ -11,7 +11,8 @@ import pytest
 from jax import export
 from test_paged_attention import assert_close, filled, queries
 
-from jbalance.cache import Partial, codec, paged_attention, paged_gpu, paged_tpu, pages
+from jbalance.attention import Partial
+from jbalance.cache import _kernels, codec, paged_attention, paged_gpu, paged_tpu, pages
 
 KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -164,13 +165,13 @@ def test_lowers_for_its_platform(kernel, head_dim, bits, rows, dtype):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_levels_are_those_of_the_codec(bits):
     codes = jnp.arange(2**bits)
-    got = paged_gpu.whole_levels(codes, bits).astype(jnp.float32) * codec.step(64, bits)
+    got = _kernels.whole_levels(codes, bits).astype(jnp.float32) * codec.step(64, bits)
     np.testing.assert_allclose(got, codec.levels(64, bits), rtol=1e-6)
 
 
 def test_three_digits_are_a_float32():
     x = np.random.default_rng(0).normal(size=1000) * 10.0 ** np.arange(-20, 20, 0.04)
-    parts = jax.jit(paged_gpu.digits)(jnp.asarray(x, jnp.float32))
+    parts = jax.jit(_kernels.digits)(jnp.asarray(x, jnp.float32))
     total = sum(np.asarray(p, np.float64) for p in parts)
     np.testing.assert_array_equal(total, x.astype(np.float32))
 

@@ -18,8 +18,9 @@ from flax import nnx
 from experiments.kv_budget.measure import NUM_SINKS, Measured
 from experiments.kv_budget.policies import Plan, Room
 from experiments.models.llama import Llama
-from jbalance import cache
-from jbalance.cache import Partial, RaggedCache, paged_attention, pages, worth
+from jbalance import attention, cache
+from jbalance.attention import Partial
+from jbalance.cache import RaggedCache, paged_attention, pages, worth
 from jbalance.cache.pages import Arena
 
 
@@ -240,7 +241,7 @@ def _attend_tail(part: Partial, q, k, v, keys, values, slots, tail):
     flat = q.reshape(q.shape[0], -1, q.shape[-1])
     visible = jnp.arange(keys.shape[1])[None] < tail
     behind = [x[slots].astype(jnp.float32) for x in (keys, values)]
-    part = cache.merge(part, _dense(flat, behind[0], behind[1], visible))
+    part = attention.merge(part, _dense(flat, behind[0], behind[1], visible))
     at = slots[:, None], tail + jnp.arange(q.shape[1])
     keys, values = (x.at[at].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v)))
     return part, keys, values
@@ -262,7 +263,7 @@ def _with_new(q, k, v, parts: Partial) -> jax.Array:
     flat = jnp.moveaxis(q, 0, 1).reshape(heads, tokens * group, dim)
     causal = jnp.arange(tokens) <= jnp.arange(tokens).repeat(group)[:, None]
     new = _dense(flat, jnp.moveaxis(k, 0, 1), jnp.moveaxis(v, 0, 1), causal)
-    y = cache.merge(parts, new).y.reshape(heads, tokens, group, dim)
+    y = attention.merge(parts, new).y.reshape(heads, tokens, group, dim)
     return jnp.moveaxis(y, 0, 1).reshape(tokens, heads * group, dim)
 
 

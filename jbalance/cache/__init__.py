@@ -4,7 +4,7 @@
 """
 
 from jbalance.cache import live, pages, rebalance, worth
-from jbalance.cache.attend import Partial, attend, merge
+from jbalance.cache.attend import attend
 from jbalance.cache.codec import Codes, codes_bytes, decode, dequantise, encode, rotate, unrotate
 from jbalance.cache.live import KVCache
 from jbalance.cache.paged_attention import attend_decoded, attend_pages
@@ -36,6 +36,4 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     # while decoding
     "KVCache",
     "live",
-    "Partial",
-    "merge",
 ]

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jbalance import checks
+from jbalance.attention import EMPTY, Partial
 from jbalance.cache.ragged import RaggedCache
 
 TILE_ENTRIES = 128
-_EMPTY = -1e30  # log-sum-exp of attention over nothing; finite, so that merging gives no NaN
-
-
-class Partial(NamedTuple):
-    """Attention over some of the keys: what is needed to merge it with the rest."""
-
-    y: jax.Array  # [..., D] float32, normalised over these keys; 0 where there are none
-    lse: jax.Array  # [...] float32, log-sum-exp of the logits
 
 
 def attend(q: jax.Array, cache: RaggedCache, units: jax.Array) -> Partial:
@@ -45,7 +37,7 @@ def attend(q: jax.Array, cache: RaggedCache, units: jax.Array) -> Partial:
     checks.same_length("units", units, "q", q)
     checks.same_length("q", q, "cache.keys", cache.keys, axis=-1)
     if cache.num_entries == 0:
-        return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], _EMPTY))
+        return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], EMPTY))
     tile = min(TILE_ENTRIES, cache.num_entries)
 
     def one_unit(at):
@@ -79,15 +71,8 @@ def _attend_range(q, cache, start, stop, tile):
             new_top,
         )
 
-    empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:1]), jnp.full(q.shape[:1], _EMPTY))
+    empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:1]), jnp.full(q.shape[:1], EMPTY))
     y, mass, top = lax.fori_loop(0, (stop - start + tile - 1) // tile, step, empty)
     some = mass > 0
     mass = jnp.where(some, mass, 1.0)
     return jnp.where(some[:, None], y / mass[:, None], 0.0), top + jnp.where(some, jnp.log(mass), 0)
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over both sets of keys: exact, whatever the order."""
-    lse = jnp.logaddexp(a.lse, b.lse)
-    part = jnp.exp(a.lse - lse)[..., None], jnp.exp(b.lse - lse)[..., None]
-    return Partial(a.y * part[0] + b.y * part[1], lse)

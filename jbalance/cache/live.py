@@ -27,8 +27,8 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
+from jbalance.attention import EMPTY, Partial, merge
 from jbalance.cache import pages, rebalance, worth
-from jbalance.cache.attend import _EMPTY, Partial, merge
 from jbalance.cache.paged_attention import attend_pages
 from jbalance.cache.pages import Arena
 from jbalance.cache.rebalance import Report
@@ -277,7 +277,7 @@ def attend_step(
 def _attend_ring(q, ring, there, held):
     """Attention of q [K, G, D] over the ring and the arena, and the weights of the ring's tokens."""
     logits = _product("kgd,krd->kgr", q, ring.keys) / math.sqrt(q.shape[-1])
-    logits = jnp.where(there, logits, _EMPTY)
+    logits = jnp.where(there, logits, EMPTY)
     lse = jax.nn.logsumexp(logits, axis=-1)
     y = _product("kgr,krd->kgd", jnp.exp(logits - lse[..., None]), ring.values)
     total = merge(held, Partial(y, lse))

@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
+from jbalance.attention.partial import EMPTY, NO_TOP, Partial, merge
 from jbalance.cache import codec, paged_gpu, paged_tpu, pages
-from jbalance.cache.attend import _EMPTY, Partial, merge
 from jbalance.cache.pages import Arena
 
 BLOCK_TOKENS = 128  # small pages of one unit are joined to about so many tokens
@@ -76,7 +76,7 @@ def attend_pages(
     gain = _check(q, arena, units, key_gain)
     _check_backend(backend, arena)
     if 0 in q.shape:
-        return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], _EMPTY))
+        return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], EMPTY))
     units = jnp.asarray(units, jnp.int32)
     turned = codec.rotate(q) / math.sqrt(arena.head_dim)
     total = _over_pages(turned, arena, units, gain, backend)
@@ -127,7 +127,7 @@ def attend_decoded(
         logits = jnp.matmul(q.astype(jnp.float32), k.T, precision="highest")
         logits = jnp.where(valid, logits / math.sqrt(arena.head_dim), -jnp.inf)
         some = jnp.any(valid)
-        lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), _EMPTY)
+        lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), EMPTY)
         weight = jnp.exp(logits - lse[:, None])
         return Partial(jnp.matmul(weight, v, precision="highest"), lse)
 
@@ -188,7 +188,7 @@ def _attend_level(q, arena, units, index, level):
         return _merge_blocks(carry, y, mass, top, own)
 
     shape = q.shape[:2]
-    empty = jnp.zeros(q.shape), jnp.zeros(shape), jnp.full(shape, _EMPTY)
+    empty = jnp.zeros(q.shape), jnp.zeros(shape), jnp.full(shape, EMPTY)
     y, mass, top = lax.fori_loop(0, -(-ends[-1] // tile_blocks), step, empty)
     some = mass > 0
     mass = jnp.where(some, mass, 1.0)
@@ -251,8 +251,8 @@ def _softmax_blocks(query, tile, there):
         unit = codec.step(tile.head_dim, bits)
         offset = half if bits == 8 else 0  # of the levels at 8 bits, `codec.integer_levels`
         logits = (logits + offset) * (tile.norms(0) * unit)[:, None]
-    logits = jnp.where(there[:, None], logits, _EMPTY)
-    top = jnp.maximum(jnp.max(logits, axis=-1), 0.5 * _EMPTY)  # so that the weight of nothing is 0
+    logits = jnp.where(there[:, None], logits, EMPTY)
+    top = jnp.maximum(jnp.max(logits, axis=-1), NO_TOP)
     weight = jnp.exp(logits - top[..., None])
     mass = jnp.sum(weight, axis=-1)
     # What lies behind the last token may decode to NaN.
@@ -303,7 +303,7 @@ def _merge_blocks(carry, y, mass, top, own):
     """The softmax of units [N, T, ...] with that of their `own` [N, B] blocks [B, T, ...]."""
     old_y, old_mass, old_top = carry
     own = own[..., None]
-    new_top = jnp.maximum(old_top, jnp.max(jnp.where(own, top, _EMPTY), axis=1))
+    new_top = jnp.maximum(old_top, jnp.max(jnp.where(own, top, EMPTY), axis=1))
     part = jnp.where(own, jnp.exp(top - new_top[:, None]), 0)
     decay = jnp.exp(old_top - new_top)
     return (

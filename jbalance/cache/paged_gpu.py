@@ -21,17 +21,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.cache import codec, pages
-from jbalance.cache.attend import _EMPTY, Partial
+from jbalance.cache._kernels import digits, merge_parts, whole_levels
 from jbalance.cache.pages import Arena
 
 _TILE_BYTES = 1 << 14  # of a tile's keys in bfloat16, at most: several must fit in shared memory
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _BLOCK = 1 << 12  # query rows of one program times D, at most
 PROGRAMS = 512  # of one level, about
-_NO_TOP = 0.5 * _EMPTY  # so that the weight of nothing is 0
 _LEAST_ROWS = 16  # of a product on tensor cores
-_HEAD = -(1 << 16)  # mask of the bits that a float32 shares with a bfloat16
 
 
 class _Level(NamedTuple):
@@ -111,42 +110,6 @@ def attend_rotated(
     return merge_parts(y, mass, top)
 
 
-def merge_parts(y: jax.Array, mass: jax.Array, top: jax.Array) -> Partial:
-    """One softmax of parts [N, X, T]: y [N, X, T, D] not normalised, their mass and top."""
-    highest = jnp.max(top, axis=1)
-    part = jnp.where(mass > 0, jnp.exp(top - highest[:, None]), 0)
-    total = jnp.sum(part * mass, axis=1)
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    y = jnp.sum(y * part[..., None], axis=1) / total[..., None]
-    return Partial(y, jnp.where(some, highest + jnp.log(total), _EMPTY))
-
-
-def whole_levels(codes: jax.Array, bits: int) -> jax.Array:
-    """`codec.levels` of int32 codes over `codec.step`: bfloat16 holds them exactly."""
-    if bits == 8:
-        return (codes.astype(jnp.float32) - 127.5).astype(jnp.bfloat16)
-    half = 2 ** (bits - 1)
-    below = codes < half
-    rank = jnp.where(below, half - 1 - codes, codes - half)
-    magnitudes = np.rint(codec.levels(1, bits)[half:] / codec.step(1, bits))
-    size = jnp.full(codes.shape, float(magnitudes[0]), jnp.float32)
-    for i, magnitude in enumerate(magnitudes[1:], 1):
-        size = jnp.where(rank >= i, float(magnitude), size)
-    return jnp.where(below, -size, size).astype(jnp.bfloat16)
-
-
-def digits(x: jax.Array) -> list[jax.Array]:
-    """Three bfloat16 whose sum is the float32 x; by its bits, for compilers round casts away."""
-    out = []
-    for _ in range(3):
-        head = lax.bitcast_convert_type(x, jnp.int32) & _HEAD
-        head = lax.bitcast_convert_type(head, jnp.float32)
-        out.append(head.astype(jnp.bfloat16))
-        x = x - head
-    return out
-
-
 def _attend_level(q, arena, units, level, rows, interpret):
     """Parts y [N, splits, T, D], mass and top [N, splits, T] of one level."""
     num_units, size, head_dim = q.shape
@@ -211,7 +174,7 @@ def _kernel(
     empty = (
         jnp.zeros((size, head_dim), jnp.float32),
         jnp.zeros(size, jnp.float32),
-        jnp.full(size, _NO_TOP, jnp.float32),
+        jnp.full(size, NO_TOP, jnp.float32),
     )
     y_ref[...], mass_ref[...], top_ref[...] = lax.fori_loop(first, last, step, empty)
 
@@ -292,7 +255,7 @@ def _add_tile(query, page, there, carry):
     logits = sum(plt.dot(x, keys, trans_b=not across) for x in query)
     if bits != pages.WIDE_BITS:
         logits = logits * (page.norms(0) * unit)[None]
-    logits = jnp.where(there[None], logits, _EMPTY)
+    logits = jnp.where(there[None], logits, EMPTY)
     new_top = jnp.maximum(top, jnp.max(logits, axis=1))
     weight = jnp.exp(logits - new_top[:, None])
     decay = jnp.exp(top - new_top)

@@ -20,16 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.cache import codec, pages
-from jbalance.cache.attend import _EMPTY, Partial
-from jbalance.cache.paged_gpu import digits, merge_parts, whole_levels
+from jbalance.cache._kernels import digits, merge_parts, whole_levels
 from jbalance.cache.pages import Arena
 
 LANES = 128
 TABLE_BYTES = 15 << 16  # of an arena's tables, at most: they lie in scalar memory, 1 MiB
 _RING_BYTES = 1 << 19  # of pages on their way
 _ROWS = 16  # query rows come in multiples of this
-_NO_TOP = 0.5 * _EMPTY  # so that the weight of nothing is 0
 
 
 class _Level(NamedTuple):
@@ -100,17 +99,7 @@ def attend_rotated(
     *,
     interpret: bool = False,
 ) -> Partial:
-    """Attention in the rotated basis, as `paged_attention.attend_pages` without its rotations.
-
-    Args:
-      q: [N, T, D] float32, rotated and divided by sqrt(D).
-      arena: one for which `unsupported` is None.
-      units: [N] int32, indices into the arena's units.
-      gain: [M] what the logits of each level are multiplied by.
-      interpret: run without a TPU, for tests.
-
-    Returns:
-      `Partial` with y [N, T, D], rotated, and lse [N, T].
+    """As `paged_gpu.attend_rotated`, for TPUs.
 
     Raises:
       NotImplementedError: an arena that this kernel cannot read, with the reason.
@@ -241,7 +230,7 @@ def _kernel(
     empty = (
         [jnp.zeros(q_ref.shape[1:], jnp.float32) for _ in range(level.parts)],
         jnp.zeros((size, 1), jnp.float32),
-        jnp.full((size, 1), _NO_TOP, jnp.float32),
+        jnp.full((size, 1), NO_TOP, jnp.float32),
     )
     y, mass, top = lax.fori_loop(0, num_pages, step, empty)
     for i in range(level.parts):
@@ -367,7 +356,7 @@ def _add_block(query, block, carry):
     if level.bits != pages.WIDE_BITS:
         logits = logits * (block.norms(0) * codec.step(level.head_dim, level.bits))
     there = block.there(block.tokens(logits.shape, 1))
-    logits = jnp.where(there, logits, _EMPTY)
+    logits = jnp.where(there, logits, EMPTY)
     new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
     weight = jnp.exp(logits - new_top)
     decay = jnp.exp(top - new_top)

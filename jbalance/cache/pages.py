@@ -241,6 +241,25 @@ def truncate(arena: Arena, count: jax.Array) -> Arena:
     return dataclasses.replace(arena, count=kept)
 
 
+def check_tokens(
+    arena: Arena, units: jax.Array, k: jax.Array, v: jax.Array, code: jax.Array, name: str
+) -> tuple[int, int, int]:
+    """N, S and D of tokens for N units; ValueError for shapes and dtypes that do not fit the arena."""
+    checks.rank("k", k, 3, "[N, S, D]")
+    checks.rank("units", units, 1, "[N]")
+    rows, size, head_dim = np.shape(k)
+    if np.shape(v) != np.shape(k) or head_dim != arena.head_dim:
+        raise ValueError(
+            f"k has shape {np.shape(k)} and v {np.shape(v)}: both must be [N, S, {arena.head_dim}]"
+        )
+    if np.shape(code) != (rows, size) or jnp.result_type(code) != jnp.uint8:
+        raise ValueError(
+            f"{name} is {jnp.result_type(code)} of shape {np.shape(code)}: it must be uint8 of shape "
+            f"[N, S] = {(rows, size)}"
+        )
+    return rows, size, head_dim
+
+
 def write(
     arena: Arena,
     units: jax.Array,
@@ -273,18 +292,7 @@ def write(
       ValueError: shapes, dtypes or a level that do not fit.
     """
     npp, bits = _level_of(arena, level)
-    checks.rank("k", k, 3, "[N, S, D]")
-    checks.rank("units", units, 1, "[N]")
-    num_units, size, head_dim = np.shape(k)
-    if np.shape(v) != np.shape(k) or head_dim != arena.head_dim:
-        raise ValueError(
-            f"k has shape {np.shape(k)} and v {np.shape(v)}: both must be [N, S, {arena.head_dim}]"
-        )
-    if np.shape(worth) != (num_units, size) or jnp.result_type(worth) != jnp.uint8:
-        raise ValueError(
-            f"worth is {jnp.result_type(worth)} of shape {np.shape(worth)}: it must be uint8 of shape "
-            f"[N, S] = {(num_units, size)}"
-        )
+    num_units, size, head_dim = check_tokens(arena, units, k, v, worth, "worth")
     for name, x in (("units", units), ("first_slot", first_slot), ("num_tokens", num_tokens)):
         if x is not None and np.shape(x) != (num_units,):
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [N] = ({num_units},)")

@@ -191,19 +191,8 @@ def admit(
 
 def _check(arena, first_unit, num_units, units, k, v, code, num_tokens):
     """ValueError for arguments that do not fit."""
-    checks.rank("k", k, 3, "[N, S, D]")
-    checks.rank("units", units, 1, "[N]")
-    rows, size, head_dim = np.shape(k)
+    rows, _, _ = pages.check_tokens(arena, units, k, v, code, "code")
     total = arena.count.shape[0]
-    if np.shape(v) != np.shape(k) or head_dim != arena.head_dim:
-        raise ValueError(
-            f"k has shape {np.shape(k)} and v {np.shape(v)}: both must be [N, S, {arena.head_dim}]"
-        )
-    if np.shape(code) != (rows, size) or jnp.result_type(code) != jnp.uint8:
-        raise ValueError(
-            f"code is {jnp.result_type(code)} of shape {np.shape(code)}: it must be uint8 of shape "
-            f"[N, S] = {(rows, size)}"
-        )
     for name, x in (("units", units), ("num_tokens", num_tokens)):
         if x is not None and np.shape(x) != (rows,):
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [N] = ({rows},)")
