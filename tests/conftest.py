@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, and hypothesis without a clock."""
+"""Eight simulated devices for every test, hypothesis without a clock, and no pile of programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("jbalance")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """A worker would end up with gigabytes of programs that no later test calls."""
+    yield
+    jax.clear_caches()

@@ -97,12 +97,12 @@ def entering(units, k, v, code, number):
     return [Token(u, 0, c, b"") for u, c in at], np.concatenate([k, v], axis=-1)[there]
 
 
-def expected(found, x, first, price):
+def expected(found, x, first, least):
     """Levels [N] of tokens after an admission, and their vectors if they are encoded anew then."""
     unit, now, code = np.array([t[:3] for t in found]).T
     mine = (unit >= first) & (unit < first + SPAN)
-    price = np.where(mine, price[np.clip(unit - first, 0, SPAN - 1)], -1000)
-    level = np.maximum(worth.levels_of(code.astype(np.uint8), price, OFFSETS), now)
+    least = np.where(mine[:, None], least[np.clip(unit - first, 0, SPAN - 1)], 0)
+    level = np.maximum(worth.levels_of(code.astype(np.uint8), least), now)
     padded = np.zeros((ROOM, 2 * D), np.float32)
     padded[: len(found)] = x
     k, v = np.split(padded, 2, axis=1)
@@ -157,7 +157,7 @@ def test_who_stays_is_as_by_brute_force_and_what_stays_is_bit_for_bit(seed, allo
             kept = [t for t in old + new if t.code == 255 and first <= t.unit < first + SPAN]
             assert need([(t.unit, t.level) for t in kept], mine) > limit
             continue
-        level, coded = expected(old + new, np.append(vectors(old), x, axis=0), first, report.price)
+        level, coded = expected(old + new, np.append(vectors(old), x, axis=0), first, report.least)
         now, stays = held(at), level[: len(old)] == [t.level for t in old]
         assert not Counter(t for t, same in zip(old, stays, strict=True) if same) - Counter(now)
         for unit, m in itertools.product(range(U), range(M)):
@@ -185,7 +185,7 @@ def test_the_price_is_the_lowest_that_fits_but_for_the_first_units():
     assert report.held_pages <= 7
     assert set(np.diff(report.price)) <= {0, -1}
     for price in range(1 - max(OFFSETS), int(report.price.max())):
-        level = np.asarray(worth.levels_of(code, price, OFFSETS))
+        level = np.asarray(worth.levels_of(code, price + np.array(OFFSETS)))
         count = np.stack([(level == m).sum(axis=1) for m in range(M)], axis=1)
         assert (-(-count // SIZES)).sum() > 7
 

@@ -1,5 +1,7 @@
 """The byte of worth, and the price: as by brute force, to the page."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,21 +40,41 @@ def test_each_token_has_the_level_of_most_value_less_price(bits, head_dim):
     value = np.array([1 - worth._ERROR[b] ** 0.75 for b in bits] + [0])
     lowest = max(value[:-1] / size[:-1])
     code = np.arange(1, 255)
-    got = np.asarray(worth.levels_of(code.astype(np.uint8), 90, offsets))
+    least = 90 + np.array(offsets)
+    got = np.asarray(worth.levels_of(code.astype(np.uint8), least))
     gain = 2.0 ** ((code - 90) / 12)[:, None] / lowest * value - size
     chosen = gain[np.arange(len(code)), got]
     # A code and an offset are whole twelfths: right to one of them.
     shifted = 2.0 ** ((code - 89) / 12)[:, None] / lowest * value - size
     assert (chosen >= gain.max(axis=1) - (shifted - gain).max(axis=1) - 1e-6).all()
-    assert worth.levels_of(jnp.uint8(255), 255, offsets) == 0
+
+
+def counted(levels, codes, least):
+    """Tokens [U, M] that stay at each level."""
+    now = np.maximum(3 - (codes[..., None] >= least).sum(axis=-1), levels)
+    return np.stack([(now == m).sum(axis=1) for m in range(3)], axis=1)
+
+
+def filled(levels, codes, price, count):
+    """The least codes, lowered one by one while the slots of the pages of these counts have room."""
+    least = np.clip(np.array(price)[:, None] + OFFSETS, 0, 255)
+    room = -(-count // SIZES) * SIZES
+    for unit, level in itertools.product(range(2), range(3)):
+        while least[unit, level] > 0:
+            lower = least.copy()
+            lower[unit, level:] = np.minimum(lower[unit, level:], lower[unit, level] - 1)
+            if (counted(levels, codes, lower[:, None])[unit, level:] > room[unit, level:]).any():
+                break
+            least = lower
+    return least
 
 
 def brute(levels, codes, allowance):
     """The lowest price that fits, by counting, and its counts."""
 
     def at(price):
-        now = np.maximum(worth.levels_of(codes, np.array(price)[:, None], OFFSETS), levels)
-        count = np.stack([(now == m).sum(axis=1) for m in range(3)], axis=1)
+        least = np.clip(np.array(price)[:, None, None] + OFFSETS, 0, 255)
+        count = counted(levels, codes, least)
         return (-(-count // SIZES)).sum() <= allowance, price, count
 
     lowest, units = 1 - max(OFFSETS), len(levels)
@@ -83,19 +105,22 @@ def test_the_price_is_that_of_brute_force(seed, allowance, protected):
     got = price_of(histogram, OFFSETS, SIZES, allowance)
     price, count = brute(levels, codes, allowance)
     np.testing.assert_array_equal(got.price, price)
-    np.testing.assert_array_equal(got.tokens, count)
-    np.testing.assert_array_equal(got.pages, -(-count // SIZES))
-    assert got.shortfall == max(got.pages.sum() - allowance, 0)
+    np.testing.assert_array_equal(got.least, filled(levels, codes, price, count))
+    np.testing.assert_array_equal(got.tokens, counted(levels, codes, got.least[:, None]))
+    np.testing.assert_array_equal(got.pages, -(-np.asarray(got.tokens) // SIZES))
+    assert (got.pages <= -(-count // SIZES)).all()
+    assert got.shortfall == max((-(-count // SIZES)).sum() - allowance, 0)
 
 
-def test_the_price_is_not_below_the_lowest_asked_for():
+def test_slots_are_filled_and_a_shortfall_is_told():
     histogram = np.zeros((1, 3, 256), np.int32)
-    histogram[0, 0, 100] = histogram[0, 0, 255] = 1
+    histogram[0, 0, [100, 150, 200, 255]] = 1
     assert price_of(histogram, OFFSETS, SIZES, 9).price == 1 - max(OFFSETS)
-    got = price_of(histogram, OFFSETS, SIZES, 9, 101)
-    assert got.price == 101
-    np.testing.assert_array_equal(got.tokens, [[1, 0, 0]])
-    assert price_of(histogram, OFFSETS, SIZES, 0, 101).shortfall == 1
+    got = price_of(histogram, OFFSETS, SIZES, 1)
+    assert got.price == 201  # that of the protected token alone, whose page has two slots more
+    np.testing.assert_array_equal(got.tokens, [[3, 0, 0]])
+    np.testing.assert_array_equal(got.least, [[101, 101, 101]])
+    assert price_of(histogram, OFFSETS, SIZES, 0).shortfall == 1
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ BARS = {
 }
 LONG_STEPS, LONG_CONTEXT = 20_000, 1024
 CODED_VECTORS = 16384
+PROMPT_TOKENS = 1280
 
 
 class Context(NamedTuple):
@@ -60,6 +61,7 @@ def measure_all(quick: bool) -> list[Row]:
     sizes = QUICK_SIZES if quick else SIZES
     context = real_context(max(sizes))
     rows = [row for size in sizes for row in _sized(_first(context, size))]
+    rows += _scorers()
     rows += _codec()
     return rows + _long_decode(_first(context, LONG_CONTEXT), 2_000 if quick else LONG_STEPS)
 
@@ -189,6 +191,37 @@ def _bytes_read(arena: pages.Arena) -> int:
     """Of pages and tables in one step: what an accelerator's memory would have to deliver."""
     used = -(-np.asarray(arena.count) // np.array(arena.page_tokens))
     return int(used.sum()) * (arena.page_bytes + 4) + arena.offset.nbytes + arena.count.nbytes
+
+
+def _scorers() -> list[Row]:
+    """What the worth of a prompt's tokens costs, beside the prefill without it."""
+    config, model, tokenizer = load_gguf(smollm2_path())
+    ids = data.encode(tokenizer, data.text_of(TEXT))[:PROMPT_TOKENS]
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def prefill(state, ids):
+        return nnx.merge(graph, state).hidden(ids[None], None, prefill_attention)
+
+    @jax.jit
+    def queries(state, ids):
+        return nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
+
+    q, k, v = (x[LAYER] for x in queries(state, jnp.asarray(ids)))
+    worth = jax.jit(functools.partial(measure.worth, rope_base=config.rope_base))
+    seconds = _report.interleaved(
+        {
+            "prefill": functools.partial(prefill, state, jnp.asarray(ids)),
+            "worth": functools.partial(worth, q, k, v),
+            "thorough": functools.partial(measure.prefill, model, ids, "repetition"),
+        }
+    )
+    label = f"prompt{len(ids)}"
+    share = config.num_layers * seconds["worth"] / seconds["prefill"]
+    return [
+        Row(label, "default_scorer_over_prefill", share, Bar(0.15)),
+        Row(label, "thorough_over_prefill", seconds["thorough"] / seconds["prefill"], Bar(3.0)),
+    ]
 
 
 def _codec() -> list[Row]:

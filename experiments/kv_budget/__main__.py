@@ -1,6 +1,7 @@
 """Fit a real model's attention into given device memory.
 
 python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (about 2 minutes on 2 cores)
+python -m experiments.kv_budget stream --device-memory 1MiB --new-tokens 2000   (a long decode)
 python -m experiments.kv_budget cases --out FILE.npz              (real texts for `score`)
 python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy ladder --json OUT
 """
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.job == "run":
             _run(options, shlex.join(["python", "-m", "experiments.kv_budget", *arguments]))
         else:
-            {"score": _score, "cases": _cases}[options.job](options)
+            {"score": _score, "cases": _cases, "stream": _stream}[options.job](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,6 +72,32 @@ def _run(options: argparse.Namespace, command: str) -> None:
     report.write(result, path)
     report.print_table(result)
     print(f"report: {path / 'report.html'}, {path / 'report.json'}")
+
+
+def _stream(options: argparse.Namespace) -> None:
+    from experiments.kv_budget import data, report, score, stream
+    from experiments.models import load_gguf, smollm2_path
+
+    if options.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {options.new_tokens}: at least 1")
+    memory = _memory(options.device_memory)
+    settings = stream.Settings(memory, options.context_tokens, options.new_tokens)
+    text = data.read_file(options.text) if options.text else data.text_of(options.source)
+    _, model, tokenizer = load_gguf(smollm2_path())
+    context = data.encode(tokenizer, text)[: options.context_tokens]
+    if len(context) < options.context_tokens:
+        raise ValueError(
+            f"--context-tokens is {options.context_tokens}: the text has {len(context)} tokens"
+        )
+    with report.progress() as bar:
+        task = bar.add_task("tokens", total=options.new_tokens)
+        result = stream.stream(settings, model, context, lambda n: bar.advance(task, n))
+    tokens = result.pop("tokens")
+    if options.json:
+        result["text"] = tokenizer.decode(tokens)
+        score.write(result, options.json)
+    for name, value in result.items():
+        print(f"{name}: {value}")
 
 
 def _memory(text: str) -> int:
@@ -139,6 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
+    stream = jobs.add_parser("stream", help="a prompt and a long decode at constant bytes")
+    stream.add_argument("--device-memory", required=True, help="of one device: 1MiB")
+    stream.add_argument("--text", help="a UTF-8 text file; default: a text from a package")
+    stream.add_argument(
+        "--source", default="lcet10", help="which text from a package, without --text"
+    )
+    stream.add_argument("--context-tokens", type=int, default=1280)
+    stream.add_argument("--new-tokens", type=int, default=2000)
+    stream.add_argument("--json", help="file for the figures and the text")
     cases = jobs.add_parser("cases", help="cases for score, from real texts")
     cases.add_argument("--texts", default="lcet10,plrabn12", help="names, separated by commas")
     cases.add_argument("--per-text", type=int, default=5)

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 CACHE = Path("data")
 PASSKEY_DIGITS = 5
 PLANTINGS = 20  # pass keys tried for one case
-QUESTION = "\nThe pass key is"
+# With its space: whether the model goes on with one is no matter of memory, and often decided by a hair.
+QUESTION = "\nThe pass key is "
 NOTE = " The pass key is {}. Remember it. {} is the pass key."
 
 
@@ -143,7 +144,7 @@ def cut(
         context=np.concatenate([own[:plant], note, own[plant:]]),
         continuation=ids[after : after + continuation_tokens + 1],
         query=encode(tokenizer, QUESTION),
-        answer=encode(tokenizer, f" {digits}"),
+        answer=encode(tokenizer, digits),
         span=(plant, plant + len(note)),
     )
 

@@ -76,15 +76,15 @@ def answers_with_everything(model: Llama) -> Callable[[Case], bool]:
     """Whether the model, with nothing reduced, finds every token of a case's answer."""
     graph, state = nnx.split(model)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def predicted(tokens, number):
+    @functools.partial(jax.jit, static_argnums=2)
+    def predicted(state, tokens, number):
         model = nnx.merge(graph, state)
         hidden, _ = model.hidden(tokens[None])
         return jnp.argmax(model.logits(hidden[:, -number:])[0], axis=-1)
 
     def accept(case: Case) -> bool:
         tokens = np.concatenate([case.context, case.query, case.answer[:-1]])
-        return bool((predicted(jnp.asarray(tokens), len(case.answer)) == case.answer).all())
+        return bool((predicted(state, jnp.asarray(tokens), len(case.answer)) == case.answer).all())
 
     return accept
 

@@ -124,8 +124,7 @@ def ladder(measured: Measured, bits: tuple[int, ...], room: Room) -> Levels:
                 f"--device-memory[{d}] or the budget holds {num_pages} pages of {room.page_bytes} bytes "
                 f"for contexts: sinks and recent tokens of its units lack {out.shortfall}; give more"
             )
-        slots = np.asarray(out.pages) * np.array(page_tokens)
-        level[own] = worth.fill(jnp.asarray(codes[own]), jnp.asarray(slots))
+        level[own] = worth.levels_of(codes[own], out.least[:, None])
         # A price in worth: what a token must bring per byte to be kept at all.
         least = float(worth.decode_worth(jnp.max(out.price)))
         prices[d] = least / pages.token_bytes(room.head_dim, bits[-1])

@@ -47,7 +47,7 @@ class Settings:
         """ValueError for what can be seen without the model."""
         for name in self.policies:
             policy_of(name)
-        least = 3 if self.question is not None else data.PASSKEY_DIGITS + 1
+        least = 3 if self.question is not None else data.PASSKEY_DIGITS
         if self.new_tokens < least:
             raise ValueError(
                 f"--new-tokens is {self.new_tokens}: at least {least}, for the answer and to time it"

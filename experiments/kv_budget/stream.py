@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,9 @@ from experiments.models import causal_attention
 from experiments.models.llama import Llama
 from jbalance.cache import live
 from jbalance.cache.live import KVCache
+from jbalance.resources import AttentionDims, kv_cache_bytes
+
+PIECE_STEPS = 64  # tokens decoded between two looks at the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Streamer:
         layers = [nnx.split(model.layer(i)) for i in range(model.config.num_layers)]
         return cls(model.config, [s for _, s in layers], layers[0][0], graph, state)
 
-    def create(self, budget_bytes: int, *, num_requests: int = 1, ring_tokens: int = 32) -> KVCache:
+    def create(
+        self, budget_bytes: int, *, num_requests: int = 1, ring_tokens: int | None = None
+    ) -> KVCache:
         """An empty cache for this model; errors as `live.create`."""
         c = self.config
         return live.create(
@@ -94,6 +101,18 @@ class Streamer:
         active = jnp.ones(len(tokens), bool) if active is None else active
         return _step(self.graph, self.state, cache, tokens, positions, allowance_pages, active)
 
+    def generate(
+        self,
+        cache: KVCache,
+        token: jax.Array,
+        position: int,
+        steps: int,
+        allowance_pages: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """Greedy tokens [steps, B] after one token [B] of each request, without leaving the device."""
+        positions = jnp.full(token.shape, position)
+        return _generate(self.graph, self.state, cache, token, positions, allowance_pages, steps)
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graph, state, tokens):
@@ -126,6 +145,20 @@ def _admit_layer(graph, state, cache, x, request, layer, allowance_pages):
     return model.finish(x, y), cache, report.shortfall
 
 
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def _generate(graph, state, cache, token, positions, allowance_pages, steps):
+    active = jnp.ones(token.shape, bool)
+
+    def step(carry, _):
+        cache, token, positions = carry
+        logits, cache = _step(graph, state, cache, token, positions, allowance_pages, active)
+        token = jnp.argmax(logits, axis=-1).astype(token.dtype)
+        return (cache, token, positions + 1), token
+
+    carry, tokens = jax.lax.scan(step, (cache, token, positions), length=steps)
+    return tokens, carry[0]
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(graph, state, cache, tokens, positions, allowance_pages, active):
     model = nnx.merge(graph, state)
@@ -140,3 +173,76 @@ def _step(graph, state, cache, tokens, positions, allowance_pages, active):
     logits = model.logits(h)[:, 0]
     cache, _ = live.end_step(cache, rings, allowance_pages, active=active)
     return logits, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user of `stream` asked for."""
+
+    memory_bytes: int
+    context_tokens: int
+    new_tokens: int
+
+
+def stream(
+    settings: Settings, model: Llama, context: np.ndarray, step: Callable[[int], Any]
+) -> dict[str, Any]:
+    """A prompt, and many greedy tokens after it, within given bytes.
+
+    Args:
+      settings: the budget and the lengths.
+      model: the decoder.
+      context: [S] ids.
+      step: called with the number of new tokens now and then, for progress.
+
+    Returns:
+      What `report` prints: bytes, speed, compilations, and the new tokens.
+
+    Raises:
+      ValueError: a context too short, memory too small for the rings and a page.
+      RuntimeError: memory too small for the protected tokens; or bytes above the budget.
+    """
+    streamer = Streamer.of(model)
+    cache = streamer.create(settings.memory_bytes)
+    allowance = jnp.array([cache.arena.num_pages])
+    start = time.perf_counter()
+    logits, cache = streamer.prefill(cache, context, allowance_pages=cache.arena.num_pages)
+    token = jnp.argmax(logits)[None]
+    jax.block_until_ready(token)
+    prefill_s, found, largest = time.perf_counter() - start, [token[None]], cache.nbytes
+    compiled: Any = _generate  # whose cache the type of jitted functions does not tell of
+    before, decode_s = compiled._cache_size(), 0.0
+    done, rest = 1, (settings.new_tokens - 1) % PIECE_STEPS
+    pieces = [rest] * (rest > 0) + [PIECE_STEPS] * ((settings.new_tokens - 1) // PIECE_STEPS)
+    for i, steps in enumerate(pieces):
+        start = time.perf_counter()
+        tokens, cache = streamer.generate(
+            cache, found[-1][-1], len(context) + done - 1, steps, allowance
+        )
+        jax.block_until_ready(tokens)
+        decode_s += (time.perf_counter() - start) * (i > 1)  # the first two compile
+        found.append(tokens)
+        done += steps
+        largest = max(largest, cache.nbytes)
+        step(steps)
+    if largest > settings.memory_bytes:
+        raise RuntimeError(f"the cache took {largest} of {settings.memory_bytes} bytes")
+    config = model.config
+    dims = AttentionDims(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
+    held = np.asarray(cache.arena.count).sum(axis=0)
+    return {
+        "budget_bytes": settings.memory_bytes,
+        "largest_resident_bytes": largest,
+        "full_cache_bytes": kv_cache_bytes(dims, len(context) + settings.new_tokens),
+        "tokens_seen": len(context) + settings.new_tokens - 1,
+        "trained_positions": config.max_positions,
+        "tokens_held_per_head": {
+            str(bits): float(n / (dims.num_layers * dims.num_kv_heads))
+            for bits, n in zip(cache.arena.bits, held, strict=True)
+        },
+        "ring_tokens": cache.ring_tokens,
+        "prefill_s": prefill_s,
+        "tokens_per_s": PIECE_STEPS * (len(pieces) - 2) / decode_s if decode_s else None,
+        "compilations": compiled._cache_size() - before,
+        "tokens": np.concatenate([np.asarray(x)[:, 0] for x in found]).tolist(),
+    }

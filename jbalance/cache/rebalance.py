@@ -34,7 +34,8 @@ _SCAN_PAGES = 32
 class Report(NamedTuple):
     """What an admission did, in tokens; [] int32 where nothing else is said."""
 
-    price: jax.Array  # [n], of `worth.levels_of` for each unit
+    price: jax.Array  # [n], of `worth.price_of` for each unit
+    least: jax.Array  # [n, M], of `worth.levels_of` for each unit
     held: jax.Array  # tokens of these units now
     held_pages: jax.Array  # pages of these units now
     demoted: jax.Array  # held ones that fell to a lower level
@@ -63,7 +64,7 @@ class _Plan(NamedTuple):
     used: jax.Array  # [P] int32 tokens in those
     first: jax.Array  # [n, M] int32, where in `supply` those of a group that are read begin
     number: jax.Array  # [n, M] int32, how many they are
-    price: jax.Array  # [n] int32
+    least: jax.Array  # [n, M] int32, codes
 
 
 class _Work(NamedTuple):
@@ -129,7 +130,6 @@ def admit(
     allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | None = None,
-    lowest_price: jax.Array | None = None,
 ) -> tuple[Arena, Report]:
     """Let new tokens into some neighbouring units, within so many pages for all of these.
 
@@ -148,7 +148,6 @@ def admit(
       code: [N, S] uint8, `worth.encode_worth` or `worth.PROTECTED`.
       allowance_pages: [] int32, for all n units together.
       num_tokens: [N] int32, how many of the S there are; None for all.
-      lowest_price: [] int32, the price is not below it; None for any.
 
     Returns:
       The arena and a `Report`.
@@ -165,20 +164,19 @@ def admit(
     entering = _entering(new, num_units)
     free = arena.num_pages - arena.offset[-1]
     limit = jnp.minimum(allowance_pages, free + jnp.sum(owner.mine, dtype=jnp.int32))
-    found = worth.price_of(
-        histogram.at[:, 0].add(entering), offsets, arena.page_tokens, limit, lowest_price
-    )
-    fate = _fate(histogram, entering, found.price, offsets)
+    found = worth.price_of(histogram.at[:, 0].add(entering), offsets, arena.page_tokens, limit)
+    fate = _fate(histogram, entering, found.least)
     growth = jnp.sum(found.pages, axis=1) - _held_pages(owner, num_units)
     # A unit in which nothing changes may still hold pages that it does not need.
     moves = (fate.changed | (growth != 0)) & (found.shortfall == 0)
-    plan, group, rank = _plan(arena, owner, least, found, offsets, growth, moves)
-    work = _stream(arena, plan, group, new, first_unit, offsets)
+    plan, group, rank = _plan(arena, owner, least, found, growth, moves)
+    work = _stream(arena, plan, group, new, first_unit)
     after = _tables(arena, work, plan, rank, found, first_unit)
     held = jnp.sum(histogram)
     done = jnp.where(found.shortfall == 0, 1, 0)
     return after, Report(
         price=found.price,
+        least=found.least,
         held=jnp.where(done, jnp.sum(found.tokens), held),
         held_pages=jnp.where(done, jnp.sum(found.pages), jnp.sum(owner.mine)),
         demoted=done * jnp.sum(fate.demoted),
@@ -291,15 +289,13 @@ class _Fate(NamedTuple):
     changed: jax.Array  # bool, whether anything moves or enters
 
 
-def _fate(histogram, entering, price, offsets):
-    """`_Fate` of tokens held [n, M, 256] and entering [n, 256]."""
+def _fate(histogram, entering, least):
+    """`_Fate` of tokens held [n, M, 256] and entering [n, 256] under the least codes [n, M]."""
     held = worth.tails(histogram)
-    unit = np.arange(price.shape[0])
-    least = [worth.threshold(price, offset) for offset in offsets]
-    level = np.arange(len(offsets))
-    stay = jnp.sum(held[unit[:, None], level, jnp.stack(least, axis=1)], axis=1)
-    survive = jnp.sum(held[unit[:, None], level, least[-1][:, None]], axis=1)
-    enter = worth.tails(entering)[unit, least[-1]]
+    unit, level = np.arange(least.shape[0]), np.arange(least.shape[1])
+    stay = jnp.sum(held[unit[:, None], level, least], axis=1)
+    survive = jnp.sum(held[unit[:, None], level, least[:, -1:]], axis=1)
+    enter = worth.tails(entering)[unit, least[:, -1]]
     total = jnp.sum(histogram, axis=(1, 2))
     rejected = jnp.sum(entering, axis=-1) - enter
     return _Fate(survive - stay, total - survive, rejected, (stay < total) | (enter > 0))
@@ -311,7 +307,7 @@ def _held_pages(owner, num_units):
     return jnp.zeros(num_units, jnp.int32).at[unit].add(1, mode="drop")
 
 
-def _plan(arena, owner, least, found, offsets, growth, moves):
+def _plan(arena, owner, least, found, growth, moves):
     """The walk, and in the order of its supply each page's group and rank within the group."""
     num_units, num_levels = found.tokens.shape
     groups, num_pages = arena.count.size, arena.num_pages
@@ -319,8 +315,8 @@ def _plan(arena, owner, least, found, offsets, growth, moves):
     walk = jnp.argsort(jnp.where(moves, growth, num_pages + 1), stable=True).astype(jnp.int32)
     turn = jnp.zeros(num_units, jnp.int32).at[walk].set(np.arange(num_units, dtype=np.int32))
     size = jnp.asarray(arena.page_tokens, jnp.int32)[owner.level]
-    lowest = worth.threshold(found.price[unit], jnp.asarray(offsets, jnp.int32)[owner.level])
-    read = owner.mine & moves[unit] & ((least < lowest) | (owner.used < size))
+    falls = least < found.least[unit, owner.level]
+    read = owner.mine & moves[unit] & (falls | (owner.used < size))
     free = owner.group == groups
     visit = turn[unit] * num_levels + owner.level
     key = jnp.where(free, 0, jnp.where(read, 1 + visit, 1 + num_units * num_levels))
@@ -340,12 +336,12 @@ def _plan(arena, owner, least, found, offsets, growth, moves):
         owner.used[at],
         first,
         number,
-        found.price,
+        found.least,
     )
     return plan, jnp.where(empty, groups, owner.group[at]), rank
 
 
-def _stream(arena, plan, group, new, first_unit, offsets):
+def _stream(arena, plan, group, new, first_unit):
     """Walk the units that change: read their pages, write tokens at their new levels."""
     formats = _formats(arena)
     chunk = min(ENCODE_TOKENS, max(f.page_tokens for f in formats))
@@ -366,8 +362,8 @@ def _stream(arena, plan, group, new, first_unit, offsets):
             return _put(work, plan, formats, level, base + level, chosen, rows_of, size)
 
         for level in range(len(formats)):
-            work = _reread(work, plan, formats, level, unit, offsets, put, chunk)
-        work = _enter(work, plan, formats, new, unit, offsets, put, chunk)
+            work = _reread(work, plan, formats, level, unit, put, chunk)
+        work = _enter(work, plan, formats, new, unit, put, chunk)
         for level in range(len(formats)):
             last = jnp.minimum(work.filled[level], 1)
             work = lax.fori_loop(
@@ -392,7 +388,7 @@ def _formats(arena):
     )
 
 
-def _reread(work, plan, formats, level, unit, offsets, put, chunk):
+def _reread(work, plan, formats, level, unit, put, chunk):
     """Read the pages of one group that change, and put their tokens where they belong now."""
     form = formats[level]
     first, number = plan.first[unit, level], plan.number[unit, level]
@@ -405,7 +401,7 @@ def _reread(work, plan, formats, level, unit, offsets, put, chunk):
         rows, data = lax.optimization_barrier((form.rows(work.data[plan.supply[at]]), work.data))
         work = work._replace(data=data)
         valid = (np.arange(form.page_tokens) < used[:, None]).reshape(-1)
-        now = jnp.maximum(worth.levels_of(rows[:, -1], plan.price[unit], offsets), level)
+        now = jnp.maximum(worth.levels_of(rows[:, -1], plan.least[unit]), level)
         work = put(level, valid & (now == level), lambda at: rows[at], rows.shape[0], work)
         for lower in range(level + 1, len(formats)):
 
@@ -418,13 +414,13 @@ def _reread(work, plan, formats, level, unit, offsets, put, chunk):
     return lax.fori_loop(0, -(-number // form.read_pages), block, work)
 
 
-def _enter(work, plan, formats, new, unit, offsets, put, chunk):
+def _enter(work, plan, formats, new, unit, put, chunk):
     """Put a unit's new tokens where they belong."""
     rows, size = new.code.shape
     if rows == 0 or size == 0:
         return work
     row = jnp.minimum(new.row[unit], rows - 1)
-    now = worth.levels_of(new.code[row], plan.price[unit], offsets)
+    now = worth.levels_of(new.code[row], plan.least[unit])
     valid = new.valid[row] & (new.row[unit] < rows)
     for level, form in enumerate(formats):
 

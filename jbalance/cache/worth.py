@@ -4,7 +4,8 @@ A token of worth w gains w (V_m - V_n) when it is kept at level m in place of th
 or of being evicted (V = 0): V_m = 1 - error_m^0.75, with the codec's relative squared errors. One
 price over all units decides: a step is taken iff its gain per byte reaches the price. Worth and price
 are counted in twelfths of an octave, so that a level's slope is a whole offset: a token of code c takes
-the step to level m iff c >= price + offset_m.
+the step to level m iff c >= price + offset_m. Pages are whole, so each unit then lets in the next best
+tokens for which the pages that it pays for have room.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Price(NamedTuple):
     """The price, and what it leaves; U units, M levels."""
 
     price: jax.Array  # [U] int32, the same but for one, which the first units pay
+    least: jax.Array  # [U, M] int32, the least code that reaches each level, not ascending
     tokens: jax.Array  # [U, M] int32, at each level
     pages: jax.Array  # [U, M] int32, pages they take
     shortfall: jax.Array  # [] int32, pages that are missing even if only protected tokens stay
@@ -101,20 +103,18 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
 
 
-def levels_of(code: jax.Array, price: jax.Array, offsets: tuple[int, ...]) -> jax.Array:
-    """The level that each token has at a price: an index into the offsets, or M for evicted.
+def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:
+    """The level that each token reaches: an index into the levels, or M for evicted.
 
     Args:
       code: [...] uint8.
-      price: [...] int32.
-      offsets: of `steps`.
+      least: [..., M] int32, `Price.least` of the token's unit.
 
     Returns:
       [...] int32; `PROTECTED` tokens have level 0.
     """
-    code = jnp.asarray(code).astype(jnp.int32)
-    least = [jnp.minimum(price + offset, PROTECTED) for offset in offsets]
-    return jnp.sum(jnp.stack([code < x for x in least]), axis=0, dtype=jnp.int32)
+    reached = jnp.asarray(code).astype(jnp.int32)[..., None] >= least
+    return least.shape[-1] - jnp.sum(reached, axis=-1, dtype=jnp.int32)
 
 
 def price_of(
@@ -122,20 +122,19 @@ def price_of(
     offsets: tuple[int, ...],
     page_tokens: tuple[int, ...],
     allowance_pages: jax.Array,
-    lowest_price: jax.Array | None = None,
 ) -> Price:
     """The lowest price at which all tokens fit, every group in whole pages of its own.
 
     All prices are looked at, so that rounding up to pages is exact. The price is a twelfth of an
     octave too high for the last few pages: only as many units as must pay it, the first ones, the
-    others one less. A token is never raised: at level m it stays there or falls.
+    others one less. Then the highest level takes as many of the next best tokens as its pages have
+    slots for, then the next level. A token is never raised: at level m it stays there or falls.
 
     Args:
       histogram: [U, M, 256] int, tokens of each unit, level and code; new ones count at level 0.
       offsets: [M] of `steps`.
       page_tokens: [M] tokens per page.
       allowance_pages: [] int, pages of all units together.
-      lowest_price: [] int, no price below it is taken; None for any.
 
     Returns:
       `Price`; with a shortfall it is the highest one, at which only protected tokens stay.
@@ -157,41 +156,43 @@ def price_of(
     )
     total = jnp.sum(need, axis=0)
     fits = total <= allowance_pages
-    lowest = prices[0] if lowest_price is None else jnp.minimum(lowest_price, PROTECTED)
-    fits &= prices >= lowest
     at = jnp.where(jnp.any(fits), jnp.argmax(fits), len(prices) - 1)
     below = jnp.maximum(at - 1, 0)
     saved = jnp.cumsum(need[:, below] - need[:, at])
     enough = total[below] - saved <= allowance_pages
-    spared = jnp.any(fits) & (prices[0] + below >= lowest)
-    spared &= np.arange(len(enough)) > jnp.argmax(enough)
+    spared = jnp.any(fits) & (np.arange(len(enough)) > jnp.argmax(enough))
     price = (prices[0] + jnp.where(spared, below, at)).astype(jnp.int32)
-    count = jnp.concatenate(_counts(reaching, price[:, None], offsets), axis=1)
+    least, tokens = _fill(reaching, price, offsets, page_tokens)
     return Price(
         price,
-        count,
-        -(-count // np.array(page_tokens, np.int32)),
+        least,
+        tokens,
+        -(-tokens // np.array(page_tokens, np.int32)),
         jnp.maximum(total[-1] - allowance_pages, 0),
     )
 
 
-def fill(code: jax.Array, room: jax.Array) -> jax.Array:
-    """Levels by rank: each unit's best tokens fill its highest level, the next ones the next.
-
-    Where whole groups are chosen anew, no slot of their pages stays empty.
-
-    Args:
-      code: [U, S] uint8.
-      room: [U, M] int tokens that each level has slots for, such as `Price.pages` times the tokens of a
-        page.
-
-    Returns:
-      [U, S] int32, M for evicted; of equal codes the first tokens come first.
-    """
-    best_first = jnp.argsort(code, axis=1, stable=True, descending=True)
-    rank = jnp.argsort(best_first, axis=1)
-    ends = jnp.cumsum(room, axis=1)
-    return jnp.sum(rank[..., None] >= ends[:, None], axis=-1, dtype=jnp.int32)
+def _fill(reaching, price, offsets, page_tokens):
+    """The least codes [U, M] that leave the fewest slots of the price's pages empty, and the tokens."""
+    counts = jnp.concatenate(_counts(reaching, price[:, None], offsets), axis=1)
+    slots = -(-counts // np.array(page_tokens, np.int32)) * np.array(page_tokens, np.int32)
+    # Below where a lower level began, its own tokens stay there as well, and need slots.
+    fits = [
+        (np.arange(NUM_CODES) >= threshold(price, offset)[:, None])
+        | (reaching[:, m] - reaching[:, m - 1] <= slots[:, m, None])
+        for m, offset in enumerate(offsets)
+    ]
+    above = jnp.zeros_like(price)
+    least, tokens = [], []
+    for level in range(len(offsets)):
+        number = reaching[:, level] - above[:, None]
+        allowed = functools.reduce(
+            jnp.logical_and, fits[level + 1 :], number <= slots[:, level, None]
+        )
+        least.append(jnp.argmax(allowed, axis=1).astype(jnp.int32))
+        tokens.append(jnp.take_along_axis(number, least[-1][:, None], axis=1)[:, 0])
+        above += tokens[-1]
+    return jnp.stack(least, axis=1), jnp.stack(tokens, axis=1)
 
 
 def tails(histogram: jax.Array) -> jax.Array:

@@ -142,3 +142,14 @@ def test_bad_input_is_named(streamer, context):
         streamer.prefill(cache, context, allowance_pages=3)
     with pytest.raises(ValueError, match="tokens has 5 tokens"):
         streamer.prefill(cache, context[:5], allowance_pages=3)
+
+
+def test_a_long_decode_is_reported(small_model, context):
+    counted = []
+    settings = stream.Settings(24_000, len(context), 150)
+    result = stream.stream(settings, small_model, context, counted.append)
+    assert sum(counted) == 149
+    assert len(result["tokens"]) == 150
+    assert result["largest_resident_bytes"] <= 24_000 < result["full_cache_bytes"]
+    assert result["compilations"] == 2  # of 64 steps, and of those that are left over
+    assert result["tokens_seen"] == len(context) + 149
