@@ -1,5 +1,37 @@
 """Attention that computes only what was allocated."""
 
-from jbalance.attention.partial import EMPTY, Partial, merge
+from jbalance.attention.partial import EMPTY, Partial, merge  # noqa: I001  (pipeline order)
+from jbalance.attention.plan import (
+    TilePlan,
+    causal,
+    difference,
+    from_mask,
+    full,
+    intersection,
+    segments,
+    to_mask,
+    transposed,
+    union,
+    window,
+)
+from jbalance.attention.attend import attend
 
-__all__ = ["EMPTY", "Partial", "merge"]
+__all__ = [  # noqa: RUF022  (pipeline order)
+    "EMPTY",
+    "Partial",
+    "merge",
+    # tiles
+    "TilePlan",
+    "from_mask",
+    "to_mask",
+    "full",
+    "causal",
+    "window",
+    "segments",
+    "union",
+    "intersection",
+    "difference",
+    "transposed",
+    # attention over them
+    "attend",
+]

@@ -1,0 +1,174 @@
+"""Benchmark of attention over tiles: speed beside dense attention and plain products, at any density.
+
+A case `tT_dF` is causal attention of 8 heads, D = 64, over T tokens in float32, with the fraction F of
+its causal tiles: each query block's own, and others at random. Times are medians of interleaved
+calls, ratios are those of one run. A rate counts the products of the tiles in the plan, 2 a tile
+forward and 7 forward and backward, as a fraction of that of a product of 2048 x 2048 matrices;
+`time_over_proportional` is the time as a multiple of F times that of all causal tiles. For the figures
+of one core:
+
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python -m experiments.benchmarks.tiles
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import _report
+from experiments.benchmarks._report import Bar, Row
+from jbalance import attention
+from jbalance.attention import TilePlan
+
+HEADS, HEAD_DIM, BLOCK, PRODUCT = 8, 64, 128, 2048
+SIZES, QUICK_SIZES = (1024, 2048, 4096, 8192, 16384), (1024,)
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+LARGEST_DENSE = 8192  # 16k tokens would take 8.6 GB for the scores
+BAR_SIZE = 4096
+BARS = {
+    "speedup_vs_jax_dpa_fwd": Bar(5, at_least=True),
+    "matmul_rate_fraction_fwd": Bar(0.7, at_least=True),
+    "matmul_rate_fraction_fwdbwd": Bar(0.6, at_least=True),
+}
+PROPORTIONAL = Bar(1.25)
+
+
+class Inputs(NamedTuple):
+    """Queries, keys, values and the gradient of y, each [1, T, H, D]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    dy: jax.Array
+
+
+def main() -> None:
+    _keep_freed_memory()
+    _report.main(__doc__ or "", measure_all)
+
+
+def measure_all(quick: bool) -> list[Row]:
+    sizes = QUICK_SIZES if quick else SIZES
+    return [row for size in sizes for row in _sized(size)]
+
+
+def inputs(size: int) -> Inputs:
+    """Standard normal."""
+    shape = 4, 1, size, HEADS, HEAD_DIM
+    return Inputs(*jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32))
+
+
+def tile_mask(size: int, density: float) -> np.ndarray:
+    """[1, H, I, J] bool: so many of the causal tiles, those on the diagonal among them."""
+    blocks = -(-size // BLOCK)
+    causal = np.tril(np.ones((blocks, blocks), bool))
+    worth = np.random.default_rng(1).random((1, HEADS, blocks, blocks))
+    worth = np.where(causal, worth + np.eye(blocks), -1.0)
+    number = max(HEADS * blocks, round(density * HEADS * causal.sum()))
+    return worth >= np.sort(worth, axis=None)[-number]
+
+
+@functools.cache
+def _plan(size: int, density: float) -> TilePlan:
+    return attention.from_mask(jnp.asarray(tile_mask(size, density)), size, size, BLOCK, BLOCK)
+
+
+class _Compiled:
+    """Forward, and forward and backward, jitted, with what was traced."""
+
+    def __init__(self) -> None:
+        self.traces = 0
+        self.forward = jax.jit(self._forward)
+        self.both = jax.jit(self._both)
+
+    def _forward(self, x: Inputs, plan: TilePlan) -> jax.Array:
+        self.traces += 1
+        return attention.attend(x.q, x.k, x.v, plan, causal=True).y
+
+    def _both(self, x: Inputs, plan: TilePlan) -> Any:
+        def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return self._forward(Inputs(q, k, v, x.dy), plan)
+
+        return jax.vjp(forward, x.q, x.k, x.v)[1](x.dy)
+
+
+def _sized(size: int) -> list[Row]:
+    """All densities of one size, and what they are held against, in one interleaved run."""
+    x, compiled = inputs(size), _Compiled()
+    square = jnp.asarray(np.random.default_rng(2).normal(size=(PRODUCT, PRODUCT)), jnp.float32)
+    calls: dict[Any, Callable[[], Any]] = {"product": functools.partial(_product, square)}
+    if size <= LARGEST_DENSE:
+        calls["dense"] = functools.partial(_dense, x)
+    for density in DENSITIES:
+        plan = _plan(size, density)
+        calls["fwd", density] = functools.partial(compiled.forward, x, plan)
+        calls["fwdbwd", density] = functools.partial(compiled.both, x, plan)
+    seconds = _report.interleaved(calls, 3 if size > LARGEST_DENSE else _report.REPETITIONS)
+    # What was traced while plans changed: each of the two functions once.
+    traced = compiled.traces
+    rows = [row for density in DENSITIES for row in _rows(size, density, seconds)]
+    return [*rows, *_memory(x, compiled), Row(f"t{size}", "traces", traced, Bar(2))]
+
+
+def _rows(size: int, density: float, seconds: dict[Any, float]) -> list[Row]:
+    label, dense = f"t{size}_d{density:g}", seconds.get("dense")
+    rate = 2 * PRODUCT**3 / seconds["product"]
+    tiles, all_tiles = (int(_plan(size, d).num_tiles) for d in (density, 1.0))
+    values = {"milliseconds_fwd": 1e3 * seconds["fwd", density]}
+    if dense is not None:
+        values["speedup_vs_jax_dpa_fwd"] = dense / seconds["fwd", density]
+    for kind, products in (("fwd", 2), ("fwdbwd", 7)):
+        operations = tiles * products * 2 * BLOCK * BLOCK * HEAD_DIM
+        values[f"matmul_rate_fraction_{kind}"] = operations / seconds[kind, density] / rate
+    bars: dict[str, Bar] = BARS if (size, density) == (BAR_SIZE, 1.0) else {}
+    if density < 1:
+        for kind, metric in (("fwd", ""), ("fwdbwd", "_fwdbwd")):
+            proportional = seconds[kind, 1.0] * tiles / all_tiles
+            values[f"time_over_proportional{metric}"] = seconds[kind, density] / proportional
+        bars = {"time_over_proportional": PROPORTIONAL} if size == BAR_SIZE else {}
+    return [Row(label, metric, value, bars.get(metric)) for metric, value in values.items()]
+
+
+def _memory(x: Inputs, compiled: _Compiled) -> list[Row]:
+    """Temporary bytes beside a bar that grows as T D does."""
+    size, rows = x.q.shape[1], []
+    for kind, function in (("fwd", compiled.forward), ("fwdbwd", compiled.both)):
+        memory: Any = function.lower(x, _plan(size, 1.0)).compile().memory_analysis()
+        bytes_, bar = memory.temp_size_in_bytes, Bar(2 * x.q.nbytes)
+        rows.append(Row(f"t{size}_d1", f"temp_bytes_{kind}", bytes_, bar))
+    return rows
+
+
+@jax.jit
+def _product(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
+@jax.jit
+def _dense(x: Inputs) -> jax.Array:
+    return jax.nn.dot_product_attention(x.q, x.k, x.v, is_causal=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, for all that is measured here.
+
+    Otherwise the pages of every result are faulted in anew, a cost that is the same for all plans,
+    varies with what ran before, and is not there inside a larger program.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+if __name__ == "__main__":
+    main()

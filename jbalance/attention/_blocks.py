@@ -1,0 +1,293 @@
+"""The blocks of attention's operands: how a loop over tiles reads, masks and accumulates them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbalance.attention import _operands
+from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention.partial import EMPTY
+
+LOG2_E = math.log2(math.e)
+
+
+class Row(NamedTuple):
+    """A block of queries of the heads that are computed together."""
+
+    batch: Any
+    head: Any  # the first of them
+    kv_head: Any
+    block: Any
+    list_place: tuple  # of its list in the plan
+    count: Any
+    plain: Any  # tiles at the begin of the list that no mask touches
+
+
+class Tile(NamedTuple):
+    """A row and one of its key blocks."""
+
+    row: Row
+    block: Any
+    masked: bool  # whether some element may be, static
+
+
+class Sums(NamedTuple):
+    """Gradients that many rows add to, of padded shapes, in float32."""
+
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    relative_bias: jax.Array | None
+
+
+class Problem:
+    """Padded operands, and how to read and write their blocks."""
+
+    def __init__(self, operands: Operands, where: Where, rules: Rules):
+        self.operands, self.where, self.rules = operands, where, rules
+        self.plan = where.plan
+        self.q_shape = operands.q.shape
+        heads, kv_heads = operands.q.shape[2], operands.k.shape[2]
+        self.group = heads // kv_heads
+        # Heads of a row: all that share keys, if they share a plan too.
+        self.together = self.group if self.plan.count.shape[1] == 1 else 1
+        self.num_rows = operands.q.shape[0] * (heads // self.together) * self.plan.num_query_blocks
+        self.plain = self._count_plain()
+        cap = rules.soft_cap
+        self.logit_scale = rules.scale * LOG2_E if cap is None else rules.scale / cap
+        leaves = jax.tree.leaves((operands, where))
+        self.axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+    def _count_plain(self):
+        """How many tiles at the begin of each list have no masked element; None if unknown.
+
+        Lists ascend, so those that the causal mask or the end of the keys touches come last.
+        """
+        plan, where = self.plan, self.where
+        if self.rules.window is not None or where.q_ids is not None:
+            return None
+        bound: Any = plan.num_keys // plan.block_k
+        if self.rules.causal:
+            first = jnp.arange(plan.num_query_blocks) * plan.block_q
+            seen = (first + _operands.first_position(where) + 1) // plan.block_k
+            bound = jnp.minimum(bound, seen)[:, None]
+        listed = jnp.arange(plan.capacity) < plan.count[..., None]
+        return jnp.sum(listed & (plan.blocks < bound), axis=-1, dtype=jnp.int32)
+
+    def varying(self, tree):
+        """Constants as the loops need them inside of `shard_map`."""
+        axes = tuple(self.axes)
+        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+    def row(self, r) -> Row:
+        num_q, num_heads = self.plan.num_query_blocks, self.q_shape[2] // self.together
+        block, rest = r % num_q, r // num_q
+        batch, head = rest // num_heads, rest % num_heads * self.together
+        lists = self.plan.count.shape
+        place = batch % lists[0], head % lists[1], block
+        plain = None if self.plain is None else _entry(self.plain, place)
+        count = _entry(self.plan.count, place)
+        return Row(batch, head, head // self.group, block, place, count, plain)
+
+    def over_tiles(self, row, step, carry):
+        """`step(tile, carry)` over a row's tiles: those without a mask, then the others."""
+
+        def loop(first, end, masked, carry):
+            def body(c, carry):
+                block = _entry(self.plan.blocks, (*row.list_place, c))
+                return step(Tile(row, block, masked), carry)
+
+            return lax.fori_loop(first, end, body, carry)
+
+        if row.plain is None:
+            return loop(0, row.count, True, carry)
+        carry = loop(0, row.plain, False, carry)
+        some = self.rules.causal or self.plan.num_keys % self.plan.block_k
+        return loop(row.plain, row.count, True, carry) if some else carry
+
+    def read(self, x, row):
+        """A row of x [B, T, H, ...] as [bq G, ...]."""
+        start = (row.batch, row.block * self.plan.block_q, row.head, *(0,) * (x.ndim - 3))
+        size = (1, self.plan.block_q, self.together, *x.shape[3:])
+        return _slice(x, start, size).reshape(-1, *x.shape[3:])
+
+    def write(self, x, values, row):
+        """x [B, T, H, ...] with a row replaced."""
+        start = (row.batch, row.block * self.plan.block_q, row.head, *(0,) * (x.ndim - 3))
+        values = values.reshape(1, self.plan.block_q, self.together, *x.shape[3:])
+        return _update(x, values.astype(x.dtype), start)
+
+    def queries(self, row, scale):
+        return self.read(self.operands.q, row).astype(jnp.float32) * scale
+
+    def keys(self, at):
+        return self._block(self.operands.k, at)
+
+    def values(self, at):
+        return self._block(self.operands.v, at)
+
+    def _block(self, x, at):
+        start = at.row.batch, at.block * self.plan.block_k, at.row.kv_head, 0
+        x = _slice(x, start, (1, self.plan.block_k, 1, x.shape[3]))
+        return x[0, :, 0].astype(jnp.float32)
+
+    def logits(self, at, x, keys_first=False):
+        """Products of a tile [bq G, bk], or turned, as logits in base 2; the cap's slope or None."""
+        slope = None
+        if self.rules.soft_cap is not None:
+            x = jnp.tanh(x)
+            slope = 1 - x * x
+            x = x * (self.rules.soft_cap * LOG2_E)
+        for bias in self._biases(at):
+            parts = self._parts(x, keys_first) + _order(bias, keys_first) * LOG2_E
+            x = parts.reshape(x.shape)
+        if at.masked:
+            x = jnp.where(self._seen(at, keys_first), x, EMPTY)
+        return x, slope
+
+    def _parts(self, x, keys_first):
+        """[bq G, bk] as [bq, G, bk], or turned as [bk, bq, G]."""
+        heads = self.plan.block_q, self.together
+        return x.reshape(-1, *heads) if keys_first else x.reshape(*heads, -1)
+
+    def _seen(self, at, keys_first):
+        """Which elements [bq G, bk] of a tile the masks leave, or turned. (XLA is slow in 3 axes.)"""
+        plan, where, axes = self.plan, self.where, (1, 0) if keys_first else (0, 1)
+        rows = jnp.arange(plan.block_q * self.together) // self.together
+        q_at = jnp.expand_dims(rows + at.row.block * plan.block_q, axes[1])
+        k_at = jnp.expand_dims(jnp.arange(plan.block_k) + at.block * plan.block_k, axes[0])
+        seen = _operands.visible(self.rules, q_at + _operands.first_position(where), k_at)
+        if plan.num_keys % plan.block_k:
+            seen &= k_at < plan.num_keys
+        if where.q_ids is not None and where.k_ids is not None:
+            place = at.row.batch, at.row.block * plan.block_q
+            q_ids = _slice(where.q_ids, place, (1, plan.block_q))[0]
+            place = at.row.batch, at.block * plan.block_k
+            k_ids = _slice(where.k_ids, place, (1, plan.block_k))[0]
+            q_ids = jnp.expand_dims(jnp.repeat(q_ids, self.together), axes[1])
+            seen &= q_ids == jnp.expand_dims(k_ids, axes[0])
+        return seen
+
+    def _biases(self, at):
+        """The tile's biases, each [bq|1, G|1, bk|1]."""
+        bias, line = self.operands.bias, self.operands.relative_bias
+        if bias is not None:
+            tile = _slice(bias, *self._bias_place(bias, at))
+            yield jnp.swapaxes(tile[0], 0, 1)
+        if line is not None:
+            yield self._from_line(_slice(line, *self._line_place(line, at)))
+
+    def _bias_place(self, bias, at):
+        """Start and size of a tile in the bias, whose axes of size 1 all tiles share."""
+        block_q, block_k = self.plan.block_q, self.plan.block_k
+        place = at.row.batch, at.row.head, at.row.block * block_q, at.block * block_k
+        size = 1, self.together, block_q, block_k
+        shared = [n == 1 for n in bias.shape]
+        start = [0 if one else x for x, one in zip(place, shared, strict=True)]
+        return start, [1 if one else n for n, one in zip(size, shared, strict=True)]
+
+    def _line_place(self, line, at):
+        """Start and size of a tile's bq + bk - 1 distances in the padded relative bias."""
+        plan, heads = self.plan, line.shape[0]
+        behind = plan.num_key_blocks - 1 - at.block
+        start = at.row.block * plan.block_q + behind * plan.block_k
+        size = 1 if heads == 1 else self.together
+        return [0 if heads == 1 else at.row.head, start], [size, plan.block_q + plan.block_k - 1]
+
+    def _from_line(self, line):
+        """Distances [G|1, bq + bk - 1] as a tile [bq, G|1, bk]: entry q - k + bk - 1."""
+        heads, length = line.shape
+        block_q, block_k = self.plan.block_q, self.plan.block_k
+        # Rows of length - 1 cut from copies of the reversed line begin one entry earlier each.
+        copies = jnp.broadcast_to(line[:, None, ::-1], (heads, block_q, length))
+        flat = copies.reshape(heads, -1)[:, block_q - 1 :][:, : block_q * (length - 1)]
+        tile = flat.reshape(heads, block_q, length - 1)[:, :, :block_k]
+        return jnp.swapaxes(tile, 0, 1)
+
+    def zero_sums(self) -> Sums:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), self.operands[1:])
+        return self.varying(Sums(*zeros))
+
+    def add_keys(self, x, at, values):
+        """x [B, S, K, D] with those of a block added."""
+        start = at.row.batch, at.block * self.plan.block_k, at.row.kv_head, 0
+        return _add_slice(x, start, values[None, :, None])
+
+    def add_biases(self, sums, at, dlogits):
+        """The gradient with that of a tile's biases added, from [bk, bq G]."""
+        if sums.bias is None and sums.relative_bias is None:
+            return sums
+        rows = jnp.moveaxis(self._parts(dlogits, keys_first=True), 0, 2)
+        if sums.bias is not None:
+            start, size = self._bias_place(sums.bias, at)
+            tile = jnp.swapaxes(rows, 0, 1)[None]
+            shared = tuple(axis for axis, n in enumerate(size) if n != tile.shape[axis])
+            tile = jnp.sum(tile, axis=shared, keepdims=True)
+            sums = sums._replace(bias=_add_slice(sums.bias, start, tile))
+        if sums.relative_bias is not None:
+            start, size = self._line_place(sums.relative_bias, at)
+            shape = jax.ShapeDtypeStruct(size, jnp.float32)
+            if size[0] == 1:
+                rows = jnp.sum(rows, axis=1, keepdims=True)
+            (line,) = jax.linear_transpose(self._from_line, shape)(rows)
+            sums = sums._replace(relative_bias=_add_slice(sums.relative_bias, start, line))
+        return sums
+
+    def cut_biases(self, sums):
+        """The gradients of the biases without padding."""
+        plan, bias, line = self.plan, sums.bias, sums.relative_bias
+        if bias is not None:
+            bias = bias[:, :, : plan.num_queries, : plan.num_keys]
+        if line is not None:
+            first = plan.num_key_blocks * plan.block_k - plan.num_keys
+            line = line[:, first : first + plan.num_queries + plan.num_keys - 1]
+        return bias, line
+
+
+def _order(x, keys_first):
+    """[bq, G, bk], or [bk, bq, G]."""
+    return jnp.moveaxis(x, 2, 0) if keys_first else x
+
+
+# No index is negative: without the option, each costs a CPU a step of its own.
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
+def _entry(x, place):
+    return _slice(x, place, (1,) * x.ndim).reshape(())
+
+
+def _add_slice(x, start, tile):
+    old = _slice(x, start, tile.shape)
+    return _update(x, old + tile, start)
+
+
+def padded(operands: Operands, where: Where) -> tuple[Operands, Where]:
+    """Whole blocks. Keys behind the end are masked, queries behind it are cut off."""
+    plan = where.plan
+    short_q, short_k = -plan.num_queries % plan.block_q, -plan.num_keys % plan.block_k
+    q, k, v, bias, line = operands
+    if bias is not None:
+        bias = bias if bias.shape[2] == 1 else pad(bias, 2, short_q)
+        bias = bias if bias.shape[3] == 1 else pad(bias, 3, short_k)
+    if line is not None:
+        line = jnp.pad(line, ((0, 0), (short_k, short_q)))
+    if where.q_ids is not None:
+        q_ids = pad(where.q_ids, 1, short_q)
+        where = where._replace(q_ids=q_ids, k_ids=pad(where.k_ids, 1, short_k))
+    k, v = pad(k, 1, short_k), pad(v, 1, short_k)
+    return Operands(pad(q, 1, short_q), k, v, bias, line), where
+
+
+def pad(x, axis, amount, value=0):
+    if not amount:
+        return x
+    widths = [(0, amount if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
