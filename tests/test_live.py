@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbalance.cache import live, pages, worth
+from jbalance.cache import live, pages, remainder, worth
 
 pytestmark = pytest.mark.xdist_group("live")  # compiled once
 B, L, K, G, D, R = 2, 2, 2, 2, 16, 8
@@ -134,6 +134,56 @@ def test_attention_is_over_all_tokens_when_nothing_must_go():
             want, _ = attention(q[layer, 0], keys[layer], values[layer])
             np.testing.assert_allclose(y[layer, 0], want, atol=0.03)
     assert cache.arena.count[:, 0].sum() + L * K * cache.ring_count[0] == L * K * (PROMPT + 30)
+    assert not cache.remainder.count.any()
+
+
+def test_attention_is_over_what_stays_of_tokens_too():
+    rng, cache = np.random.default_rng(0), create(BUDGET, L, K, D)
+    for layer in range(L):
+        cache, _ = prefill(cache, 0, layer, *prompt(layer), 200, PROMPT)
+    cache, report = jax.jit(live.shrink)(cache, 0, L * K)
+    assert cache.remainder.count.sum() == report.evicted > 20
+    q, k, v = drawn(rng)
+    want = [of_parts(cache, i, q[i, 0], k[i, 0], v[i, 0])[0] for i in range(L)]
+    cache, y, _ = step(cache, q, k, v, np.array([0, 0]), np.array([True, False]))
+    np.testing.assert_allclose(y[:, 0], np.stack(want), atol=1e-4)
+    q, k, v = drawn(rng)
+    gained = [of_parts(cache, i, q[i, 0], k[i, 0], v[i, 0])[1] for i in range(L)]
+    cache, _, _ = step(cache, q, k, v, np.array([0, 0]), np.array([True, False]))
+    np.testing.assert_allclose(cache.rings.worth[:, 0, :, 0], np.stack(gained), atol=1e-5)
+
+
+def of_parts(cache, layer, q, k, v):
+    """y of request 0's query [H, D], and what its ring's first token gains, over decoded parts."""
+    ring, out, gained = jax.tree.map(lambda x: x[layer, 0], cache.rings), [], []
+    there = int(cache.ring_count[0])
+    for head in range(K):
+        unit, mean = layer * K + head, np.asarray(cache.key_mean[layer * K + head], float)
+        held = [pages.read(cache.arena, unit, m) for m in range(len(BITS))]
+        left = jax.tree.map(lambda x: x[0], remainder.load(cache.remainder, np.array([unit])))
+        many = np.asarray(left.count)
+        parts = [(x.k[x.valid] + mean, x.v[x.valid]) for x in held]
+        parts += [tuple(np.repeat(x, many, axis=0) for x in (left.keys + mean, left.values))]
+        parts += [(ring.keys[head, :there], ring.values[head, :there])]
+        parts += [(rounded(k[head])[None], rounded(v[head])[None])]
+        keys, values = (np.concatenate([np.asarray(x[i], float) for x in parts]) for i in range(2))
+        own = q[head * G : (head + 1) * G].astype(float)
+        weight = np.exp(own @ keys.T / np.sqrt(D))
+        weight /= weight.sum(axis=1, keepdims=True)
+        out.append(weight @ values)
+        gained.append(np.square(weight[:, -1 - there]).sum())
+    return np.concatenate(out), np.array(gained)
+
+
+def test_a_shortfall_while_decoding_loses_tokens_to_the_remainder():
+    rng, cache = np.random.default_rng(0), create(BUDGET, L, K, D)
+    cache, _ = prefill(cache, 0, 0, *prompt(0), 200, PROMPT)
+    for _ in range(R):
+        cache, y, report = step(cache, *drawn(rng), np.array([1, 0]), np.array([True, False]))
+    assert report.shortfall[0] > 0
+    assert report.rejected[0] == L * K * R // 2 == cache.remainder.count.sum()
+    assert cache.arena.count.sum() == K * PROMPT
+    assert np.isfinite(y).all()
 
 
 def test_two_thousand_steps_in_constant_bytes():
@@ -151,6 +201,7 @@ def test_two_thousand_steps_in_constant_bytes():
             arena = jax.device_get(cache.arena)
             held = arena.count.reshape(B, -1).sum(axis=1) + L * K * cache.ring_count
             np.testing.assert_array_equal(held + left, L * K * entered)
+            np.testing.assert_array_equal(cache.remainder.count.reshape(B, -1).sum(axis=1), left)
             assert np.isfinite(y).all()
             assert (report.shortfall == 0).all()
             assert (cache.held_pages <= total // 2).all()
@@ -195,8 +246,13 @@ def test_a_flood_leaves_others_as_if_they_were_alone_with_their_floor():
         run(just(FLOORS[1]), False, FLOORS[1:]),
     ):
         np.testing.assert_array_equal(y, alone[0])
-        held = (x.arena.count[-L * K :] for x in (cache, alone[1]))
-        np.testing.assert_array_equal(*held)
+        for held in zip(*(of_last(x) for x in (cache, alone[1])), strict=True):
+            np.testing.assert_array_equal(*held)
+
+
+def of_last(cache):
+    """What the last request holds, and what stays of its other tokens."""
+    return [x[-L * K :] for x in (cache.arena.count, *jax.tree.leaves(cache.remainder))]
 
 
 def just(num_pages):
@@ -213,30 +269,37 @@ def test_sinks_and_recent_tokens_stay_and_padding_does_not_enter():
     k, v, w = prompt(0)
     cache, report = prefill(cache, 1, 1, k, v, w, 100, PROMPT - 4)
     assert report.held == K * (PROMPT - 4)
-    cache, report = jax.jit(live.shrink)(cache, 1, K)  # a page holds the 5 protected tokens
-    assert report.held == K * 5
-    np.testing.assert_array_equal(cache.arena.count[(L + 1) * K :, 0], 5)
+    cache, report = jax.jit(live.shrink)(cache, 1, K)  # a page holds the 5 protected, and the best
+    assert report.held == K * 6
+    np.testing.assert_array_equal(cache.arena.count[(L + 1) * K :, 0], 6)
+    left = cache.remainder.count.sum(axis=1)
+    np.testing.assert_array_equal(left[(L + 1) * K :], PROMPT - 4 - 6)
+    assert left.sum() == report.evicted
     for head in range(K):
         kept = pages.read(cache.arena, (L + 1) * K + head, 0, num_pages=1)
-        np.testing.assert_array_equal(kept.worth[:5], worth.PROTECTED)
+        protected = np.flatnonzero(kept.worth == worth.PROTECTED)
         mean = np.asarray(cache.key_mean[(L + 1) * K + head], np.float32)
         want = k[[0, 1, *range(PROMPT - 7, PROMPT - 4)], head]
-        np.testing.assert_allclose(kept.k[:5] + mean, want, atol=0.05)
+        np.testing.assert_allclose(kept.k[protected] + mean, want, atol=0.05)
     cache, report = prefill(cache, 1, 0, k, v, w, K, PROMPT)
     assert report.shortfall == K
     assert report.rejected == K * PROMPT
+    np.testing.assert_array_equal(cache.remainder.count.sum(axis=1), left)
 
 
 def test_release_gives_back_and_leaves_no_trace():
-    _, cache = run(create(BUDGET, L, K, D), True, FLOORS, num_steps=10)
+    _, cache = run(create(BUDGET, L, K, D), True, FLOORS)
     before = jax.tree.map(np.asarray, cache)
     cache = release(cache, 0)
     np.testing.assert_array_equal(cache.held_pages, before.held_pages * np.array([0, 1]))
     np.testing.assert_array_equal(cache.ring_count, before.ring_count * np.array([0, 1]))
+    assert before.remainder.count[L * K :].any()
+    jax.tree.map(np.testing.assert_array_equal, cache.remainder, before.remainder)
     first, last = (before.arena.offset[L * K * len(BITS)], before.arena.offset[-1])
     np.testing.assert_array_equal(cache.arena.order[: last - first], before.arena.order[first:last])
     np.testing.assert_array_equal(cache.arena.data, before.arena.data)
     cache = release(cache, 1)
+    assert not any(x.any() for x in jax.tree.leaves(cache.remainder))
     again, _ = run(cache, True, FLOORS, num_steps=10)
     fresh, _ = run(create(BUDGET, L, K, D), True, FLOORS, num_steps=10)
     np.testing.assert_array_equal(again, fresh)
@@ -276,7 +339,7 @@ def test_what_others_hold_is_not_allowed_twice():
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda: create(100, L, K, D), ("budget_bytes is 100", "4624")),
+        (lambda: create(100, L, K, D), ("budget_bytes is 100", "6032")),
         (lambda: create(BUDGET, 0, K, D), ("num_layers is 0",)),
         (lambda: create(BUDGET, L, K, D, ring_tokens=7), ("ring_tokens is 7", "even")),
         (lambda: create(BUDGET, L, K, D, bits=(4, 8)), ("(4, 8)", "descend")),

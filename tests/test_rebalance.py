@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jbalance.cache import pages, rebalance, worth
+from jbalance.cache import pages, rebalance, remainder, worth
 
 pytestmark = pytest.mark.xdist_group("rebalance")  # compiled once
 U, D, BITS, PAGE, SPAN, SIZE = 5, 16, (8, 4, 3), 256, 3, 20
@@ -25,9 +25,15 @@ ALL = np.array([SIZE, SIZE])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def admit(at, first, units, k, v, code, allowance, number):
+def admit_into(at, rest, first, units, k, v, code, allowance, number):
     """One compilation for all tests: two rows, numbers given."""
-    return rebalance.admit(at, first, SPAN, units, k, v, code, allowance, num_tokens=number)
+    return rebalance.admit(at, rest, first, SPAN, units, k, v, code, allowance, num_tokens=number)
+
+
+def admit(at, *args):
+    """Where what leaves does not matter."""
+    at, _, report = admit_into(at, remainder.create(U, D), *args)
+    return at, report
 
 
 class Token(NamedTuple):
@@ -125,6 +131,20 @@ def tokens(rng, rows, protected=0.0):
     return k, v, np.where(rng.random(code.shape) < protected, 255, code).astype(np.uint8)
 
 
+def assert_left(rest, unit, x, code):
+    """The remainder [U] stands for exactly these tokens of units [N], with vectors and codes."""
+    entries = remainder.load(rest, np.arange(U))
+    w = np.asarray(worth.decode_worth(code), float)
+    both = np.concatenate([entries.keys, entries.values], axis=-1)
+    for u in range(U):
+        mine = unit == u
+        assert entries.count[u].sum() == mine.sum()
+        np.testing.assert_allclose(entries.weight[u].sum(), w[mine].sum(), rtol=1e-5, atol=1e-9)
+        want = w[mine] @ x[mine]
+        apart = np.asarray(entries.weight[u]) @ both[u] - want
+        assert np.linalg.norm(apart) <= 0.02 * (w[mine] @ np.linalg.norm(x[mine], axis=-1) + 1e-9)
+
+
 def need(found, mine):
     """Pages that the groups of some units need."""
     count = np.zeros((U, M), int)
@@ -145,19 +165,24 @@ def test_who_stays_is_as_by_brute_force_and_what_stays_is_bit_for_bit(seed, allo
         number = rng.integers(0, SIZE + 1, 2)
         old, tables = held(at), jax.tree.map(np.asarray, at)
         new, x = entering(units, k, v, code, number)
-        at, report = admit(at, first, units, k, v, code, allowance, number)
+        nothing = remainder.create(U, D)
+        at, rest, report = admit_into(at, nothing, first, units, k, v, code, allowance, number)
         assert at.nbytes == arena().nbytes
         np.testing.assert_array_equal(np.sort(at.order), np.arange(at.num_pages))
         mine = slice(first, first + SPAN)
         if report.shortfall:
             jax.tree.map(np.testing.assert_array_equal, at, tables)
             assert report.rejected == number.sum()
+            assert not rest.count.any()
             free = at.num_pages - tables.offset[-1]
             limit = min(allowance, free + tables.pages[mine].sum())
             kept = [t for t in old + new if t.code == 255 and first <= t.unit < first + SPAN]
             assert need([(t.unit, t.level) for t in kept], mine) > limit
             continue
-        level, coded = expected(old + new, np.append(vectors(old), x, axis=0), first, report.least)
+        x = np.append(vectors(old), x, axis=0)
+        level, coded = expected(old + new, x, first, report.least)
+        gone = np.array([t[:3] for t in old + new])[level == M]
+        assert_left(rest, gone[:, 0], x[level == M], gone[:, 2].astype(np.uint8))
         now, stays = held(at), level[: len(old)] == [t.level for t in old]
         assert not Counter(t for t, same in zip(old, stays, strict=True) if same) - Counter(now)
         for unit, m in itertools.product(range(U), range(M)):
@@ -233,10 +258,10 @@ def test_new_values_compile_nothing_anew_and_the_arena_is_not_copied():
     rng, at = np.random.default_rng(0), arena()
     for first in (0, 2):
         at, _ = admit(at, first, np.arange(2) + first, *tokens(rng, 2), 7 + first, ALL)
-    assert admit._cache_size() == 1
+    assert admit_into._cache_size() == 1
     large = pages.create(2**27, U, D, BITS, 2**14)
-    args = (large, 0, np.arange(2), *tokens(rng, 2), 7, ALL)
-    memory = admit.lower(*args).compile().memory_analysis()
+    args = (large, remainder.create(U, D), 0, np.arange(2), *tokens(rng, 2), 7, ALL)
+    memory = admit_into.lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < large.nbytes / 30
     assert memory.alias_size_in_bytes >= large.data.nbytes
 
@@ -244,7 +269,8 @@ def test_new_values_compile_nothing_anew_and_the_arena_is_not_copied():
 def good(**changes):
     k, v, code = tokens(np.random.default_rng(0), 2)
     args = {"first_unit": 0, "num_units": SPAN, "units": np.arange(2), "k": k, "v": v}
-    return args | {"arena": arena(), "code": code, "allowance_pages": 3} | changes
+    args |= {"arena": arena(), "rest": remainder.create(U, D)}
+    return args | {"code": code, "allowance_pages": 3} | changes
 
 
 @pytest.mark.parametrize(
@@ -256,6 +282,7 @@ def good(**changes):
         ({"num_tokens": np.arange(3)}, ("num_tokens has shape (3,)",)),
         ({"num_units": 6}, ("num_units is 6", "1..5")),
         ({"first_unit": 3}, ("first_unit is 3", "[0, 2]")),
+        ({"rest": remainder.create(U, 8)}, ("rest is of 5 units and head_dim 8", "5 and 16")),
         ({"arena": pages.create(10**4, U, D, (4, 8), PAGE)}, ("(4, 8)", "descend")),
     ],
 )

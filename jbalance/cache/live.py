@@ -1,10 +1,11 @@
 """The cache of a decoder: bytes fixed once, any number of tokens, one price for all layers and heads.
 
 The newest tokens lie dense in a ring; the arena holds what is left of all others, each at the precision
-that it is worth. While tokens are in the ring, the attention that they get is measured; when it is full,
-the older half of it enters the arena by `rebalance.admit`, within the pages allowed to its request.
-Keys are stored in the arena less the mean key of their unit, which shifts all its logits by the same;
-attention adds that to the log-sum-exp: exact, and the codec spends its bits on what differs.
+that it is worth, and a few entries stand for those that it lost (`remainder`). While tokens are in the
+ring, the attention that they get is measured; when it is full, the older half of it enters the arena by
+`rebalance.admit`, within the pages allowed to its request. Keys are stored in both less the mean key of
+their unit, which shifts all their logits by the same; attention adds that to the log-sum-exp: exact, and
+the codec spends its bits on what differs.
 
 A unit is a request's layer and key/value head, unit = (b L + layer) K + head.
 
@@ -28,10 +29,11 @@ from jax import lax
 
 from jbalance import checks
 from jbalance.attention import EMPTY, Partial, merge
-from jbalance.cache import pages, rebalance, worth
+from jbalance.cache import pages, rebalance, remainder, worth
 from jbalance.cache.paged_attention import attend_pages
 from jbalance.cache.pages import Arena
 from jbalance.cache.rebalance import Report
+from jbalance.cache.remainder import Remainder
 
 GROUP_PAGES = 20  # about so many pages per unit
 LEAST_PAGE_BYTES, MOST_PAGE_BYTES = 512, 16384
@@ -55,7 +57,8 @@ class KVCache:
     """The cache of B requests on one device; U = B L K units."""
 
     arena: Arena
-    key_mean: jax.Array  # [U, D] bfloat16, what the arena's keys are stored less of
+    remainder: Remainder  # of tokens that left the arena or did not enter it
+    key_mean: jax.Array  # [U, D] bfloat16, what the keys of both are stored less of
     ring_keys: jax.Array  # [U, R, D] bfloat16
     ring_values: jax.Array  # [U, R, D] bfloat16
     ring_worth: jax.Array  # [U, R] float32
@@ -146,7 +149,7 @@ def create(
     page_bytes: int | None = None,
     ring_tokens: int | None = None,
 ) -> KVCache:
-    """An empty cache: the rings and tables, and an arena of what is left of the budget.
+    """An empty cache: rings, remainders and tables, and an arena of what is left of the budget.
 
     Args:
       budget_bytes: never exceeded by `KVCache.nbytes`.
@@ -185,17 +188,18 @@ def create(
         "ring_start": jnp.zeros(num_requests, jnp.int32),
         "ring_count": jnp.zeros(num_requests, jnp.int32),
     }
-    fixed = sum(x.nbytes for x in ring.values())
+    rest = remainder.create(units, head_dim)
+    fixed = sum(x.nbytes for x in ring.values()) + rest.nbytes
     left = budget_bytes - fixed
     page_bytes = page_bytes or page_bytes_for(max(left, 0), units, head_dim, bits)
     tables = 4 * (2 * units * len(bits) + 1)
     if left < tables + page_bytes + 4:
         raise ValueError(
-            f"budget_bytes is {budget_bytes}: rings of {ring_tokens} tokens for {units} units take "
-            f"{fixed}, tables and one page {tables + page_bytes + 4} more"
+            f"budget_bytes is {budget_bytes}: rings of {ring_tokens} tokens and remainders for {units} "
+            f"units take {fixed}, tables and one page {tables + page_bytes + 4} more"
         )
     arena = pages.create(left, units, head_dim, bits, page_bytes)
-    return KVCache(arena=arena, num_layers=num_layers, **ring)
+    return KVCache(arena=arena, remainder=rest, num_layers=num_layers, **ring)
 
 
 def attend_step(
@@ -255,7 +259,10 @@ def attend_step(
         first = (request * cache.num_layers + layer) * heads
         mean = lax.dynamic_slice_in_dim(cache.key_mean, first, heads)
         grouped = q.astype(jnp.float32).reshape(heads, -1, head_dim)
-        held = attend(grouped, cache.arena, first + jnp.arange(heads))
+        units = first + jnp.arange(heads)
+        held = merge(
+            attend(grouped, cache.arena, units), remainder.attend(grouped, cache.remainder, units)
+        )
         shift = _product("kgd,kd->kg", grouped, mean) / math.sqrt(head_dim)
         place = (start + count) % cache.ring_tokens
         ring = Ring(
@@ -275,7 +282,7 @@ def attend_step(
 
 
 def _attend_ring(q, ring, there, held):
-    """Attention of q [K, G, D] over the ring and the arena, and the weights of the ring's tokens."""
+    """Attention of q [K, G, D] over the ring and the rest, and the weights of the ring's tokens."""
     logits = _product("kgd,krd->kgr", q, ring.keys) / math.sqrt(q.shape[-1])
     logits = jnp.where(there, logits, EMPTY)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -362,19 +369,23 @@ def _flush(cache, request, allowance_pages):
     )
     seen = cache.ring_count[request] - 1 - age
     w = jnp.sqrt(gained[:, place] * (_WINDOW_QUERIES * _DISCOUNT) / jnp.maximum(seen, 1))
-    arena, report = rebalance.admit(
-        cache.arena,
-        first,
-        n,
-        first + np.arange(n),
-        k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32),
-        v[:, place],
-        worth.encode_worth(w),
-        allowance_pages[request],
+    units = first + np.arange(n)
+    k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
+    v, code = v[:, place], worth.encode_worth(w)
+    arena, rest, report = rebalance.admit(
+        cache.arena, cache.remainder, first, n, units, k, v, code, allowance_pages[request]
     )
+
+    def lose(rest):
+        w = worth.decode_worth(code)
+        return remainder.absorb(rest, units, k, v, w, jnp.ones(w.shape, bool))
+
+    # The ring needs the room: what could not even be weighed does not enter.
+    rest = lax.cond(report.shortfall > 0, lose, lambda rest: rest, rest)
     return dataclasses.replace(
         cache,
         arena=arena,
+        remainder=rest,
         ring_start=cache.ring_start.at[request].set((start + half) % cache.ring_tokens),
         ring_count=cache.ring_count.at[request].add(-half),
     ), report
@@ -411,8 +422,8 @@ def admit_layer(
       num_tokens: [] int32, how many of the S there are; None for all.
 
     Returns:
-      The cache, and the `Report` of `rebalance.admit`; with a shortfall the arena is as before, and
-      none of the tokens entered.
+      The cache, and the `Report` of `rebalance.admit`; with a shortfall arena and remainder are as
+      before, and none of the tokens entered.
 
     Raises:
       ValueError: shapes that do not fit, or a request or layer that there is not.
@@ -435,12 +446,13 @@ def admit_layer(
     k, v = (jnp.swapaxes(jnp.asarray(x), 0, 1).astype(jnp.float32) for x in (k, v))
     counted = ((token >= num_sinks) & (token < number))[:, None]
     mean = jnp.sum(jnp.where(counted, k, 0), axis=1) / jnp.maximum(jnp.sum(counted), 1)
-    held = jnp.sum(cache.arena.count[units], axis=1, keepdims=True) > 0
-    mean = jnp.where(held, cache.key_mean[units], mean.astype(jnp.bfloat16))
+    known = cache.arena.count[units].sum(axis=1) + cache.remainder.count[units].sum(axis=1)
+    mean = jnp.where(known[:, None] > 0, cache.key_mean[units], mean.astype(jnp.bfloat16))
     protected = (token < num_sinks) | (token >= number - num_recent)
     code = jnp.where(protected, np.uint8(worth.PROTECTED), worth.encode_worth(w))
-    arena, report = rebalance.admit(
+    arena, rest, report = rebalance.admit(
         cache.arena,
+        cache.remainder,
         first,
         cache.units_per_request,
         units,
@@ -451,7 +463,7 @@ def admit_layer(
         num_tokens=jnp.broadcast_to(number, (heads,)),
     )
     means = cache.key_mean.at[units].set(mean)
-    return dataclasses.replace(cache, arena=arena, key_mean=means), report
+    return dataclasses.replace(cache, arena=arena, remainder=rest, key_mean=means), report
 
 
 def shrink(
@@ -461,8 +473,9 @@ def shrink(
     checks.in_range("request", request, 0, cache.num_requests - 1)
     n, head_dim = cache.units_per_request, cache.arena.head_dim
     none = jnp.zeros((0, 0, head_dim))
-    arena, report = rebalance.admit(
+    arena, rest, report = rebalance.admit(
         cache.arena,
+        cache.remainder,
         request * n,
         n,
         jnp.zeros(0, jnp.int32),
@@ -471,7 +484,7 @@ def shrink(
         jnp.zeros((0, 0), jnp.uint8),
         allowance_pages,
     )
-    return dataclasses.replace(cache, arena=arena), report
+    return dataclasses.replace(cache, arena=arena, remainder=rest), report
 
 
 def release(cache: KVCache, request: jax.Array | int) -> KVCache:
@@ -480,10 +493,15 @@ def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     n = cache.units_per_request
     mine = jnp.arange(cache.key_mean.shape[0])[:, None] // n == request
     arena, _ = pages.reallocate(cache.arena, jnp.where(mine, 0, cache.arena.pages))
+
+    def cleared(x):
+        return jax.vmap(lambda mine, x: jnp.where(mine, jnp.zeros_like(x), x))(mine[:, 0], x)
+
     return dataclasses.replace(
         cache,
         arena=arena,
-        key_mean=jnp.where(mine, jnp.zeros_like(cache.key_mean), cache.key_mean),
+        remainder=jax.tree.map(cleared, cache.remainder),
+        key_mean=cleared(cache.key_mean),
         ring_start=cache.ring_start.at[request].set(0),
         ring_count=cache.ring_count.at[request].set(0),
     )

@@ -4,6 +4,7 @@ The price (`worth.price_of`) decides which tokens stay at their level, which are
 one and which leave; new tokens are encoded at the level that the price gives them. Pages in which
 nothing changes stay where they are. The others are streamed: a block of pages is read, its tokens go to
 one buffer per level, and full buffers are written to free pages, first of all to those already read.
+Tokens that leave, and new ones that do not enter, join what is left of their like (`remainder`).
 
 Pages never run out on the way. Within a unit tokens only fall, so a page that was read fills at most
 one; units that give up pages go before those that take some, so that at no time more pages are held
@@ -23,8 +24,9 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
-from jbalance.cache import pages, worth
+from jbalance.cache import pages, remainder, worth
 from jbalance.cache.pages import Arena
+from jbalance.cache.remainder import Entries, Remainder
 
 READ_TOKENS = 256  # about so many tokens of a group are read at once
 ENCODE_TOKENS = 64  # so many are encoded at once
@@ -49,6 +51,7 @@ class _Candidates(NamedTuple):
     """New tokens by unit; N rows of S tokens."""
 
     row: jax.Array  # [n] int32, the row of each unit, N for none
+    unit: jax.Array  # [N] int32, the unit of each row, n for none
     k: jax.Array  # [N, S, D]
     v: jax.Array  # [N, S, D]
     code: jax.Array  # [N, S] uint8
@@ -75,6 +78,7 @@ class _Work(NamedTuple):
     taken: jax.Array  # [] int32, how many of the supply have been written
     buffers: tuple[jax.Array, ...]  # of each level [tokens, token_bytes] uint8
     filled: tuple[jax.Array, ...]  # [] int32 tokens in them
+    left: Entries  # of the n units, what stays of those that leave
 
 
 class _Format(NamedTuple):
@@ -121,6 +125,7 @@ class _Format(NamedTuple):
 
 def admit(
     arena: Arena,
+    rest: Remainder,
     first_unit: jax.Array | int,
     num_units: int,
     units: jax.Array,
@@ -130,16 +135,17 @@ def admit(
     allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | None = None,
-) -> tuple[Arena, Report]:
+) -> tuple[Arena, Remainder, Report]:
     """Let new tokens into some neighbouring units, within so many pages for all of these.
 
     Which tokens are held afterwards, and at which levels, is `worth.price_of` over the tokens of these
     units and the new ones; the free pages bound it too. What does not change keeps its bytes; what
-    falls is decoded and encoded anew. Other units keep theirs. Donate the arena: its bytes are then
-    changed in place.
+    falls is decoded and encoded anew; what leaves or does not enter joins the remainder. Other units
+    keep theirs. Donate the arena: its bytes are then changed in place.
 
     Args:
       arena: before; its bits must descend.
+      rest: the remainder of the arena's units, before.
       first_unit: [] int32, first of these units.
       num_units: n, how many there are; static.
       units: [N] int32 units of the new tokens, different ones.
@@ -150,12 +156,13 @@ def admit(
       num_tokens: [N] int32, how many of the S there are; None for all.
 
     Returns:
-      The arena and a `Report`.
+      The arena, the remainder and a `Report`; with a shortfall arena and remainder are as before, so
+      that the same can be tried again with more pages.
 
     Raises:
       ValueError: shapes, dtypes or bits that do not fit.
     """
-    _check(arena, first_unit, num_units, units, k, v, code, num_tokens)
+    _check(arena, rest, first_unit, num_units, units, k, v, code, num_tokens)
     offsets = worth.steps(arena.head_dim, arena.bits)
     first_unit = jnp.asarray(first_unit, jnp.int32)
     new, dropped = _candidates(first_unit, num_units, units, k, v, code, num_tokens)
@@ -170,27 +177,38 @@ def admit(
     # A unit in which nothing changes may still hold pages that it does not need.
     moves = (fate.changed | (growth != 0)) & (found.shortfall == 0)
     plan, group, rank = _plan(arena, owner, least, found, growth, moves)
-    work = _stream(arena, plan, group, new, first_unit)
+    own = first_unit + np.arange(num_units)
+    work = _stream(arena, plan, group, new, first_unit, remainder.load(rest, own))
     after = _tables(arena, work, plan, rank, found, first_unit)
+    left = _reject(work.left, new, found)
     held = jnp.sum(histogram)
     done = jnp.where(found.shortfall == 0, 1, 0)
-    return after, Report(
-        price=found.price,
-        least=found.least,
-        held=jnp.where(done, jnp.sum(found.tokens), held),
-        held_pages=jnp.where(done, jnp.sum(found.pages), jnp.sum(owner.mine)),
-        demoted=done * jnp.sum(fate.demoted),
-        evicted=done * jnp.sum(fate.evicted),
-        rejected=jnp.sum(jnp.where(done, fate.rejected, jnp.sum(entering, axis=-1))),
-        dropped=dropped,
-        shortfall=found.shortfall,
+    return (
+        after,
+        remainder.store(rest, own, left),
+        Report(
+            price=found.price,
+            least=found.least,
+            held=jnp.where(done, jnp.sum(found.tokens), held),
+            held_pages=jnp.where(done, jnp.sum(found.pages), jnp.sum(owner.mine)),
+            demoted=done * jnp.sum(fate.demoted),
+            evicted=done * jnp.sum(fate.evicted),
+            rejected=jnp.sum(jnp.where(done, fate.rejected, jnp.sum(entering, axis=-1))),
+            dropped=dropped,
+            shortfall=found.shortfall,
+        ),
     )
 
 
-def _check(arena, first_unit, num_units, units, k, v, code, num_tokens):
+def _check(arena, rest, first_unit, num_units, units, k, v, code, num_tokens):
     """ValueError for arguments that do not fit."""
     rows, _, _ = pages.check_tokens(arena, units, k, v, code, "code")
     total = arena.count.shape[0]
+    if (rest.count.shape[0], rest.head_dim) != (total, arena.head_dim):
+        raise ValueError(
+            f"rest is of {rest.count.shape[0]} units and head_dim {rest.head_dim}: it must be of the "
+            f"arena's, {total} and {arena.head_dim}"
+        )
     for name, x in (("units", units), ("num_tokens", num_tokens)):
         if x is not None and np.shape(x) != (rows,):
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [N] = ({rows},)")
@@ -211,14 +229,13 @@ def _candidates(first_unit, num_units, units, k, v, code, num_tokens):
     chosen = mine & (row[jnp.minimum(at, num_units - 1)] == np.arange(rows))
     valid = (np.arange(size) < there[:, None]) & chosen[:, None]
     dropped = jnp.sum(there, dtype=jnp.int32) - jnp.sum(valid, dtype=jnp.int32)
-    return _Candidates(row.astype(jnp.int32), k, v, code, valid), dropped
+    unit = jnp.where(chosen, local, num_units)
+    return _Candidates(row.astype(jnp.int32), unit, k, v, code, valid), dropped
 
 
 def _entering(new, num_units):
     """[n, 256] int32: the new tokens of each unit by code."""
-    rows = new.code.shape[0]
-    unit = jnp.full(rows + 1, num_units).at[new.row].set(np.arange(num_units))[:rows]
-    at = jnp.where(new.valid, unit[:, None], num_units)
+    at = jnp.where(new.valid, new.unit[:, None], num_units)
     out = jnp.zeros((num_units, worth.NUM_CODES), jnp.int32)
     return out.at[at, new.code].add(1, mode="drop")
 
@@ -341,7 +358,7 @@ def _plan(arena, owner, least, found, growth, moves):
     return plan, jnp.where(empty, groups, owner.group[at]), rank
 
 
-def _stream(arena, plan, group, new, first_unit):
+def _stream(arena, plan, group, new, first_unit, left):
     """Walk the units that change: read their pages, write tokens at their new levels."""
     formats = _formats(arena)
     chunk = min(ENCODE_TOKENS, max(f.page_tokens for f in formats))
@@ -352,6 +369,7 @@ def _stream(arena, plan, group, new, first_unit):
         jnp.zeros((), jnp.int32),
         tuple(jnp.zeros((n, f.token_bytes), jnp.uint8) for n, f in zip(room, formats, strict=True)),
         (jnp.zeros((), jnp.int32),) * len(formats),
+        left,
     )
 
     def one_unit(i, work):
@@ -409,9 +427,37 @@ def _reread(work, plan, formats, level, unit, put, chunk):
                 return formats[lower].encode(*form.decode(rows[at]))
 
             work = put(lower, valid & (now == lower), again, chunk, work)
-        return work
+        return _leave(work, form, unit, rows, valid & (now == len(formats)), chunk)
 
     return lax.fori_loop(0, -(-number // form.read_pages), block, work)
+
+
+def _leave(work, form, unit, rows, chosen, size):
+    """The chosen ones of held tokens join what stays of their unit's like, `size` at a time."""
+    index, total = _order(chosen, size)
+
+    def step(i, work):
+        k, v, code = form.decode(rows[lax.dynamic_slice_in_dim(index, i * size, size)])
+        valid = i * size + np.arange(size) < total
+        own = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, unit, 1), work.left)
+        tokens = (x[None] for x in (k, v, worth.decode_worth(code), valid))
+        left = jax.tree.map(
+            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, unit, 0),
+            work.left,
+            remainder.add(own, *tokens),
+        )
+        return work._replace(left=left)
+
+    return lax.fori_loop(0, -(-total // size), step, work)
+
+
+def _reject(left, new, found):
+    """New tokens that do not enter join what stays of their unit's like; none with a shortfall."""
+    at = jnp.minimum(new.unit, found.least.shape[0] - 1)
+    out = worth.levels_of(new.code, found.least[at][:, None]) == found.least.shape[1]
+    tokens = new.k, new.v, worth.decode_worth(new.code), new.valid & out & (found.shortfall == 0)
+    own = remainder.add(jax.tree.map(lambda x: x[at], left), *tokens)
+    return jax.tree.map(lambda old, x: old.at[new.unit].set(x, mode="drop"), left, own)
 
 
 def _enter(work, plan, formats, new, unit, put, chunk):
@@ -443,11 +489,7 @@ def _put(
     size: int,
 ) -> Any:
     """Append the chosen [S] tokens, `size` at a time, to a level's buffer; write what is full."""
-    length = -(-chosen.shape[0] // size) * size
-    rank = jnp.cumsum(chosen, dtype=jnp.int32)
-    at = jnp.where(chosen, rank - 1, length)
-    index = jnp.zeros(length, jnp.int32).at[at].set(np.arange(chosen.shape[0]), mode="drop")
-    total = rank[-1]
+    index, total = _order(chosen, size)
 
     def step(i, work):
         rows = rows_of(lax.dynamic_slice_in_dim(index, i * size, size))
@@ -465,6 +507,15 @@ def _put(
         )
 
     return lax.fori_loop(0, -(-total // size), step, work)
+
+
+def _order(chosen, size):
+    """Where the chosen [S] ones are, padded to a multiple of `size`, and how many they are."""
+    length = -(-chosen.shape[0] // size) * size
+    rank = jnp.cumsum(chosen, dtype=jnp.int32)
+    at = jnp.where(chosen, rank - 1, length)
+    index = jnp.zeros(length, jnp.int32).at[at].set(np.arange(chosen.shape[0]), mode="drop")
+    return index, rank[-1]
 
 
 def _write(work, plan, formats, level, group):

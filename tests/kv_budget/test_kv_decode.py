@@ -73,6 +73,8 @@ def test_paged_logits_equal_dense_attention_over_what_is_decoded(
     dense, _ = decoder.forward(NEW, len(context), caches, layout, 0)
     np.testing.assert_allclose(paged, dense, atol=1e-4)
     for d, held in enumerate(caches):
+        lost = np.sum(~plan.kept.reshape(-1, len(context))[plan.device_of == d], axis=1)
+        np.testing.assert_array_equal(held.context.remainder.count.sum(axis=1), lost)
         for slot, unit in enumerate(np.flatnonzero(plan.device_of == d)):
             layer, head = divmod(int(unit), 3)
             want = np.asarray(measured.k[layer, :, head])[plan.kept[layer, head]]

@@ -1,0 +1,105 @@
+"""Who computes which tiles of a prefill: one function a policy, all within the same number of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import attention, importance
+from jbalance.attention import TilePlan
+
+BLOCK_Q, BLOCK_K = 64, 16  # fine on the side of the keys, where attention is sparse
+ROWS = 8  # queries of a block that are looked at
+
+Policy = Callable[[jax.Array, jax.Array, jax.Array, float], TilePlan]
+
+
+def causal_tiles(size: int) -> np.ndarray:
+    """[I, J] bool."""
+    ends = np.minimum((np.arange(-(-size // BLOCK_Q)) + 1) * BLOCK_Q, size)
+    return np.arange(-(-size // BLOCK_K)) * BLOCK_K < ends[:, None]
+
+
+def tiles_of(size: int, density: float) -> int:
+    """Tiles of one head at a part of the causal ones."""
+    return int(density * causal_tiles(size).sum())
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """All causal tiles, whatever the density."""
+    return attention.causal(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_K)
+
+
+def window(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """The first key block and the latest ones, the same part of every query block's."""
+    seen = causal_tiles(q.shape[1])
+    number, at = _each(seen, density), np.arange(seen.shape[1])
+    latest = at >= (seen.sum(axis=1) - (number - 1))[:, None]
+    return _plan(((at == 0) | latest) & seen, q)
+
+
+def uniform(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """The same part of every query block's tiles: those of most attention, by a sample of rows."""
+    seen = causal_tiles(q.shape[1])
+    number = jnp.asarray(_each(seen, density))[:, None]
+    ends = (np.arange(seen.shape[0]) + 1)[:, None] * BLOCK_Q
+    own = (np.arange(seen.shape[1]) * BLOCK_K >= ends - BLOCK_Q) & seen
+    mass = sampled_mass(q, k)
+    score = jnp.where(own | (np.arange(seen.shape[1]) == 0), 2, jnp.where(seen, mass, -1))
+    rank = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
+    return _plan((rank < number) & seen, q)
+
+
+def ladder(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """One price for all heads and query blocks of a layer, the value the error of leaving out."""
+    size = q.shape[1]
+    value = importance.tile_error(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, rows=ROWS)
+    return attention.choose(
+        value,
+        q.shape[2] * tiles_of(size, density),
+        num_queries=size,
+        num_keys=size,
+        block_q=BLOCK_Q,
+        block_k=BLOCK_K,
+    )
+
+
+POLICIES: dict[str, Policy] = {
+    "dense": dense,
+    "window": window,
+    "uniform": uniform,
+    "ladder": ladder,
+}
+
+
+def sampled_mass(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, H, I, J]: the attention that a block's sampled rows give each block of keys, on average."""
+    batch, size, heads, head_dim = q.shape
+    at = np.arange(1, size // BLOCK_Q * ROWS + 1) * BLOCK_Q // ROWS - 1
+    keys = jnp.repeat(jnp.moveaxis(k, 2, 1), heads // k.shape[2], axis=1)
+    asked = jnp.moveaxis(q[:, at], 2, 1) / math.sqrt(head_dim)
+    logits = jnp.einsum("bhnd,bhsd->bhns", asked, keys)
+    weights = jax.nn.softmax(jnp.where(np.arange(size) <= at[:, None], logits, -1e30))
+    return weights.reshape(batch, heads, -1, ROWS, size // BLOCK_K, BLOCK_K).sum(-1).mean(3)
+
+
+def _each(seen: np.ndarray, density: float) -> np.ndarray:
+    """[I] tiles of each query block, together `tiles_of`, each at least those that it must have."""
+    total, wanted = int(density * seen.sum()), density * seen.sum(axis=1)
+    least = np.minimum(seen.sum(axis=1), BLOCK_Q // BLOCK_K + 1)
+    number = np.maximum(np.floor(wanted).astype(int), least)
+    while number.sum() != total:  # the largest remainders first, never below the least
+        step = np.sign(total - number.sum())
+        free = number < seen.sum(axis=1) if step > 0 else number > least
+        number[np.argmax(np.where(free, step * (wanted - number), -np.inf))] += step
+    return number
+
+
+def _plan(mask: jax.Array | np.ndarray, q: jax.Array) -> TilePlan:
+    """Of a mask [I, J] or [B, H, I, J]."""
+    mask = jnp.broadcast_to(mask, (1,) * (4 - mask.ndim) + mask.shape)
+    return attention.from_mask(mask, q.shape[1], q.shape[1], BLOCK_Q, BLOCK_K)

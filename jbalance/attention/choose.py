@@ -1,0 +1,120 @@
+"""Which tiles to compute: those of most value, within a number of tiles for all heads together."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jbalance import _search as search
+from jbalance import checks
+from jbalance.attention import plan as plans
+from jbalance.attention.plan import TilePlan
+
+
+def choose(
+    value: jax.Array,
+    num_tiles: jax.Array | int,
+    *,
+    num_queries: int,
+    num_keys: int,
+    block_q: int,
+    block_k: int,
+    causal: bool = True,
+    floor: float = 0.5,
+    capacity: int | None = None,
+) -> TilePlan:
+    """The plan of most value: one price for the tiles of all heads and query blocks.
+
+    Every tile costs the same, so the ladder (METHOD section 4) is a threshold on the value: found by
+    bisection on the bits, exact, ties by index. Before it, each query block has the tiles of its own
+    positions and the first key block, where much of the attention rests that has nowhere to go; and of
+    the part of its tiles that an even division would give it, `floor`, its own best ones: a value is
+    an estimate, and a query block that gets nothing is lost.
+
+    Args:
+      value: [B, H, I, J] float >= 0 of computing each tile, such as `importance.tile_error`.
+      num_tiles: [] or [B] int, for all heads and query blocks of an example together.
+      num_queries: T.
+      num_keys: S.
+      block_q: queries of a tile.
+      block_k: keys of a tile.
+      causal: query t sees keys s <= t + S - T; other tiles are no candidates.
+      floor: in [0, 1].
+      capacity: longest list of a plan; None for J. See `plan.from_mask`.
+
+    Returns:
+      A plan with num_tiles tiles per example, fewer only if there are no more.
+
+    Raises:
+      ValueError: shapes that do not fit, values that are negative or NaN, fewer tiles than those that
+        every query block has; traced, that is a `checkify` error, and the plan has these alone.
+    """
+    checks.rank("value", value, 4, "[B, H, I, J]")
+    shape = (-(-num_queries // block_q), -(-num_keys // block_k))
+    if np.shape(value)[2:] != shape:
+        raise ValueError(
+            f"value has shape {np.shape(value)}: for {num_queries} queries in blocks of {block_q} and "
+            f"{num_keys} keys in blocks of {block_k} its last axes must be {shape}"
+        )
+    checks.non_negative("value", value)
+    checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
+    checks.whole("num_tiles", num_tiles)
+    checks.in_range("floor", floor, 0, 1)
+    candidates, always = _structure(num_queries, num_keys, block_q, block_k, causal)
+    batch, heads = np.shape(value)[:2]
+    least = heads * int(always.sum())
+    if checks.is_concrete(num_tiles) and (np.asarray(num_tiles) < least).any():
+        raise ValueError(
+            f"num_tiles is {num_tiles}: the tiles of their own positions and the first keys of all "
+            f"query blocks and heads take {least}"
+        )
+    total = jnp.broadcast_to(jnp.asarray(num_tiles, jnp.int32), (batch,))
+    checkify.debug_check(
+        jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
+    )
+    value = jnp.asarray(value, jnp.float32)
+    part = floor * total / (heads * candidates.sum())
+    even = jnp.floor(part[:, None] * candidates.sum(axis=1)).astype(jnp.int32)  # [B, I]
+    more = jnp.maximum(even - always.sum(axis=1), 0)[:, None]
+    rows = (-1, shape[1])
+    open_ = jnp.broadcast_to(candidates & ~always, value.shape)
+    more = jnp.broadcast_to(more, value.shape[:3]).reshape(-1)
+    own = _largest(value.reshape(rows), open_.reshape(rows), more).reshape(value.shape)
+    mask = always | own
+    rest = jnp.maximum(total - jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), 0)
+    flat = (batch, -1)
+    taken = _largest(value.reshape(flat), (open_ & ~own).reshape(flat), rest)
+    mask |= taken.reshape(mask.shape)
+    return plans.from_mask(mask, num_queries, num_keys, block_q, block_k, capacity)
+
+
+def _structure(num_queries, num_keys, block_q, block_k, causal):
+    """[I, J] bool: tiles in which something is seen, and those that are always computed."""
+    rows, columns = (
+        np.arange(-(-n // b)) for n, b in ((num_queries, block_q), (num_keys, block_k))
+    )
+    ahead = num_keys - num_queries
+    first = rows * block_q + ahead
+    last = np.minimum(first + block_q, num_keys) - 1
+    begin = columns * block_k
+    seen = begin <= last[:, None] if causal else np.ones((rows.size, columns.size), bool)
+    own = (begin <= last[:, None]) & (begin + block_k > first[:, None])
+    return seen, seen & (own | (columns == 0))
+
+
+def _largest(value, open_, number):
+    """The `number` [R] largest of the open values [R, N], the first ones of equal values."""
+    none = jnp.uint32(search.INF_KEY + 2)
+    # From the largest down, as the search spends more the higher the key.
+    down = jnp.where(open_, jnp.uint32(search.INF_KEY) - search.to_key(value), none)
+
+    def over(key):
+        spent = jnp.sum(down < key[:, None], axis=1, dtype=jnp.int32)
+        return (spent - number).astype(jnp.float32)
+
+    at = search.largest(over, search.INF_KEY + 2, number.shape)[:, None]
+    above, tied = down < at, down == at
+    left = number - jnp.sum(above, axis=1, dtype=jnp.int32)
+    return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= left[:, None]))

@@ -1,0 +1,457 @@
+"""Attention over tiles on TPUs: Mosaic kernels by way of Pallas. Compiled, but not yet run on hardware.
+
+The lists of the plan are prefetched into scalar memory, and the grid runs over heads, query blocks and
+places in their lists, of which there are as many as the longest list has. The blocks that a step reads
+are looked up in the lists, so that they are copied while the step before computes; steps behind the end
+of a list stay at its last block and copy nothing. The backward pass is as on GPUs: one kernel over the
+same lists, and one over those of the transposed plan, whose scores lie with keys before queries, so
+that what there is of a query is a row in both.
+
+Products of float32 are in float32, those of bfloat16 are native and accumulate in float32. Blocks are
+multiples of the 128 lanes, and heads of any width are filled up to one. Lists must fit in scalar
+memory. Of the biases only those of keys are supported: the gradient of others would need sums over
+programs.
+
+Method: Dao, FlashAttention-2 (arXiv:2307.08691), over lists of tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jbalance.attention import tiles_gpu
+from jbalance.attention._blocks import LOG2_E, pad
+from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention.partial import EMPTY, NO_TOP, Partial
+from jbalance.attention.plan import transposed
+from jbalance.attention.tiles_gpu import Inputs, Saved, Side, dot, like, logits
+
+PLATFORM = "tpu"
+LANES = 128
+LIST_BYTES = 15 << 16  # of a plan, at most: it lies in scalar memory, 1 MiB
+BLOCK_BYTES = 12 << 20  # of the blocks of a program, at most: they lie in vector memory, 16 MiB
+_DTYPES = ("float32", "bfloat16")
+
+
+def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
+    """Why this back end cannot run that, or None."""
+    plan, dtype = where.plan, operands.q.dtype
+    if dtype.name not in _DTYPES:
+        return f"q has dtype {dtype}: it must be one of {', '.join(_DTYPES)}"
+    if plan.block_q % LANES or plan.block_k % LANES:
+        return (
+            f"plan has blocks of {plan.block_q} queries and {plan.block_k} keys: they must be "
+            f"multiples of {LANES}"
+        )
+    if reason := tiles_gpu.unsupported_bias(operands, plan):
+        return reason
+    lists = plan.count.size // plan.num_query_blocks
+    longest = max(
+        plan.blocks.size + plan.count.size,
+        lists * plan.num_key_blocks * (plan.num_query_blocks + 1),
+    )
+    if 4 * longest > LIST_BYTES:
+        return f"plan has lists of {4 * longest} bytes: they must have at most {LIST_BYTES}"
+    if (size := _block_bytes(operands, plan)) > BLOCK_BYTES:
+        return f"plan has blocks that take {size} bytes: they must take at most {BLOCK_BYTES}"
+    return None
+
+
+def forward(rules: Rules, operands: Operands, where: Where, *, interpret: bool = False) -> Partial:
+    """y [B, T, H, E] in q's dtype and lse [B, T, H] float32; `interpret` needs no TPU, for tests."""
+    return sequential_vmap(functools.partial(_forward, rules, interpret))(operands, where)
+
+
+def backward(
+    rules: Rules,
+    operands: Operands,
+    where: Where,
+    out: Partial,
+    cotangent: Partial,
+    *,
+    interpret: bool = False,
+) -> Operands:
+    """The gradient to the operands, from the tiles computed once more."""
+    run = sequential_vmap(functools.partial(_backward, rules, interpret))
+    return run(operands, where, out, cotangent)
+
+
+def _block_bytes(operands, plan):
+    """About what the backward pass keeps in vector memory: two copies of blocks, sums and scores."""
+    width = sum(_width(x) for x in (operands.k, operands.v))
+    blocks = 2 * (plan.block_q + 2 * plan.block_k) * width * operands.q.dtype.itemsize
+    return blocks + 4 * plan.block_k * width + 5 * 4 * plan.block_q * plan.block_k
+
+
+def _width(x):
+    return x.shape[-1] + -x.shape[-1] % LANES
+
+
+def _forward(rules, interpret, operands, where):
+    inputs, task = _prepared(rules, operands, where)
+    shape = *inputs.q.shape[:3], inputs.v.shape[3]
+    walk = _Walk(task, where.plan.blocks.shape, by_key=False)
+    y, lse = walk.run(
+        _forward_kernel,
+        (where.plan, inputs, None),
+        out_specs=[walk.queries(shape[3]), walk.query_numbers()],
+        out_shape=[
+            like(inputs.q, shape, operands.q.dtype),
+            like(inputs.q, (*shape[:2], 1, shape[2])),
+        ],
+        scratch=[(task.block_q, n) for n in (shape[3], LANES, LANES)],
+        interpret=interpret,
+    )
+    y, lse = jnp.swapaxes(y, 1, 2), jnp.swapaxes(lse[:, :, 0], 1, 2)
+    num_queries = where.plan.num_queries
+    return Partial(y[:, :num_queries, :, : operands.v.shape[3]], lse[:, :num_queries])
+
+
+def _backward(rules, interpret, operands, where, out, cotangent):
+    inputs, task = _prepared(rules, operands, where)
+    short = inputs.q.shape[2] - where.plan.num_queries
+    lse, delta = tiles_gpu.saved_rows(out, cotangent, short)
+    saved = Saved(_laid(pad(cotangent.y, 1, short)), lse[:, :, None], delta[:, :, None])
+    dq = _queries_gradient(task, where.plan, inputs, saved, interpret)
+    dk, dv, dbias = _keys_gradient(task, transposed(where.plan), inputs, saved, interpret)
+    dbias = None if dbias is None else dbias[:, :, 0]
+    dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
+    return tiles_gpu.cut(operands, where.plan, dq, dk, dv, dbias)
+
+
+def _queries_gradient(task, plan, inputs, saved, interpret):
+    """The gradient to the queries."""
+    walk = _Walk(task, plan.blocks.shape, by_key=False)
+    return walk.run(
+        _queries_kernel,
+        (plan, inputs, saved),
+        out_specs=walk.queries(inputs.q.shape[3]),
+        out_shape=like(inputs.q, inputs.q.shape, inputs.q.dtype),
+        scratch=[(task.block_q, inputs.q.shape[3])],
+        interpret=interpret,
+    )
+
+
+def _keys_gradient(task, plan, inputs, saved, interpret):
+    """The gradients to keys and values, and to the bias of each head [B, H, 1, S] if there is one."""
+    walk = _Walk(task, plan.blocks.shape, by_key=True)
+    (batch, heads), num_keys = inputs.q.shape[:2], inputs.k.shape[2]
+    specs = [walk.keys(x.shape[3]) for x in inputs[1:3]]
+    shapes = [like(x, x.shape, x.dtype) for x in inputs[1:3]]
+    scratch = [(task.block_k, x.shape[3]) for x in inputs[1:3]]
+    if inputs.bias is not None:
+        specs.append(walk.key_numbers())
+        shapes.append(like(inputs.q, (batch, heads, 1, num_keys)))
+        scratch.append((task.block_k, LANES))
+    return *walk.run(
+        _keys_kernel,
+        (plan, inputs, saved),
+        out_specs=specs,
+        out_shape=shapes,
+        scratch=scratch,
+        interpret=interpret,
+    ), *[None] * (3 - len(specs))
+
+
+class _Task(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    rules: Rules
+    group: int  # heads that share keys
+    block_q: int
+    block_k: int
+    end: int | None  # of the keys, if the last block is longer
+
+
+class _Place(NamedTuple):
+    """Where a step of the grid is."""
+
+    batch: Any
+    head: Any
+    kv_head: Any
+    group_head: Any  # of those that share keys
+    query: Any  # block
+    key: Any  # block
+    step: Any  # in the list
+    count: Any  # length of the list
+    last: Any  # step of the list, 0 if it is empty
+
+
+class _Walk(NamedTuple):
+    """A grid over the lists of a plan, and what its steps read."""
+
+    task: _Task
+    lists: tuple[int, ...]  # [B|1, H|1, I, C]
+    by_key: bool  # whether they are those of the transposed plan
+
+    def run(self, kernel, args, out_specs, out_shape, scratch, interpret):
+        """Calls the kernel for every step, with lists, offset and arrays."""
+        plan, inputs, saved = args
+        batch, heads = inputs.q.shape[:2]
+        longest = jnp.maximum(jnp.max(plan.count), 1)
+        grid: tuple[Any, ...] = batch, heads, self.lists[2], longest
+        if self.by_key:
+            group = self.task.group
+            grid = batch, heads // group, self.lists[2], group, longest
+        order: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+        call = pl.pallas_call(
+            functools.partial(kernel, walk=self),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=grid,
+                in_specs=[self.inputs(inputs), None if saved is None else self.saved(saved)],
+                out_specs=out_specs,
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            ),
+            out_shape=out_shape,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+            interpret=interpret,
+            name=f"attend_tiles{kernel.__name__.removesuffix('_kernel')}",
+        )
+        blocks, count = plan.blocks.reshape(-1), plan.count.reshape(-1)
+        return call(blocks, count, inputs.offset, inputs._replace(offset=None), saved)
+
+    def here(self, blocks_ref, count_ref) -> _Place:
+        """Of the step that runs."""
+        ids = [pl.program_id(axis) for axis in range(5 if self.by_key else 4)]
+        return self.place(ids, blocks_ref, count_ref)
+
+    def place(self, ids, blocks_ref, count_ref) -> _Place:
+        group, (batches, heads, rows, capacity) = self.task.group, self.lists
+        if self.by_key:
+            batch, kv_head, own, group_head, step = ids
+            head = kv_head * group + group_head
+        else:
+            batch, head, own, step = ids
+            kv_head, group_head = lax.div(head, np.int32(group)), lax.rem(head, np.int32(group))
+        first = (0 if batches == 1 else batch) * heads + (0 if heads == 1 else head)
+        row = first * rows + own
+        count = count_ref[row]
+        last = jnp.maximum(count - 1, 0)
+        listed = blocks_ref[row * capacity + jnp.minimum(step, last)]
+        query, key = (listed, own) if self.by_key else (own, listed)
+        return _Place(batch, head, kv_head, group_head, query, key, step, count, last)
+
+    def spec(self, shape, index):
+        """Blocks whose index is that of a place."""
+
+        def at(*args):
+            *ids, blocks_ref, count_ref, _ = args
+            return index(self.place(ids, blocks_ref, count_ref))
+
+        return pl.BlockSpec(shape, at)
+
+    def queries(self, width):
+        """Of [B, H, T, width]."""
+        shape = None, None, self.task.block_q, width
+        return self.spec(shape, lambda at: (at.batch, at.head, at.query, 0))
+
+    def keys(self, width):
+        """Of [B, K, S, width]."""
+        shape = None, None, self.task.block_k, width
+        return self.spec(shape, lambda at: (at.batch, at.kv_head, at.key, 0))
+
+    def query_numbers(self):
+        """Of [B, H, 1, T]."""
+        shape = None, None, 1, self.task.block_q
+        return self.spec(shape, lambda at: (at.batch, at.head, 0, at.query))
+
+    def key_numbers(self, batches=None, heads=None):
+        """Of [B, H, 1, S], where an axis may be 1."""
+        shape = None, None, 1, self.task.block_k
+
+        def index(at):
+            return 0 if batches == 1 else at.batch, 0 if heads == 1 else at.head, 0, at.key
+
+        return self.spec(shape, index)
+
+    def inputs(self, x: Inputs) -> Inputs:
+        ids = x.q_ids is not None
+        q_ids = self.spec((None, 1, self.task.block_q), lambda at: (at.batch, 0, at.query))
+        k_ids = self.spec((None, 1, self.task.block_k), lambda at: (at.batch, 0, at.key))
+        return Inputs(
+            q=self.queries(x.q.shape[3]),
+            k=self.keys(x.k.shape[3]),
+            v=self.keys(x.v.shape[3]),
+            bias=None if x.bias is None else self.key_numbers(*x.bias.shape[:2]),
+            q_ids=q_ids if ids else None,
+            k_ids=k_ids if ids else None,
+            offset=None,
+            blocks=None,
+            count=None,
+        )
+
+    def saved(self, x: Saved) -> Saved:
+        return Saved(self.queries(x.dy.shape[3]), self.query_numbers(), self.query_numbers())
+
+    def logits(self, scores, at, x, offset):
+        """A tile's products as logits in base 2, and the slope of the cap or None."""
+        task = self.task
+        axis = 1 if self.by_key else 0  # of the queries
+        q_at = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+        k_at = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - axis)
+
+        def along(ref, axis):
+            return None if ref is None else ref[...] if axis else _column(ref[...])
+
+        query = Side(q_at + (at.query * task.block_q + offset), along(x.q_ids, axis))
+        key = Side(k_at + at.key * task.block_k, along(x.k_ids, 1 - axis), along(x.bias, 1 - axis))
+        return logits(task.rules, scores, query, key, task.end)
+
+
+def _prepared(rules, operands, where):
+    """Arrays [B, H, T, D] of whole blocks, D of whole lanes, and what is static."""
+    plan = where.plan
+    inputs = tiles_gpu.inputs_of(operands, where, _laid)._replace(blocks=None, count=None)
+    if inputs.q_ids is not None:
+        inputs = inputs._replace(q_ids=inputs.q_ids[:, None], k_ids=inputs.k_ids[:, None])
+    end = plan.num_keys if plan.num_keys % plan.block_k else None
+    group = operands.q.shape[2] // operands.k.shape[2]
+    return inputs, _Task(rules, group, plan.block_q, plan.block_k, end)
+
+
+def _laid(x):
+    """[B, T, H, D] as [B, H, T, D] of whole lanes."""
+    return pad(jnp.swapaxes(x, 1, 2), 3, _width(x) - x.shape[-1])
+
+
+def _column(row):
+    """[1, n] as [n, 1]."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def _row(columns):
+    """Equal columns [n, 128] as [1, n]."""
+    return columns.T[:1]
+
+
+def _forward_kernel(
+    blocks_ref,  # [B|1 H|1 I C]
+    count_ref,  # [B|1 H|1 I]
+    offset_ref,  # [1]
+    x: Inputs,  # q [bq, D], k [bk, D], v [bk, E], bias and k_ids [1, bk], q_ids [1, bq]
+    saved,  # None
+    y_ref,  # [bq, E]
+    lse_ref,  # [1, bq]
+    sum_ref,  # [bq, E]
+    mass_ref,  # [bq, 128], of equal columns
+    top_ref,  # [bq, 128]
+    *,
+    walk,
+):
+    """A block of queries of one head and one block of its list."""
+    at = walk.here(blocks_ref, count_ref)
+
+    @pl.when(at.step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        mass_ref[...] = jnp.zeros_like(mass_ref)
+        top_ref[...] = jnp.full_like(top_ref, NO_TOP)
+
+    @pl.when(at.step < at.count)
+    def _():
+        values, top = x.v[...], top_ref[...]
+        scores = dot(x.q[...], x.k[...], turned=True)
+        scores, _ = walk.logits(scores, at, x, offset_ref[0])
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+        weight = jnp.exp2(scores - new_top[:, :1])
+        decay = jnp.exp2(top - new_top)
+        added = dot(weight.astype(values.dtype), values)
+        sum_ref[...] = sum_ref[...] * decay[:, :1] + added
+        mass_ref[...] = mass_ref[...] * decay + jnp.sum(weight, axis=1, keepdims=True)
+        top_ref[...] = new_top
+
+    @pl.when(at.step == at.last)
+    def _():
+        some = mass_ref[...] > 0
+        mass = jnp.where(some, mass_ref[...], 1.0)
+        y_ref[...] = (sum_ref[...] / mass[:, :1]).astype(y_ref.dtype)
+        lse_ref[...] = _row(jnp.where(some, (top_ref[...] + jnp.log2(mass)) / LOG2_E, EMPTY))
+
+
+def _queries_kernel(
+    blocks_ref,
+    count_ref,
+    offset_ref,
+    x: Inputs,  # as in `_forward_kernel`
+    saved: Saved,  # dy [bq, E], lse and delta [1, bq]
+    dq_ref,  # [bq, D]
+    sum_ref,  # [bq, D]
+    *,
+    walk,
+):
+    """The gradient to a block of queries of one head, by one block of its list."""
+    at = walk.here(blocks_ref, count_ref)
+
+    @pl.when(at.step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(at.step < at.count)
+    def _():
+        keys = x.k[...]
+        scores, slope = walk.logits(dot(x.q[...], keys, turned=True), at, x, offset_ref[0])
+        weight = jnp.exp2(scores - _column(saved.lse[...]))
+        dscores = dot(saved.dy[...], x.v[...], turned=True) - _column(saved.delta[...])
+        dscores = dscores * weight if slope is None else dscores * weight * slope
+        sum_ref[...] += dot(dscores.astype(keys.dtype), keys)
+
+    @pl.when(at.step == at.last)
+    def _():
+        dq_ref[...] = (sum_ref[...] * walk.task.rules.scale).astype(dq_ref.dtype)
+
+
+def _keys_kernel(
+    blocks_ref,  # of the transposed plan
+    count_ref,
+    offset_ref,
+    x: Inputs,  # as in `_forward_kernel`
+    saved: Saved,  # dy [bq, E], lse and delta [1, bq]
+    *out_refs,  # dk [bk, D], dv [bk, E], the bias's [1, bk]; and their sums, the last [bk, 128]
+    walk,
+):
+    """The gradient to a block of keys, by one block of queries of one of the heads that share it."""
+    at = walk.here(blocks_ref, count_ref)
+    dk_ref, dv_ref, *dbias_ref = out_refs[: len(out_refs) // 2]
+    dk_sum_ref, dv_sum_ref, *dbias_sum_ref = out_refs[len(out_refs) // 2 :]
+
+    @pl.when((at.step == 0) & (at.group_head == 0))
+    def _():
+        dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
+        dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+
+    @pl.when(at.step == 0)
+    def _():
+        for ref in dbias_sum_ref:
+            ref[...] = jnp.zeros_like(ref)
+
+    @pl.when(at.step < at.count)
+    def _():
+        query, dy = x.q[...], saved.dy[...]
+        scores, slope = walk.logits(dot(x.k[...], query, turned=True), at, x, offset_ref[0])
+        weight = jnp.exp2(scores - saved.lse[...])
+        dv_sum_ref[...] += dot(weight.astype(dy.dtype), dy)
+        dscores = (dot(x.v[...], dy, turned=True) - saved.delta[...]) * weight
+        for ref in dbias_sum_ref:
+            ref[...] += jnp.sum(dscores, axis=1, keepdims=True)
+        if slope is not None:
+            dscores = dscores * slope
+        dk_sum_ref[...] += dot(dscores.astype(query.dtype), query)
+
+    @pl.when((at.step == at.last) & (at.group_head == walk.task.group - 1))
+    def _():
+        dk_ref[...] = (dk_sum_ref[...] * walk.task.rules.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+    @pl.when(at.step == at.last)
+    def _():
+        for ref, sum_ref in zip(dbias_ref, dbias_sum_ref, strict=True):
+            ref[...] = _row(sum_ref[...])

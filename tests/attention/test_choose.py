@@ -1,0 +1,92 @@
+"""Tiles of most value: exactly as many as allowed, none better left out, floors kept."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jbalance.attention import choose, to_mask
+
+H, T, S, BQ, BK = 3, 100, 120, 16, 8
+SIZES = {"num_queries": T, "num_keys": S, "block_q": BQ, "block_k": BK}
+ROWS, COLUMNS = 7, 15
+
+
+def structure(causal=True):
+    """[ROWS, COLUMNS]: candidates, and those that are always there, token by token."""
+    t, s = np.arange(T)[:, None] + S - T, np.arange(S)
+    seen = s <= t if causal else np.ones((T, S), bool)
+    own = (s == t) | (s < BK) & seen
+    tiles = np.zeros((2, ROWS, COLUMNS), bool)
+    for which, mask in enumerate((seen, own)):
+        for i in range(ROWS):
+            for j in range(COLUMNS):
+                tiles[which, i, j] = mask[i * BQ : (i + 1) * BQ, j * BK : (j + 1) * BK].any()
+    return tiles
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 10**6), st.floats(0.4, 1.2), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_best_tiles_are_chosen_and_no_other(seed, part, causal, floor):
+    rng = np.random.default_rng(seed)
+    value = rng.choice([0, 1, 2.5, 1e-20, 3e10], (1, H, ROWS, COLUMNS)).astype(np.float32)
+    value = np.where(rng.random(value.shape) < 0.7, rng.exponential(size=value.shape), value)
+    value = value.astype(np.float32)
+    seen, own = structure(causal)
+    number = max(int(part * H * seen.sum()), H * own.sum())
+    plan = choose(value, number, causal=causal, floor=floor, **SIZES)
+    mask = np.asarray(to_mask(plan))[0]
+    assert mask.sum() == min(number, H * seen.sum())
+    assert not (mask & ~seen).any()
+    assert mask[:, own].all()
+    even = np.floor(np.float32(floor * number / (H * seen.sum())) * seen.sum(axis=1))
+    assert (mask.sum(axis=2) >= np.minimum(even, seen.sum(axis=1)) - 1e-3).all()
+    # Of those above its floor, none that is out is worth more than one that is in.
+    left = value[0][seen & ~mask]
+    for h, i in np.ndindex(H, ROWS):
+        free = mask[h, i] & ~own[i]
+        if mask[h, i].sum() > even[i] and free.any() and left.size:
+            assert value[0, h, i][free].min() >= left.max()
+
+
+def test_of_equal_values_the_first_tiles_are_taken():
+    seen, own = structure()
+    value = np.ones((1, H, ROWS, COLUMNS), np.float32)
+    plan = choose(value, H * own.sum() + 10, floor=0.0, **SIZES)
+    taken = (np.asarray(to_mask(plan))[0] & ~own).reshape(-1)
+    candidates = np.flatnonzero(np.broadcast_to(seen & ~own, (H, ROWS, COLUMNS)).reshape(-1))
+    np.testing.assert_array_equal(np.flatnonzero(taken), candidates[:10])
+
+
+def test_examples_have_budgets_of_their_own_and_new_ones_compile_nothing():
+    value = np.random.default_rng(0).random((2, H, ROWS, COLUMNS)).astype(np.float32)
+    traces = []
+
+    @jax.jit
+    def chosen(value, number):
+        traces.append(1)
+        return choose(value, number, **SIZES)
+
+    for numbers in ([150, 90], [100, 200]):
+        plan = chosen(value, np.array(numbers))
+        np.testing.assert_array_equal(np.asarray(plan.count).sum(axis=(1, 2)), numbers)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"num_tiles": 5}, ("num_tiles is 5", "take")),
+        ({"num_tiles": -1}, ("num_tiles is -1",)),
+        ({"floor": 1.5}, ("floor is 1.5",)),
+        ({"value": -np.ones((1, H, ROWS, COLUMNS))}, ("value[(0, 0, 0, 0)] is -1.0", ">= 0")),
+        ({"value": np.ones((1, H, ROWS, 9))}, ("(1, 3, 7, 9)", "(7, 15)")),
+    ],
+)
+def test_bad_input_is_named(changes, names):
+    call = {"value": np.ones((1, H, ROWS, COLUMNS), np.float32), "num_tiles": 200} | SIZES | changes
+    with pytest.raises(ValueError, match=r"is|has") as error:
+        choose(call.pop("value"), call.pop("num_tiles"), **call)
+    for name in names:
+        assert name in str(error.value)
