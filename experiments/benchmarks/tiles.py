@@ -4,8 +4,9 @@ A case `tT_dF` is causal attention of 8 heads, D = 64, over T tokens in float32,
 its causal tiles: each query block's own, and others at random. Times are medians of interleaved
 calls, ratios are those of one run. A rate counts the products of the tiles in the plan, 2 a tile
 forward and 7 forward and backward, as a fraction of that of a product of 2048 x 2048 matrices;
-`time_over_proportional` is the time as a multiple of F times that of all causal tiles. For the figures
-of one core:
+`time_over_proportional` is the time as a multiple of F times that of all causal tiles;
+`plan_share_rowsR` is that of choosing tiles, by R rows of each query block, as a part of that of the
+attention over as many. For the figures of one core:
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python -m experiments.benchmarks.tiles
 """
@@ -23,7 +24,7 @@ import numpy as np
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
-from jbalance import attention
+from jbalance import attention, importance
 from jbalance.attention import TilePlan
 
 HEADS, HEAD_DIM, BLOCK, PRODUCT = 8, 64, 128, 2048
@@ -37,6 +38,7 @@ BARS = {
     "matmul_rate_fraction_fwdbwd": Bar(0.6, at_least=True),
 }
 PROPORTIONAL = Bar(1.25)
+PLANNED, PLAN_BAR_SIZE, PROBE_ROWS = 0.25, 8192, (1, 8)
 
 
 class Inputs(NamedTuple):
@@ -109,10 +111,19 @@ def _sized(size: int) -> list[Row]:
         plan = _plan(size, density)
         calls["fwd", density] = functools.partial(compiled.forward, x, plan)
         calls["fwdbwd", density] = functools.partial(compiled.both, x, plan)
-    seconds = _report.interleaved(calls, 3 if size > LARGEST_DENSE else _report.REPETITIONS)
+    for sampled in PROBE_ROWS:
+        number = int(_plan(size, PLANNED).num_tiles)
+        calls["plan", sampled] = functools.partial(_choose, x, number, rows=sampled)
+    seconds: dict[Any, float] = _report.interleaved(
+        calls, 3 if size > LARGEST_DENSE else _report.REPETITIONS
+    )
     # What was traced while plans changed: each of the two functions once.
     traced = compiled.traces
     rows = [row for density in DENSITIES for row in _rows(size, density, seconds)]
+    for sampled in PROBE_ROWS:
+        share = seconds["plan", sampled] / seconds["fwd", PLANNED]
+        bar = Bar(0.05) if size == PLAN_BAR_SIZE else None
+        rows.append(Row(f"t{size}_d{PLANNED:g}", f"plan_share_rows{sampled}", share, bar))
     return [*rows, *_memory(x, compiled), Row(f"t{size}", "traces", traced, Bar(2))]
 
 
@@ -143,6 +154,15 @@ def _memory(x: Inputs, compiled: _Compiled) -> list[Row]:
         bytes_, bar = memory.temp_size_in_bytes, Bar(2 * x.q.nbytes)
         rows.append(Row(f"t{size}_d1", f"temp_bytes_{kind}", bytes_, bar))
     return rows
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _choose(x: Inputs, number: jax.Array, rows: int) -> TilePlan:
+    size = x.q.shape[1]
+    value = importance.tile_error(x.q, x.k, x.v, block_q=BLOCK, block_k=BLOCK, rows=rows)
+    return attention.choose(
+        value, number, num_queries=size, num_keys=size, block_q=BLOCK, block_k=BLOCK
+    )
 
 
 @jax.jit

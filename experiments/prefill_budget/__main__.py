@@ -164,7 +164,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         }
         for name, value in kl.items():
             own = [row for row in at if row["policy"] == name]
-            found = f"{sum(row['passkey'] for row in own)} of {sum(row['passkey_dense'] for row in own)}"
+            asked = [row["passkey"] for row in own if row["passkey_dense"]]
+            found = f"{sum(asked)} of {len(asked)}"
             ratio = f"{kl['ladder'] / value:.2f}" if "ladder" in kl else ""
             tiles = f"{np.mean([row['tiles'] for row in own]):.3f}"
             table.add_row(f"{density:g}", name, tiles, f"{value:.4f}", found, ratio)

@@ -88,9 +88,18 @@ def sampled_mass(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _each(seen: np.ndarray, density: float) -> np.ndarray:
-    """[I] tiles of each query block, together `tiles_of`, each at least those that it must have."""
+    """[I] tiles of each query block, together `tiles_of`, each at least those that it must have.
+
+    Raises:
+      ValueError: if these alone are more.
+    """
     total, wanted = int(density * seen.sum()), density * seen.sum(axis=1)
     least = np.minimum(seen.sum(axis=1), BLOCK_Q // BLOCK_K + 1)
+    if least.sum() > total:
+        raise ValueError(
+            f"--density is {density}: {total} tiles, but their own and the first keys alone take "
+            f"{least.sum()}; more --tokens or a higher density would fit"
+        )
     number = np.maximum(np.floor(wanted).astype(int), least)
     while number.sum() != total:  # the largest remainders first, never below the least
         step = np.sign(total - number.sum())
