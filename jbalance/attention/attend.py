@@ -46,7 +46,8 @@ def attend(
     relative_bias_(t - s + S - 1), over the keys s that query t sees: those in the tiles of its block
     and in none of the masks. Scores and sums are float32. Differentiable in q, k, v, both biases and
     shares, through y and lse; the gradient computes the same tiles again. New plans of the same
-    capacity do not compile anew. Under vmap the examples run one after the other.
+    capacity do not compile anew. Under vmap the examples run one after the other, on GPUs
+    side by side.
 
     Args:
       q: [B, T, H, D] queries; float32, bfloat16 or float16.

@@ -27,12 +27,12 @@ from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jbalance.attention import tiles_gpu
+from jbalance.attention import _tile_kernels
 from jbalance.attention._blocks import LOG2_E, pad
 from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._tile_kernels import Inputs, Saved, Side, dot, like, logits
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
-from jbalance.attention.tiles_gpu import Inputs, Saved, Side, dot, like, logits
 
 PLATFORM = "tpu"
 LANES = 128
@@ -51,7 +51,7 @@ def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
             f"plan has blocks of {plan.block_q} queries and {plan.block_k} keys: they must be "
             f"multiples of {LANES}"
         )
-    if reason := tiles_gpu.unsupported_bias(operands, plan):
+    if reason := _tile_kernels.unsupported_bias(operands, plan):
         return reason
     lists = plan.count.size // plan.num_query_blocks
     longest = max(
@@ -118,13 +118,13 @@ def _forward(rules, interpret, operands, where):
 def _backward(rules, interpret, operands, where, out, cotangent):
     inputs, task = _prepared(rules, operands, where)
     short = inputs.q.shape[2] - where.plan.num_queries
-    lse, delta = tiles_gpu.saved_rows(out, cotangent, short)
+    lse, delta = _tile_kernels.saved_rows(out, cotangent, short)
     saved = Saved(_laid(pad(cotangent.y, 1, short)), lse[:, :, None], delta[:, :, None])
     dq = _queries_gradient(task, where.plan, inputs, saved, interpret)
     dk, dv, dbias = _keys_gradient(task, transposed(where.plan), inputs, saved, interpret)
     dbias = None if dbias is None else dbias[:, :, 0]
     dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
-    return tiles_gpu.cut(operands, where.plan, dq, dk, dv, dbias)
+    return _tile_kernels.cut(operands, where.plan, dq, dk, dv, dbias)
 
 
 def _queries_gradient(task, plan, inputs, saved, interpret):
@@ -310,7 +310,7 @@ class _Walk(NamedTuple):
 def _prepared(rules, operands, where):
     """Arrays [B, H, T, D] of whole blocks, D of whole lanes, and what is static."""
     plan = where.plan
-    inputs = tiles_gpu.inputs_of(operands, where, _laid)._replace(blocks=None, count=None)
+    inputs = _tile_kernels.inputs_of(operands, where, _laid)._replace(blocks=None, count=None)
     if inputs.q_ids is not None:
         inputs = inputs._replace(q_ids=inputs.q_ids[:, None], k_ids=inputs.k_ids[:, None])
     end = plan.num_keys if plan.num_keys % plan.block_k else None
