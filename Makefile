@@ -34,6 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
+	$(BIN)/python -m experiments.benchmarks.tiles --json out/bench_tiles.json
 
 clean:
 	rm -rf $(VENV) out data build dist *.egg-info
