@@ -143,18 +143,12 @@ def test_the_real_model_runs_on_two_devices_within_their_memory(tmp_path):
     command = [sys.executable, "-m", "experiments.kv_budget", "run", "--text", TEXT]
     command += ["--device-memory", "900KiB,500KiB", "--context-tokens", "256"]
     command += ["--continuation-tokens", "16", "--new-tokens", "7", "--out", str(tmp_path)]
+    command += ["--policies", "full,ladder"]  # the others are run over a small model
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert [row["policy"] for row in report["policies"]] == [
-        "full",
-        "sinks-recent",
-        "uniform",
-        "ladder-eviction-only",
-        "uniform-bits",
-        "ladder",
-    ]
+    assert [row["policy"] for row in report["policies"]] == ["full", "ladder"]
     for row in report["policies"][1:]:
         assert row["within_budget"]
         assert [d["budget_bytes"] for d in row["devices"]] == [900 * 1024, 500 * 1024]

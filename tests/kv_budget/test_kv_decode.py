@@ -57,7 +57,9 @@ def test_logits_equal_the_masked_model(small_model, context, measured, name, bud
     np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("budgets", [[24_000], [16_000, 8_000]])
+@pytest.mark.parametrize(
+    "budgets", [[24_000], pytest.param([16_000, 8_000], marks=pytest.mark.slow)]
+)
 def test_paged_logits_equal_dense_attention_over_what_is_decoded(
     small_model, context, monkeypatch, budgets
 ):

@@ -44,6 +44,7 @@ def test_an_ample_cache_decodes_as_the_model_does(small_model, streamer, context
     assert cache.nbytes <= BUDGET
 
 
+@pytest.mark.slow  # `test_a_long_decode_is_reported` is the same by the command's own loop
 def test_the_bytes_stay_far_beyond_the_context_and_nothing_compiles_again(streamer, context):
     budget = 24_000
     cache = streamer.create(budget, ring_tokens=8)
