@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", len(memory))
 
-    from experiments.kv_budget import data, report, run
+    from experiments.kv_budget import report, run
     from experiments.models import load_gguf, smollm2_path
 
     policies = options.policies.split(",") if options.policies else run.DEFAULT_POLICIES
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
         command=command,
         memory_bytes=memory,
         text_name=options.text or options.source,
-        text=data.read_file(options.text) if options.text else data.text_of(options.source),
+        text=_text(options),
         question=options.question,
         context_tokens=options.context_tokens,
         continuation_tokens=options.continuation_tokens,
@@ -81,8 +81,7 @@ def _stream(options: argparse.Namespace) -> None:
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens is {options.new_tokens}: at least 1")
     memory = _memory(options.device_memory)
-    settings = stream.Settings(memory, options.context_tokens, options.new_tokens)
-    text = data.read_file(options.text) if options.text else data.text_of(options.source)
+    text = _text(options)
     _, model, tokenizer = load_gguf(smollm2_path())
     context = data.encode(tokenizer, text)[: options.context_tokens]
     if len(context) < options.context_tokens:
@@ -91,13 +90,25 @@ def _stream(options: argparse.Namespace) -> None:
         )
     with report.progress() as bar:
         task = bar.add_task("tokens", total=options.new_tokens)
-        result = stream.stream(settings, model, context, lambda n: bar.advance(task, n))
+        result = stream.stream(
+            model,
+            context,
+            memory_bytes=memory,
+            new_tokens=options.new_tokens,
+            step=lambda n: bar.advance(task, n),
+        )
     tokens = result.pop("tokens")
     if options.json:
         result["text"] = tokenizer.decode(tokens)
         score.write(result, options.json)
     for name, value in result.items():
         print(f"{name}: {value}")
+
+
+def _text(options: argparse.Namespace) -> str:
+    from experiments.kv_budget import data
+
+    return data.read_file(options.text) if options.text else data.text_of(options.source)
 
 
 def _memory(text: str) -> int:

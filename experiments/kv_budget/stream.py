@@ -175,35 +175,32 @@ def _step(graph, state, cache, tokens, positions, allowance_pages, active):
     return logits, cache
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the user of `stream` asked for."""
-
-    memory_bytes: int
-    context_tokens: int
-    new_tokens: int
-
-
 def stream(
-    settings: Settings, model: Llama, context: np.ndarray, step: Callable[[int], Any]
+    model: Llama,
+    context: np.ndarray,
+    *,
+    memory_bytes: int,
+    new_tokens: int,
+    step: Callable[[int], Any],
 ) -> dict[str, Any]:
     """A prompt, and many greedy tokens after it, within given bytes.
 
     Args:
-      settings: the budget and the lengths.
       model: the decoder.
       context: [S] ids.
+      memory_bytes: the budget.
+      new_tokens: how many to decode, >= 1.
       step: called with the number of new tokens now and then, for progress.
 
     Returns:
-      What `report` prints: bytes, speed, compilations, and the new tokens.
+      What the command prints: bytes, speed, compilations, and the new tokens.
 
     Raises:
       ValueError: a context too short, memory too small for the rings and a page.
       RuntimeError: memory too small for the protected tokens; or bytes above the budget.
     """
     streamer = Streamer.of(model)
-    cache = streamer.create(settings.memory_bytes)
+    cache = streamer.create(memory_bytes)
     allowance = jnp.array([cache.arena.num_pages])
     start = time.perf_counter()
     logits, cache = streamer.prefill(cache, context, allowance_pages=cache.arena.num_pages)
@@ -212,8 +209,8 @@ def stream(
     prefill_s, found, largest = time.perf_counter() - start, [token[None]], cache.nbytes
     compiled: Any = _generate  # whose cache the type of jitted functions does not tell of
     before, decode_s = compiled._cache_size(), 0.0
-    done, rest = 1, (settings.new_tokens - 1) % PIECE_STEPS
-    pieces = [rest] * (rest > 0) + [PIECE_STEPS] * ((settings.new_tokens - 1) // PIECE_STEPS)
+    done, rest = 1, (new_tokens - 1) % PIECE_STEPS
+    pieces = [rest] * (rest > 0) + [PIECE_STEPS] * ((new_tokens - 1) // PIECE_STEPS)
     for i, steps in enumerate(pieces):
         start = time.perf_counter()
         tokens, cache = streamer.generate(
@@ -225,16 +222,16 @@ def stream(
         done += steps
         largest = max(largest, cache.nbytes)
         step(steps)
-    if largest > settings.memory_bytes:
-        raise RuntimeError(f"the cache took {largest} of {settings.memory_bytes} bytes")
+    if largest > memory_bytes:
+        raise RuntimeError(f"the cache took {largest} of {memory_bytes} bytes")
     config = model.config
     dims = AttentionDims(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
     held = np.asarray(cache.arena.count).sum(axis=0)
     return {
-        "budget_bytes": settings.memory_bytes,
+        "budget_bytes": memory_bytes,
         "largest_resident_bytes": largest,
-        "full_cache_bytes": kv_cache_bytes(dims, len(context) + settings.new_tokens),
-        "tokens_seen": len(context) + settings.new_tokens - 1,
+        "full_cache_bytes": kv_cache_bytes(dims, len(context) + new_tokens),
+        "tokens_seen": len(context) + new_tokens - 1,
         "trained_positions": config.max_positions,
         "tokens_held_per_head": {
             str(bits): float(n / (dims.num_layers * dims.num_kv_heads))

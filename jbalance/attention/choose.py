@@ -92,16 +92,10 @@ def choose(
 
 def _structure(num_queries, num_keys, block_q, block_k, causal):
     """[I, J] bool: tiles in which something is seen, and those that are always computed."""
-    rows, columns = (
-        np.arange(-(-n // b)) for n, b in ((num_queries, block_q), (num_keys, block_k))
-    )
-    ahead = num_keys - num_queries
-    first = rows * block_q + ahead
-    last = np.minimum(first + block_q, num_keys) - 1
-    begin = columns * block_k
-    seen = begin <= last[:, None] if causal else np.ones((rows.size, columns.size), bool)
-    own = (begin <= last[:, None]) & (begin + block_k > first[:, None])
-    return seen, seen & (own | (columns == 0))
+    first, last, keys, key_ends = plans.positions(num_queries, num_keys, block_q, block_k)
+    seen = keys <= last if causal else np.ones((first.size, keys.size), bool)
+    own = (keys <= last) & (key_ends >= first)
+    return seen, seen & (own | (keys == 0))
 
 
 def _largest(value, open_, number):

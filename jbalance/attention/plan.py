@@ -146,7 +146,7 @@ def causal(
     num_queries: int, num_keys: int, block_q: int = BLOCK_TOKENS, block_k: int = BLOCK_TOKENS
 ) -> TilePlan:
     """The tiles in which some query t sees a key s <= t + S - T: the last query sees all keys."""
-    _, last, keys, _ = _positions(num_queries, num_keys, block_q, block_k)
+    _, last, keys, _ = positions(num_queries, num_keys, block_q, block_k)
     return from_mask((keys <= last)[None, None], num_queries, num_keys, block_q, block_k)
 
 
@@ -163,7 +163,7 @@ def window(
         raise ValueError(
             f"size is {size} and num_sinks {num_sinks}: they must be >= 1 and >= 0 keys"
         )
-    first, last, keys, key_ends = _positions(num_queries, num_keys, block_q, block_k)
+    first, last, keys, key_ends = positions(num_queries, num_keys, block_q, block_k)
     near = (key_ends > first - size) | (keys < num_sinks)
     mask = (keys <= last) & near
     return from_mask(mask[None, None], num_queries, num_keys, block_q, block_k)
@@ -246,7 +246,7 @@ def _num_blocks(num_queries, num_keys, block_q, block_k) -> tuple[int, int]:
     return -(-num_queries // block_q), -(-num_keys // block_k)
 
 
-def _positions(num_queries, num_keys, block_q, block_k):
+def positions(num_queries, num_keys, block_q, block_k):
     """Where the blocks lie among the keys: first and last query [I, 1], first and last key [J]."""
     num_q, num_k = _num_blocks(num_queries, num_keys, block_q, block_k)
     first = np.arange(num_q)[:, None] * block_q

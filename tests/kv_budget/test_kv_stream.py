@@ -147,8 +147,9 @@ def test_bad_input_is_named(streamer, context):
 
 def test_a_long_decode_is_reported(small_model, context):
     counted = []
-    settings = stream.Settings(24_000, len(context), 150)
-    result = stream.stream(settings, small_model, context, counted.append)
+    result = stream.stream(
+        small_model, context, memory_bytes=24_000, new_tokens=150, step=counted.append
+    )
     assert sum(counted) == 149
     assert len(result["tokens"]) == 150
     assert result["largest_resident_bytes"] <= 24_000 < result["full_cache_bytes"]
