@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention.partial import EMPTY
 
-LOG2_E = math.log2(math.e)
+_NOWHERE = 2**30  # position of a key that is not there
+JOINED_KEYS = 128  # of the key blocks of one iteration, unless one alone has more
 
 
 class Row(NamedTuple):
@@ -30,11 +31,11 @@ class Row(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A row and one of its key blocks."""
+    """A row and the key blocks that one iteration takes together."""
 
     row: Row
-    block: Any
-    masked: bool  # whether some element may be, static
+    blocks: tuple
+    keys_at: Any  # positions of their keys if some element may be masked, else None
 
 
 class Sums(NamedTuple):
@@ -57,6 +58,8 @@ class Problem:
         self.group = heads // kv_heads
         # Heads of a row: all that share keys, if they share a plan too.
         self.together = self.group if self.plan.count.shape[1] == 1 else 1
+        # Narrow key blocks of one iteration: fewer, larger products.
+        self.joined = max(1, min(JOINED_KEYS // self.plan.block_k, self.plan.capacity))
         self.num_rows = operands.q.shape[0] * (heads // self.together) * self.plan.num_query_blocks
         self.plain = self._count_plain()
         cap = rules.soft_cap
@@ -97,19 +100,40 @@ class Problem:
 
     def over_tiles(self, row, step, carry):
         """`step(tile, carry)` over a row's tiles: those without a mask, then the others."""
+        width = self.joined
+        keys_at = self._keys_at(row)
 
         def loop(first, end, masked, carry):
-            def body(c, carry):
-                block = _entry(self.plan.blocks, (*row.list_place, c))
-                return step(Tile(row, block, masked), carry)
+            def body(i, carry):
+                places = [i * width + c for c in range(width)]
+                if masked and width > 1:  # behind the list, its last block again: read, but masked
+                    places = [jnp.minimum(c, row.count - 1) for c in places]
+                blocks = tuple(_entry(self.plan.blocks, (*row.list_place, c)) for c in places)
+                keys = self.plan.block_k * width
+                at = _slice(keys_at, (i * keys,), (keys,)) if masked else None
+                return step(Tile(row, blocks, at), carry)
 
             return lax.fori_loop(first, end, body, carry)
 
+        ends = -(-row.count // width)
         if row.plain is None:
-            return loop(0, row.count, True, carry)
-        carry = loop(0, row.plain, False, carry)
-        some = self.rules.causal or self.plan.num_keys % self.plan.block_k
-        return loop(row.plain, row.count, True, carry) if some else carry
+            return loop(0, ends, True, carry)
+        carry = loop(0, row.plain // width, False, carry)
+        some = width > 1 or self.rules.causal or self.plan.num_keys % self.plan.block_k
+        return loop(row.plain // width, ends, True, carry) if some else carry
+
+    def _keys_at(self, row):
+        """Positions of the keys of a row's list, whole tiles of them; `_NOWHERE` if not in the list.
+
+        Made once for a row: in a tile's own program XLA would make each as often as it is compared.
+        """
+        plan = self.plan
+        places = jnp.arange(-(-plan.capacity // self.joined) * self.joined)
+        blocks = _slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
+        blocks = jnp.pad(blocks, (0, places.size - plan.capacity))
+        at = blocks[:, None] * plan.block_k + jnp.arange(plan.block_k)
+        there = (places < row.count)[:, None] & (at < plan.num_keys)
+        return jnp.where(there, at, _NOWHERE).reshape(-1)
 
     def read(self, x, row):
         """A row of x [B, T, H, ...] as [bq G, ...]."""
@@ -133,9 +157,13 @@ class Problem:
         return self._block(self.operands.v, at)
 
     def _block(self, x, at):
-        start = at.row.batch, at.block * self.plan.block_k, at.row.kv_head, 0
-        x = _slice(x, start, (1, self.plan.block_k, 1, x.shape[3]))
-        return x[0, :, 0].astype(jnp.float32)
+        size = 1, self.plan.block_k, 1, x.shape[3]
+        parts = [_slice(x, start, size)[0, :, 0] for start in self._key_places(at)]
+        return _joined(parts, 0).astype(jnp.float32)
+
+    def _key_places(self, at):
+        """Where the blocks of a tile begin in [B, S, K, D]."""
+        return [(at.row.batch, b * self.plan.block_k, at.row.kv_head, 0) for b in at.blocks]
 
     def logits(self, at, x, keys_first=False):
         """Products of a tile [bq G, bk], or turned, as logits in base 2; the cap's slope or None."""
@@ -147,7 +175,7 @@ class Problem:
         for bias in self._biases(at):
             parts = self._parts(x, keys_first) + _order(bias, keys_first) * LOG2_E
             x = parts.reshape(x.shape)
-        if at.masked:
+        if at.keys_at is not None:
             x = jnp.where(self._seen(at, keys_first), x, EMPTY)
         return x, slope
 
@@ -161,15 +189,14 @@ class Problem:
         plan, where, axes = self.plan, self.where, (1, 0) if keys_first else (0, 1)
         rows = jnp.arange(plan.block_q * self.together) // self.together
         q_at = jnp.expand_dims(rows + at.row.block * plan.block_q, axes[1])
-        k_at = jnp.expand_dims(jnp.arange(plan.block_k) + at.block * plan.block_k, axes[0])
+        k_at = jnp.expand_dims(at.keys_at, axes[0])
         seen = _operands.visible(self.rules, q_at + _operands.first_position(where), k_at)
-        if plan.num_keys % plan.block_k:
-            seen &= k_at < plan.num_keys
+        seen &= k_at < _NOWHERE
         if where.q_ids is not None and where.k_ids is not None:
             place = at.row.batch, at.row.block * plan.block_q
             q_ids = _slice(where.q_ids, place, (1, plan.block_q))[0]
-            place = at.row.batch, at.block * plan.block_k
-            k_ids = _slice(where.k_ids, place, (1, plan.block_k))[0]
+            places = [(at.row.batch, b * plan.block_k) for b in at.blocks]
+            k_ids = _joined([_slice(where.k_ids, x, (1, plan.block_k))[0] for x in places], 0)
             q_ids = jnp.expand_dims(jnp.repeat(q_ids, self.together), axes[1])
             seen &= q_ids == jnp.expand_dims(k_ids, axes[0])
         return seen
@@ -178,27 +205,30 @@ class Problem:
         """The tile's biases, each [bq|1, G|1, bk|1]."""
         bias, line = self.operands.bias, self.operands.relative_bias
         if bias is not None:
-            tile = _slice(bias, *self._bias_place(bias, at))
-            yield jnp.swapaxes(tile[0], 0, 1)
+            # Blocks of keys that share one bias are one.
+            blocks = at.blocks[:1] if bias.shape[3] == 1 else at.blocks
+            parts = [_slice(bias, *self._bias_place(bias, at.row, b)) for b in blocks]
+            yield _joined([jnp.swapaxes(x[0], 0, 1) for x in parts], 2)
         if line is not None:
-            yield self._from_line(_slice(line, *self._line_place(line, at)))
+            parts = [_slice(line, *self._line_place(line, at.row, b)) for b in at.blocks]
+            yield _joined([self._from_line(x) for x in parts], 2)
 
-    def _bias_place(self, bias, at):
-        """Start and size of a tile in the bias, whose axes of size 1 all tiles share."""
+    def _bias_place(self, bias, row, block):
+        """Start and size of a block's tile in the bias, whose axes of size 1 all tiles share."""
         block_q, block_k = self.plan.block_q, self.plan.block_k
-        place = at.row.batch, at.row.head, at.row.block * block_q, at.block * block_k
+        place = row.batch, row.head, row.block * block_q, block * block_k
         size = 1, self.together, block_q, block_k
         shared = [n == 1 for n in bias.shape]
         start = [0 if one else x for x, one in zip(place, shared, strict=True)]
         return start, [1 if one else n for n, one in zip(size, shared, strict=True)]
 
-    def _line_place(self, line, at):
-        """Start and size of a tile's bq + bk - 1 distances in the padded relative bias."""
+    def _line_place(self, line, row, block):
+        """Start and size of a block's bq + bk - 1 distances in the padded relative bias."""
         plan, heads = self.plan, line.shape[0]
-        behind = plan.num_key_blocks - 1 - at.block
-        start = at.row.block * plan.block_q + behind * plan.block_k
+        behind = plan.num_key_blocks - 1 - block
+        start = row.block * plan.block_q + behind * plan.block_k
         size = 1 if heads == 1 else self.together
-        return [0 if heads == 1 else at.row.head, start], [size, plan.block_q + plan.block_k - 1]
+        return [0 if heads == 1 else row.head, start], [size, plan.block_q + plan.block_k - 1]
 
     def _from_line(self, line):
         """Distances [G|1, bq + bk - 1] as a tile [bq, G|1, bk]: entry q - k + bk - 1."""
@@ -215,23 +245,34 @@ class Problem:
         return self.varying(Sums(*zeros))
 
     def add_keys(self, x, at, values):
-        """x [B, S, K, D] with those of a block added."""
-        start = at.row.batch, at.block * self.plan.block_k, at.row.kv_head, 0
-        return _add_slice(x, start, values[None, :, None])
+        """x [B, S, K, D] with those of a tile's keys added."""
+        for start, part in zip(self._key_places(at), self._apart(values), strict=True):
+            x = _add_slice(x, start, part[None, :, None])
+        return x
+
+    def _apart(self, x):
+        """What belongs to each block of x [keys of a tile, ...]."""
+        return jnp.split(x, self.joined) if self.joined > 1 else [x]
 
     def add_biases(self, sums, at, dlogits):
         """The gradient with that of a tile's biases added, from [bk, bq G]."""
         if sums.bias is None and sums.relative_bias is None:
             return sums
+        for block, part in zip(at.blocks, self._apart(dlogits), strict=True):
+            sums = self._add_biases(sums, at.row, block, part)
+        return sums
+
+    def _add_biases(self, sums, row, block, dlogits):
+        """`add_biases` for one block."""
         rows = jnp.moveaxis(self._parts(dlogits, keys_first=True), 0, 2)
         if sums.bias is not None:
-            start, size = self._bias_place(sums.bias, at)
+            start, size = self._bias_place(sums.bias, row, block)
             tile = jnp.swapaxes(rows, 0, 1)[None]
             shared = tuple(axis for axis, n in enumerate(size) if n != tile.shape[axis])
             tile = jnp.sum(tile, axis=shared, keepdims=True)
             sums = sums._replace(bias=_add_slice(sums.bias, start, tile))
         if sums.relative_bias is not None:
-            start, size = self._line_place(sums.relative_bias, at)
+            start, size = self._line_place(sums.relative_bias, row, block)
             shape = jax.ShapeDtypeStruct(size, jnp.float32)
             if size[0] == 1:
                 rows = jnp.sum(rows, axis=1, keepdims=True)
@@ -248,6 +289,10 @@ class Problem:
             first = plan.num_key_blocks * plan.block_k - plan.num_keys
             line = line[:, first : first + plan.num_queries + plan.num_keys - 1]
         return bias, line
+
+
+def _joined(parts, axis):
+    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
 
 
 def _order(x, keys_first):

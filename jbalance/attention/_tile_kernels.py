@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
-from jbalance.attention._blocks import LOG2_E, pad, padded
+from jbalance.attention._blocks import pad, padded
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import TilePlan

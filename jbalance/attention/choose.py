@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import checkify
 
 from jbalance import _search as search
@@ -111,4 +112,9 @@ def _largest(value, open_, number):
     at = search.largest(over, search.INF_KEY + 2, number.shape)[:, None]
     above, tied = down < at, down == at
     left = number - jnp.sum(above, axis=1, dtype=jnp.int32)
-    return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= left[:, None]))
+    # Counting along the ties takes as long as the search; mostly all of them are wanted.
+    return lax.cond(
+        jnp.all(jnp.sum(tied, axis=1, dtype=jnp.int32) <= left),
+        lambda: above | tied,
+        lambda: above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= left[:, None])),
+    )

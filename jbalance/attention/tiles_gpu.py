@@ -24,7 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jbalance.attention._blocks import LOG2_E, pad
+from jbalance._exp2 import LOG2_E
+from jbalance.attention._blocks import pad
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention._tile_kernels import (
     Inputs,

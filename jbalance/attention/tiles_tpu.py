@@ -27,8 +27,9 @@ from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jbalance._exp2 import LOG2_E
 from jbalance.attention import _tile_kernels
-from jbalance.attention._blocks import LOG2_E, pad
+from jbalance.attention._blocks import pad
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention._tile_kernels import Inputs, Saved, Side, dot, like, logits
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
