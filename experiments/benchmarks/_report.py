@@ -74,22 +74,33 @@ def interleaved(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def main(description: str, measure: Callable[[bool], list[Row]]) -> None:
-    """Run `measure(quick)`, print its rows, and write them where --json says."""
+def main(
+    description: str, measure: Callable[..., list[Row]], flags: Mapping[str, str] | None = None
+) -> None:
+    """Run `measure(quick, **flags)`, print its rows, and write them where --json says.
+
+    Args:
+      description: whose first line is the help's.
+      measure: all rows, with `quick` for a smoke run.
+      flags: names of switches that it takes besides, and their help.
+    """
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="small sizes: a smoke run")
-    options = parser.parse_args()
-    rows = measure(options.quick)
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    options = vars(parser.parse_args())
+    out = options.pop("json")
+    rows = measure(**options)
     _print(rows)
-    if options.json:
+    if out:
         report = {
             "rows": [row.as_json() for row in rows],
             "machine": _machine(),
             "versions": _versions(),
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _print(rows: list[Row]) -> None:

@@ -6,15 +6,19 @@ calls, ratios are those of one run. A rate counts the products of the tiles in t
 forward and 7 forward and backward, as a fraction of that of a product of 2048 x 2048 matrices;
 `time_over_proportional` is the time as a multiple of F times that of all causal tiles;
 `plan_share_rowsR` is that of choosing tiles, by R rows of each query block, as a part of that of the
-attention over as many. For the figures of one core:
+attention over as many. Tiles are 128 x 128, or
+64 x 16 in what is named narrow.
 
-    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python -m experiments.benchmarks.tiles
+All run on one core, peers too: XLA does not spread loops over cores, `attend` is one. What that means
+where dense attention has them all is what --all-cores measures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _report
+from experiments.benchmarks import _peers, _report
+from experiments.benchmarks._peers import Peer
 from experiments.benchmarks._report import Bar, Row
 from jbalance import attention, importance
 from jbalance.attention import TilePlan
@@ -34,11 +39,18 @@ LARGEST_DENSE = 8192  # 16k tokens would take 8.6 GB for the scores
 BAR_SIZE = 4096
 BARS = {
     "speedup_vs_jax_dpa_fwd": Bar(5, at_least=True),
+    "speedup_vs_sdpa_fwd": Bar(0.95, at_least=True),
+    "speedup_vs_flex_fwd": Bar(1.7, at_least=True),
     "matmul_rate_fraction_fwd": Bar(0.7, at_least=True),
     "matmul_rate_fraction_fwdbwd": Bar(0.6, at_least=True),
 }
-PROPORTIONAL = Bar(1.25)
-PLANNED, PLAN_BAR_SIZE, PROBE_ROWS = 0.25, 8192, (1, 8)
+PROPORTIONAL_BARS = {
+    "time_over_proportional": Bar(1.25),
+    "speedup_vs_flex_fwd": Bar(1.7, at_least=True),
+}
+WIDE, NARROW = (BLOCK, BLOCK), (64, 16)  # the latter is what choosing by real attention wants
+PLANNED, PLAN_BAR_SIZE = 0.25, 8192
+PROBES = (WIDE, 1), (WIDE, 8), (NARROW, 8)  # blocks, and rows of each that are looked at
 
 
 class Inputs(NamedTuple):
@@ -52,12 +64,15 @@ class Inputs(NamedTuple):
 
 def main() -> None:
     _keep_freed_memory()
-    _report.main(__doc__ or "", measure_all)
+    flags = {"peers": _peers.HELP, "all-cores": "on all cores, not one"}
+    _report.main(__doc__ or "", measure_all, flags)
 
 
-def measure_all(quick: bool) -> list[Row]:
+def measure_all(quick: bool, peers: bool, all_cores: bool) -> list[Row]:
+    if not all_cores:  # before JAX makes its threads
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     sizes = QUICK_SIZES if quick else SIZES
-    return [row for size in sizes for row in _sized(size)]
+    return [row for size in sizes for row in _sized(size, peers)]
 
 
 def inputs(size: int) -> Inputs:
@@ -66,19 +81,22 @@ def inputs(size: int) -> Inputs:
     return Inputs(*jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32))
 
 
-def tile_mask(size: int, density: float) -> np.ndarray:
-    """[1, H, I, J] bool: so many of the causal tiles, those on the diagonal among them."""
-    blocks = -(-size // BLOCK)
-    causal = np.tril(np.ones((blocks, blocks), bool))
-    worth = np.random.default_rng(1).random((1, HEADS, blocks, blocks))
-    worth = np.where(causal, worth + np.eye(blocks), -1.0)
-    number = max(HEADS * blocks, round(density * HEADS * causal.sum()))
+def tile_mask(size: int, density: float, blocks: tuple[int, int] = WIDE) -> np.ndarray:
+    """[1, H, I, J] bool: so many of the causal tiles, those of a block's own positions among them."""
+    block_q, block_k = blocks
+    first = np.arange(-(-size // block_q))[:, None] * block_q
+    keys = np.arange(-(-size // block_k)) * block_k
+    causal = keys < first + block_q
+    own = causal & (keys + block_k > first)
+    worth = np.random.default_rng(1).random((1, HEADS, *causal.shape))
+    worth = np.where(causal, worth + own, -1.0)
+    number = max(HEADS * own.sum(), round(density * HEADS * causal.sum()))
     return worth >= np.sort(worth, axis=None)[-number]
 
 
 @functools.cache
-def _plan(size: int, density: float) -> TilePlan:
-    return attention.from_mask(jnp.asarray(tile_mask(size, density)), size, size, BLOCK, BLOCK)
+def _plan(size: int, density: float, blocks: tuple[int, int] = WIDE) -> TilePlan:
+    return attention.from_mask(jnp.asarray(tile_mask(size, density, blocks)), size, size, *blocks)
 
 
 class _Compiled:
@@ -100,7 +118,7 @@ class _Compiled:
         return jax.vjp(forward, x.q, x.k, x.v)[1](x.dy)
 
 
-def _sized(size: int) -> list[Row]:
+def _sized(size: int, peers: bool) -> list[Row]:
     """All densities of one size, and what they are held against, in one interleaved run."""
     x, compiled = inputs(size), _Compiled()
     square = jnp.asarray(np.random.default_rng(2).normal(size=(PRODUCT, PRODUCT)), jnp.float32)
@@ -111,20 +129,39 @@ def _sized(size: int) -> list[Row]:
         plan = _plan(size, density)
         calls["fwd", density] = functools.partial(compiled.forward, x, plan)
         calls["fwdbwd", density] = functools.partial(compiled.both, x, plan)
-    for sampled in PROBE_ROWS:
-        number = int(_plan(size, PLANNED).num_tiles)
-        calls["plan", sampled] = functools.partial(_choose, x, number, rows=sampled)
-    seconds: dict[Any, float] = _report.interleaved(
-        calls, 3 if size > LARGEST_DENSE else _report.REPETITIONS
-    )
+        plan = _plan(size, density, NARROW)
+        calls["narrow", density] = functools.partial(_Compiled().forward, x, plan)
+    for blocks, sampled in PROBES:
+        number = int(_plan(size, PLANNED, blocks).num_tiles)
+        calls["plan", blocks, sampled] = functools.partial(
+            _choose, x, number, blocks=blocks, rows=sampled
+        )
+    with contextlib.ExitStack() as stack:
+        if peers and size <= LARGEST_DENSE:
+            peer = stack.enter_context(_peer(size, x))
+            calls["sdpa"] = peer.call("sdpa")
+            calls |= {("flex", d): peer.call(f"flex {d:g}") for d in DENSITIES}
+        seconds: dict[Any, float] = _report.interleaved(
+            calls, 3 if size > LARGEST_DENSE else _report.REPETITIONS
+        )
     # What was traced while plans changed: each of the two functions once.
     traced = compiled.traces
     rows = [row for density in DENSITIES for row in _rows(size, density, seconds)]
-    for sampled in PROBE_ROWS:
-        share = seconds["plan", sampled] / seconds["fwd", PLANNED]
+    for blocks, sampled in PROBES:
+        share = seconds["plan", blocks, sampled] / seconds[_kind(blocks), PLANNED]
         bar = Bar(0.05) if size == PLAN_BAR_SIZE else None
-        rows.append(Row(f"t{size}_d{PLANNED:g}", f"plan_share_rows{sampled}", share, bar))
+        label = f"t{size}_d{PLANNED:g}" + ("" if blocks == WIDE else "_narrow")
+        rows.append(Row(label, f"plan_share_rows{sampled}", share, bar))
     return [*rows, *_memory(x, compiled), Row(f"t{size}", "traces", traced, Bar(2))]
+
+
+def _kind(blocks: tuple[int, int]) -> str:
+    return "fwd" if blocks == WIDE else "narrow"
+
+
+def _peer(size: int, x: Inputs) -> Peer:
+    masks = {f"{d:g}": tile_mask(size, d) for d in DENSITIES}
+    return Peer("attention.py", {"q": x.q, "k": x.k, "v": x.v, "block": BLOCK, **masks})
 
 
 def _rows(size: int, density: float, seconds: dict[Any, float]) -> list[Row]:
@@ -134,15 +171,20 @@ def _rows(size: int, density: float, seconds: dict[Any, float]) -> list[Row]:
     values = {"milliseconds_fwd": 1e3 * seconds["fwd", density]}
     if dense is not None:
         values["speedup_vs_jax_dpa_fwd"] = dense / seconds["fwd", density]
+    if "sdpa" in seconds:
+        values["speedup_vs_sdpa_fwd"] = seconds["sdpa"] / seconds["fwd", density]
+        values["speedup_vs_flex_fwd"] = seconds["flex", density] / seconds["fwd", density]
+    values["narrow_over_wide_fwd"] = seconds["narrow", density] / seconds["fwd", density]
     for kind, products in (("fwd", 2), ("fwdbwd", 7)):
         operations = tiles * products * 2 * BLOCK * BLOCK * HEAD_DIM
         values[f"matmul_rate_fraction_{kind}"] = operations / seconds[kind, density] / rate
-    bars: dict[str, Bar] = BARS if (size, density) == (BAR_SIZE, 1.0) else {}
+    bars: dict[str, Bar] = {}
+    if size == BAR_SIZE:
+        bars = BARS if density == 1 else PROPORTIONAL_BARS
     if density < 1:
         for kind, metric in (("fwd", ""), ("fwdbwd", "_fwdbwd")):
             proportional = seconds[kind, 1.0] * tiles / all_tiles
             values[f"time_over_proportional{metric}"] = seconds[kind, density] / proportional
-        bars = {"time_over_proportional": PROPORTIONAL} if size == BAR_SIZE else {}
     return [Row(label, metric, value, bars.get(metric)) for metric, value in values.items()]
 
 
@@ -156,12 +198,12 @@ def _memory(x: Inputs, compiled: _Compiled) -> list[Row]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _choose(x: Inputs, number: jax.Array, rows: int) -> TilePlan:
-    size = x.q.shape[1]
-    value = importance.tile_error(x.q, x.k, x.v, block_q=BLOCK, block_k=BLOCK, rows=rows)
+@functools.partial(jax.jit, static_argnames=("blocks", "rows"))
+def _choose(x: Inputs, number: jax.Array, blocks: tuple[int, int], rows: int) -> TilePlan:
+    size, (block_q, block_k) = x.q.shape[1], blocks
+    value = importance.tile_error(x.q, x.k, x.v, block_q=block_q, block_k=block_k, rows=rows)
     return attention.choose(
-        value, number, num_queries=size, num_keys=size, block_q=BLOCK, block_k=BLOCK
+        value, number, num_queries=size, num_keys=size, block_q=block_q, block_k=block_k
     )
 
 

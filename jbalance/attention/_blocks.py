@@ -90,18 +90,20 @@ class Problem:
 
     def row(self, r) -> Row:
         num_q, num_heads = self.plan.num_query_blocks, self.q_shape[2] // self.together
-        block, rest = r % num_q, r // num_q
-        batch, head = rest // num_heads, rest % num_heads * self.together
+        rest, block = _divmod(r, num_q)
+        batch, head = _divmod(rest, num_heads)
+        head = head * self.together
         lists = self.plan.count.shape
-        place = batch % lists[0], head % lists[1], block
+        place = (0 if lists[0] == 1 else batch, 0 if lists[1] == 1 else head, block)
         plain = None if self.plain is None else _entry(self.plain, place)
         count = _entry(self.plan.count, place)
-        return Row(batch, head, head // self.group, block, place, count, plain)
+        return Row(batch, head, _divmod(head, self.group)[0], block, place, count, plain)
 
     def over_tiles(self, row, step, carry):
         """`step(tile, carry)` over a row's tiles: those without a mask, then the others."""
         width = self.joined
-        keys_at = self._keys_at(row)
+        keys = self.plan.block_k * width
+        listed = self._listed_keys(row) if width > 1 else None
 
         def loop(first, end, masked, carry):
             def body(i, carry):
@@ -109,31 +111,40 @@ class Problem:
                 if masked and width > 1:  # behind the list, its last block again: read, but masked
                     places = [jnp.minimum(c, row.count - 1) for c in places]
                 blocks = tuple(_entry(self.plan.blocks, (*row.list_place, c)) for c in places)
-                keys = self.plan.block_k * width
-                at = _slice(keys_at, (i * keys,), (keys,)) if masked else None
+                if not masked:
+                    at = None
+                elif listed is None:
+                    at = self._nowhere_behind(blocks[0] * keys + jnp.arange(keys))
+                else:
+                    at = _slice(listed, (i * keys,), (keys,))
                 return step(Tile(row, blocks, at), carry)
 
             return lax.fori_loop(first, end, body, carry)
 
-        ends = -(-row.count // width)
+        ends = _divmod(row.count + (width - 1), width)[0]
         if row.plain is None:
             return loop(0, ends, True, carry)
-        carry = loop(0, row.plain // width, False, carry)
+        plain = _divmod(row.plain, width)[0]
+        carry = loop(0, plain, False, carry)
         some = width > 1 or self.rules.causal or self.plan.num_keys % self.plan.block_k
-        return loop(row.plain // width, ends, True, carry) if some else carry
+        return loop(plain, ends, True, carry) if some else carry
 
-    def _keys_at(self, row):
-        """Positions of the keys of a row's list, whole tiles of them; `_NOWHERE` if not in the list.
+    def _listed_keys(self, row):
+        """Positions of the keys of a row's list, in whole tiles; `_NOWHERE` if not in the list.
 
-        Made once for a row: in a tile's own program XLA would make each as often as it is compared.
+        Made once for a row: XLA would make those of a tile as often as they are compared.
         """
         plan = self.plan
         places = jnp.arange(-(-plan.capacity // self.joined) * self.joined)
         blocks = _slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
         blocks = jnp.pad(blocks, (0, places.size - plan.capacity))
-        at = blocks[:, None] * plan.block_k + jnp.arange(plan.block_k)
-        there = (places < row.count)[:, None] & (at < plan.num_keys)
-        return jnp.where(there, at, _NOWHERE).reshape(-1)
+        at = self._nowhere_behind(blocks[:, None] * plan.block_k + jnp.arange(plan.block_k))
+        return jnp.where((places < row.count)[:, None], at, _NOWHERE).reshape(-1)
+
+    def _nowhere_behind(self, at):
+        """Positions, `_NOWHERE` behind the last key."""
+        plan = self.plan
+        return jnp.where(at < plan.num_keys, at, _NOWHERE) if plan.num_keys % plan.block_k else at
 
     def read(self, x, row):
         """A row of x [B, T, H, ...] as [bq G, ...]."""
@@ -191,7 +202,8 @@ class Problem:
         q_at = jnp.expand_dims(rows + at.row.block * plan.block_q, axes[1])
         k_at = jnp.expand_dims(at.keys_at, axes[0])
         seen = _operands.visible(self.rules, q_at + _operands.first_position(where), k_at)
-        seen &= k_at < _NOWHERE
+        if self.joined > 1 or plan.num_keys % plan.block_k:
+            seen &= k_at < _NOWHERE
         if where.q_ids is not None and where.k_ids is not None:
             place = at.row.batch, at.row.block * plan.block_q
             q_ids = _slice(where.q_ids, place, (1, plan.block_q))[0]
@@ -289,6 +301,13 @@ class Problem:
             first = plan.num_key_blocks * plan.block_k - plan.num_keys
             line = line[:, first : first + plan.num_queries + plan.num_keys - 1]
         return bias, line
+
+
+def _divmod(x, n):
+    """(x // n, x % n) of x >= 0; Python's on arrays take several steps each to heed the sign."""
+    if n == 1:
+        return x, 0
+    return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
 
 
 def _joined(parts, axis):

@@ -1,0 +1,1 @@
+"""Fine-tuning a real model with attention that computes half of its tiles."""
