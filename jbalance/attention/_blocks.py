@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -77,10 +76,10 @@ class Problem:
             return None
         bound: Any = plan.num_keys // plan.block_k
         if self.rules.causal:
-            first = jnp.arange(plan.num_query_blocks) * plan.block_q
+            first = _count(plan.num_query_blocks) * plan.block_q
             seen = (first + _operands.first_position(where) + 1) // plan.block_k
             bound = jnp.minimum(bound, seen)[:, None]
-        listed = jnp.arange(plan.capacity) < plan.count[..., None]
+        listed = _count(plan.capacity) < plan.count[..., None]
         return jnp.sum(listed & (plan.blocks < bound), axis=-1, dtype=jnp.int32)
 
     def varying(self, tree):
@@ -90,7 +89,7 @@ class Problem:
 
     def row(self, r) -> Row:
         num_q, num_heads = self.plan.num_query_blocks, self.q_shape[2] // self.together
-        rest, block = _divmod(r, num_q)
+        rest, block = _divmod(r.astype(jnp.int32), num_q)  # under x64 loops count in int64
         batch, head = _divmod(rest, num_heads)
         head = head * self.together
         lists = self.plan.count.shape
@@ -114,7 +113,7 @@ class Problem:
                 if not masked:
                     at = None
                 elif listed is None:
-                    at = self._nowhere_behind(blocks[0] * keys + jnp.arange(keys))
+                    at = self._nowhere_behind(blocks[0] * keys + _count(keys))
                 else:
                     at = _slice(listed, (i * keys,), (keys,))
                 return step(Tile(row, blocks, at), carry)
@@ -135,10 +134,10 @@ class Problem:
         Made once for a row: XLA would make those of a tile as often as they are compared.
         """
         plan = self.plan
-        places = jnp.arange(-(-plan.capacity // self.joined) * self.joined)
+        places = _count(-(-plan.capacity // self.joined) * self.joined)
         blocks = _slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
         blocks = jnp.pad(blocks, (0, places.size - plan.capacity))
-        at = self._nowhere_behind(blocks[:, None] * plan.block_k + jnp.arange(plan.block_k))
+        at = self._nowhere_behind(blocks[:, None] * plan.block_k + _count(plan.block_k))
         return jnp.where((places < row.count)[:, None], at, _NOWHERE).reshape(-1)
 
     def _nowhere_behind(self, at):
@@ -198,7 +197,7 @@ class Problem:
     def _seen(self, at, keys_first):
         """Which elements [bq G, bk] of a tile the masks leave, or turned. (XLA is slow in 3 axes.)"""
         plan, where, axes = self.plan, self.where, (1, 0) if keys_first else (0, 1)
-        rows = jnp.arange(plan.block_q * self.together) // self.together
+        rows = _count(plan.block_q * self.together) // self.together
         q_at = jnp.expand_dims(rows + at.row.block * plan.block_q, axes[1])
         k_at = jnp.expand_dims(at.keys_at, axes[0])
         seen = _operands.visible(self.rules, q_at + _operands.first_position(where), k_at)
@@ -253,7 +252,7 @@ class Problem:
         return jnp.swapaxes(tile, 0, 1)
 
     def zero_sums(self) -> Sums:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), self.operands[1:])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self.operands[1:])
         return self.varying(Sums(*zeros))
 
     def add_keys(self, x, at, values):
@@ -303,6 +302,10 @@ class Problem:
         return bias, line
 
 
+def _count(n):
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def _divmod(x, n):
     """(x // n, x % n) of x >= 0; Python's on arrays take several steps each to heed the sign."""
     if n == 1:
@@ -319,9 +322,18 @@ def _order(x, keys_first):
     return jnp.moveaxis(x, 2, 0) if keys_first else x
 
 
-# No index is negative: without the option, each costs a CPU a step of its own.
-_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
-_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+# No index is negative: without the option, each costs a CPU a step of its own. All are int32, also where
+# a Python number would be int64.
+def _slice(x, start, size):
+    return lax.dynamic_slice(x, _indices(start), size, allow_negative_indices=False)
+
+
+def _update(x, values, start):
+    return lax.dynamic_update_slice(x, values, _indices(start), allow_negative_indices=False)
+
+
+def _indices(start):
+    return [jnp.asarray(at, jnp.int32) for at in start]
 
 
 def _entry(x, place):

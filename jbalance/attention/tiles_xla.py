@@ -66,7 +66,11 @@ def _forward(rules, operands, where):
             return y, mass * decay + jnp.sum(weight, axis=-1), new_top
 
         rows = query.shape[0]
-        start = jnp.zeros((rows, empty.shape[-1])), jnp.zeros(rows), jnp.full(rows, NO_TOP)
+        start = (
+            jnp.zeros((rows, empty.shape[-1]), jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.full(rows, NO_TOP, jnp.float32),
+        )
         y, mass, top = problem.over_tiles(row, tile, problem.varying(start))
         some = mass > 0
         mass = jnp.where(some, mass, 1.0)
@@ -113,7 +117,7 @@ def _backward(rules, operands, where, out, cotangent):
             return dq + _dot("kd,kq->dq", keys, dlogits), sums
 
         dq, sums = carry
-        start = problem.varying(jnp.zeros(query.shape[::-1])), sums
+        start = problem.varying(jnp.zeros(query.shape[::-1], jnp.float32)), sums
         dq_rows, sums = problem.over_tiles(row, tile, start)
         return problem.write(dq, dq_rows.T * rules.scale, row), sums
 

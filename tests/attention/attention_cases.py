@@ -49,6 +49,11 @@ CASES = {
     "offset": Case(options=(("causal", True), ("offset", 25))),
     "tasks": Case(tasks=3, options=(("causal", True),)),
     "blocks larger than all": Case(9, 7, block_q=16, block_k=32),
+    "blocks too wide to be joined": Case(keys=300, block_k=128, options=(("causal", True),)),
+    "more narrow blocks than are joined": Case(keys=300, block_k=16, options=(("causal", True),)),
+    "narrow blocks with everything": Case(
+        keys=300, block_k=16, bias=(1, None, None, None), relative_heads=2, segments=True
+    ),
 }
 
 

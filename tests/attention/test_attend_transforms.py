@@ -53,6 +53,18 @@ def test_vmap_and_its_gradient():
     assert_near(got, jax.tree.map(lambda *xs: sum(xs), *want))
 
 
+@pytest.mark.parametrize("block_k", [16, 128])
+def test_64_bit_numbers_elsewhere_change_nothing(block_k):
+    floats, rest = problem(dataclasses.replace(CASE, keys=300, block_k=block_k), 0)
+    floats = floats.values()
+    function = jax.grad(square, argnums=(0, 1, 2, 3))
+    want = quick_jit(function)(*floats, rest["plan"])
+    with jax.enable_x64(True):
+        got = quick_jit(function)(*floats, rest["plan"])
+    assert jax.tree.map(jnp.dtype, got) == jax.tree.map(jnp.dtype, want)
+    assert_near(got, want, atol=1e-5)
+
+
 def test_vmap_runs_one_tile_after_the_other():
     # A batched loop would run all examples for as long as the longest.
     _, (floats, rest) = stacked(2)
