@@ -79,6 +79,9 @@ def main(
 ) -> None:
     """Run `measure(quick, **flags)`, print its rows, and write them where --json says.
 
+    On one core unless --all-cores: XLA does not spread a loop over cores, and on more than one the many
+    small steps inside of it wait for each other, while dense attention gains.
+
     Args:
       description: whose first line is the help's.
       measure: all rows, with `quick` for a smoke run.
@@ -87,10 +90,13 @@ def main(
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="small sizes: a smoke run")
+    parser.add_argument("--all-cores", action="store_true", help="use all cores, not one")
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = vars(parser.parse_args())
     out = options.pop("json")
+    if not options.pop("all_cores"):  # before JAX makes its threads
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     rows = measure(**options)
     _print(rows)
     if out:

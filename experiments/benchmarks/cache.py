@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.cache [--json OUT] [--quick]
 
-About six minutes on two cores; --quick takes one. One layer of SmolLM2-135M (3 key/value heads, 9 query
+Some ten minutes; --quick takes two. One layer of SmolLM2-135M (3 key/value heads, 9 query
 heads, D = 64): real keys, values and worth of a public-domain text, cut into pieces that the model can
 read and laid one after the other. A case `ctxS_bF` holds S tokens at the fraction F of their bytes at 16
 bits, all metadata counted, as the ladder allots them. Times are medians of interleaved calls, and

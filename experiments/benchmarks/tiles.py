@@ -9,8 +9,8 @@ forward and 7 forward and backward, as a fraction of that of a product of 2048 x
 attention over as many. Tiles are 128 x 128, or
 64 x 16 in what is named narrow.
 
-All run on one core, peers too: XLA does not spread loops over cores, `attend` is one. What that means
-where dense attention has them all is what --all-cores measures.
+All run on one core, peers too; --all-cores says what dense attention gains from more, `attend` being one
+loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,13 +63,10 @@ class Inputs(NamedTuple):
 
 def main() -> None:
     _keep_freed_memory()
-    flags = {"peers": _peers.HELP, "all-cores": "on all cores, not one"}
-    _report.main(__doc__ or "", measure_all, flags)
+    _report.main(__doc__ or "", measure_all, {"peers": _peers.HELP})
 
 
-def measure_all(quick: bool, peers: bool, all_cores: bool) -> list[Row]:
-    if not all_cores:  # before JAX makes its threads
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def measure_all(quick: bool, peers: bool) -> list[Row]:
     sizes = QUICK_SIZES if quick else SIZES
     return [row for size in sizes for row in _sized(size, peers)]
 

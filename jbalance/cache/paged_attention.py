@@ -1,11 +1,12 @@
 """Attention straight from the packed pages of an arena, a tile of tokens at a time.
 
 Only pages that hold tokens are read; their number is data. Each block of pages gives its own softmax,
-which is merged into that of its unit. The products are those of 8-bit integers: the levels of the
-codes are whole numbers, and a query, or a row of weights, is the sum of three 8-bit digits, which keep
-the 24 bits of a float32. So a page is unpacked into one byte per coordinate, nothing is looked up,
-and the norms multiply logits and weights, not vectors. At 16 bits the digits are bfloat16 and the
-products of them exact in float32.
+which is merged into that of its unit. The levels of the codes are whole numbers: a page is unpacked into
+one byte per coordinate, nothing is looked up, and the norms multiply logits and weights, not vectors.
+
+Products along the vectors' last axis in memory are those of 8-bit integers, where a query, or a row of
+weights, is the sum of three 8-bit digits, which keep the 24 bits of a float32; products along the other
+axis are in float32. Each is about twice as fast there as the other is (on a CPU, for few rows).
 
 Method: Dao et al., FlashAttention (arXiv:2205.14135), the softmax by tiles.
 """
@@ -29,6 +30,7 @@ from jbalance.cache.pages import Arena
 BLOCK_TOKENS = 128  # small pages of one unit are joined to about so many tokens
 TILE_TOKENS = 2048  # of all blocks of one iteration, at most
 _TILE_LOGITS = 1 << 17
+_SMALL_TILE_BLOCKS = 4
 # The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `paged_tpu`.
 _KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
 _LARGEST_WHOLE = 127 << 16  # a row's largest entry in units of the lowest of its three digits
@@ -170,11 +172,12 @@ def _attend_level(q, arena, units, index, level):
     # Blocks of all units lie one after the other, so that small groups share an iteration.
     ends = jnp.cumsum(-(-count // block_tokens))
     starts = ends - (-(-count // block_tokens))
-    query = _digits(q, bits), 0.5 * jnp.sum(q, axis=-1, keepdims=True)
+    query = _rows(q, bits, contract_tokens=False), 0.5 * jnp.sum(q, axis=-1, keepdims=True)
     of_unit = jnp.arange(units.shape[0])
 
-    def step(i, carry):
-        block = i * tile_blocks + jnp.arange(tile_blocks)
+    def step(start, number, carry):
+        """The softmax of `number` blocks from `start` on merged into the carry."""
+        block = start + jnp.arange(number)
         unit = jnp.sum(block[:, None] >= ends[:-1], axis=1)
         first = (block - starts[unit]) * block_pages
         left = jnp.where(block < ends[-1], count[unit] - first * page_tokens, 0)
@@ -189,7 +192,14 @@ def _attend_level(q, arena, units, index, level):
 
     shape = q.shape[:2]
     empty = jnp.zeros(q.shape), jnp.zeros(shape), jnp.full(shape, EMPTY)
-    y, mass, top = lax.fori_loop(0, -(-ends[-1] // tile_blocks), step, empty)
+    # Whole tiles, then what is left by smaller ones: most of a tile beyond the end would be lost work.
+    small = min(tile_blocks, _SMALL_TILE_BLOCKS)
+    done = ends[-1] // tile_blocks * tile_blocks
+    carry = lax.fori_loop(
+        0, done // tile_blocks, lambda i, c: step(i * tile_blocks, tile_blocks, c), empty
+    )
+    rest = -(-(ends[-1] - done) // small)
+    y, mass, top = lax.fori_loop(0, rest, lambda i, c: step(done + i * small, small, c), carry)
     some = mass > 0
     mass = jnp.where(some, mass, 1.0)
     return Partial(jnp.where(some[..., None], y / mass[..., None], 0.0), top + jnp.log(mass))
@@ -243,10 +253,10 @@ class _Tile(NamedTuple):
 
 def _softmax_blocks(query, tile, there):
     """The softmax of each block alone: y [B, T, D], not normalised, its mass and top [B, T]."""
-    digits, half = query
+    rows, half = query
     bits = tile.bits
     keys, values = tile.vectors(0), tile.vectors(1)
-    logits = _product(digits, keys, contract_tokens=False, bits=bits)
+    logits = _product(rows, keys, contract_tokens=False, bits=bits)
     if bits != pages.WIDE_BITS:
         unit = codec.step(tile.head_dim, bits)
         offset = half if bits == 8 else 0  # of the levels at 8 bits, `codec.integer_levels`
@@ -258,22 +268,24 @@ def _softmax_blocks(query, tile, there):
     # What lies behind the last token may decode to NaN.
     if bits == pages.WIDE_BITS:
         values = jnp.where(there[..., None], values, 0)
-        return _product(_digits(weight, bits), values, contract_tokens=True, bits=bits), mass, top
+        return (
+            _product(
+                _rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits
+            ),
+            mass,
+            top,
+        )
     weight = jnp.where(weight > 0, weight * tile.norms(1)[:, None], 0)
-    y = _product(_digits(weight, bits), values, contract_tokens=True, bits=bits)
+    y = _product(_rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits)
     if bits == 8:
         y += 0.5 * jnp.sum(weight, axis=-1, keepdims=True)
     return y * unit, mass, top
 
 
-def _digits(x, bits):
-    """Rows [B, T, X] as digits [B, 3, T, X] of the type of a level's vectors, and their scale."""
-    if bits == pages.WIDE_BITS:
-        high = x.astype(jnp.bfloat16)
-        rest = x - high.astype(jnp.float32)
-        middle = rest.astype(jnp.bfloat16)
-        low = (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
-        return jnp.stack([high, middle, low], axis=1), jnp.ones((*x.shape[:2], 1), jnp.float32)
+def _rows(x, bits, *, contract_tokens):
+    """Rows [B, T, X] as `_product` takes them: float32, or digits [B, 3, T, X] int8 and their scale."""
+    if not _in_integers(bits, contract_tokens):
+        return x
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     largest = jnp.maximum(largest, 1e-30)
     whole = jnp.round(x * (np.float32(_LARGEST_WHOLE) / largest)).astype(jnp.int32)
@@ -281,21 +293,21 @@ def _digits(x, bits):
     return digits, largest * np.float32(1 / _LARGEST_WHOLE)
 
 
+def _in_integers(bits, contract_tokens):
+    """Whether the product's axis is the last of the vectors: tokens below 8 bits, D at 8."""
+    return bits != pages.WIDE_BITS and contract_tokens == (bits < 8)
+
+
 def _product(rows, vectors, *, contract_tokens, bits):
-    """Rows [B, T, X] of `_digits` times vectors: over D, or over tokens; float32."""
-    digits, scale = rows
+    """Rows [B, T, X] of `_rows` times vectors: over D, or over tokens; float32."""
     across = bits < 8  # vectors are [B, D, tokens]
     spec = "brx,bxy->bry" if across != contract_tokens else "brx,byx->bry"
-    wide = bits == pages.WIDE_BITS
-    out = jnp.einsum(
-        spec,
-        digits.reshape(digits.shape[0], -1, digits.shape[-1]),
-        vectors,
-        preferred_element_type=jnp.float32 if wide else jnp.int32,
-    )
+    if not _in_integers(bits, contract_tokens):
+        return jnp.einsum(spec, rows, vectors.astype(jnp.float32), precision="highest")
+    digits, scale = rows
+    flat = digits.reshape(digits.shape[0], -1, digits.shape[-1])
+    out = jnp.einsum(spec, flat, vectors, preferred_element_type=jnp.int32)
     out = out.reshape(*digits.shape[:3], -1).astype(jnp.float32)
-    if wide:
-        return out[:, 0] + out[:, 1] + out[:, 2]
     return (out[:, 0] * 65536 + out[:, 1] * 256 + out[:, 2]) * scale
 
 
