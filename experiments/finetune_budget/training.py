@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,16 +42,18 @@ def make_step(
     plan_of: Callable[..., TilePlan],
     optimiser: optax.GradientTransformation,
     scored: int | None = None,
+    frozen: Sequence[Any] = (),
 ) -> Step:
     """The training step of a model whose attentions compute the tiles of `plan_of`, no others.
 
     The plans are made inside of the step, from its own queries and keys. Losses are the mean negative
-    log-likelihood of the last `scored` tokens, None for all but the first.
+    log-likelihood of the last `scored` tokens, None for all but the first. `frozen` is the part of the
+    model's state that is not trained.
     """
     traces: list[int] = []
 
     def loss_of(parameters: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, parameters)
+        model = nnx.merge(graph, parameters, *frozen)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
             plan = plan_of(q, k, v)

@@ -72,9 +72,8 @@ def test_only_the_scored_tokens_count(start):
 
 def test_a_truncated_model_has_the_first_layers(start):
     model = nnx.merge(*start)
-    graph, parameters = truncated(model, 1)
+    short = truncated(model, 1)
     ids = jnp.arange(9)[None]
-    short = nnx.merge(graph, parameters)
     x = model.layer(0)
     positions = jnp.arange(9)
     q, k, v = x.qkv(model.embed(ids), positions)
@@ -82,6 +81,17 @@ def test_a_truncated_model_has_the_first_layers(start):
     y = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
     want = model.logits(x.finish(model.embed(ids), y))
     np.testing.assert_allclose(short(ids), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_frozen_stays(start):
+    graph, layers, *rest = nnx.split(nnx.merge(*start), nnx.PathContains("layers"), ...)
+    plan_of = training.policy_plan("ladder", 0.5)
+    step = training.make_step(graph, plan_of, training.adamw(STEPS, 1e-2), frozen=rest)
+    ids = jnp.arange(TOKENS) % 61
+    after, _, loss, _ = step.train(layers, step.init(layers), ids)
+    whole = training.make_step(graph, plan_of, training.adamw(STEPS, 1e-2))
+    np.testing.assert_allclose(loss, whole.loss(start[1], ids), rtol=1e-5)
+    assert jax.tree.structure(after) == jax.tree.structure(layers)
 
 
 def test_a_plan_without_tiles_is_no_attention():
