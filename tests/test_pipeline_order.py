@@ -13,6 +13,7 @@ ROOT = Path(jbalance.__file__).parent
 ORDER = [
     "types",
     "checks",
+    "_exp2",
     "_search",
     "_water_fill",
     "importance",
