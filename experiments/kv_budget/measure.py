@@ -25,6 +25,7 @@ SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0
 WINDOW_SHARE = 0.02
 WORTHS = ("sketch", "repetition")
 REPEAT_TOKENS = 1024  # of the context, fed back at a time
+REPEAT_BLOCK = 128  # of them, whose attention is measured at a time
 
 
 class Measured(NamedTuple):
@@ -128,15 +129,38 @@ def _repeat_piece(graph, state, tokens, k, v) -> jax.Array:
         keys, values = (
             jnp.concatenate([x, new[0]]) for x, new in zip(context, (new_k, new_v), strict=True)
         )
-        y = _attend_after(q[0], keys, values)
-        energy = importance.attention_energy(q[0], keys, values, queries=q.shape[1], min_distance=0)
+        y, energy = _attend_after(q[0], keys, values)
         return y[None], energy[:, :size]
 
     positions = size + jnp.arange(tokens.shape[0])
     return model.hidden(tokens[None], positions, attention, (k, v))[1]
 
 
-def _attend_after(q, k, v) -> jax.Array:
-    """The last queries [T, H, D] of the keys' sequence [S, K, D], causally: y [T, H, D]."""
-    visible = jnp.tril(jnp.ones((q.shape[0], k.shape[0]), bool), k.shape[0] - q.shape[0])
-    return jax.nn.dot_product_attention(q[None], k[None], v[None], mask=visible[None, None])[0]
+def _attend_after(q, k, v) -> tuple[jax.Array, jax.Array]:
+    """The last queries [T, H, D] of the keys' sequence [S, K, D], causally: y [T, H, D], energy [K, S].
+
+    The energy is `importance.attention_energy`, from the same logits as y.
+    """
+    size, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    k, v = jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0)
+    blocks = -(-size // REPEAT_BLOCK)
+    q = jnp.pad(q, ((0, blocks * REPEAT_BLOCK - size), (0, 0), (0, 0)))
+    q = q.reshape(blocks, REPEAT_BLOCK, kv_heads, -1, head_dim) * head_dim**-0.5
+    first = k.shape[1] - size + jnp.arange(blocks) * REPEAT_BLOCK
+
+    def block(energy, at):
+        first, q = at
+        position = first + jnp.arange(REPEAT_BLOCK)[:, None]
+        logits = jnp.einsum("tkgd,ksd->kgts", q, k)
+        logits = jnp.where(jnp.arange(k.shape[1]) <= position, logits, -jnp.inf)
+        weights = jax.nn.softmax(logits)
+        squared = (jnp.where(position < k.shape[1], weights, 0) ** 2).reshape(
+            kv_heads, -1, k.shape[1]
+        )
+        y = jnp.einsum("kgts,ksd->tkgd", weights, v)
+        # A product with ones: XLA's reduction over a middle axis takes three times as long.
+        return energy + jnp.einsum("n,kns->ks", jnp.ones(squared.shape[1]), squared), y
+
+    energy, y = jax.lax.scan(block, jnp.zeros(k.shape[:2]), (first, q))
+    return y.reshape(-1, heads, head_dim)[:size], energy

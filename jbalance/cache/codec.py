@@ -146,7 +146,7 @@ def dequantise(codes: Codes, head_dim: int, bits: int, dtype: jnp.dtype = jnp.fl
             f"codes.norm has shape {codes.norm.shape}: it must be {codes.packed.shape[:-1]}, "
             f"one for each vector of codes.packed"
         )
-    level = _level(unpack_bits(codes.packed, bits), head_dim, bits)
+    level = _value(integer_levels(codes.packed, bits), head_dim, bits)
     return (level * codes.norm.astype(jnp.float32)[..., None]).astype(dtype)
 
 
@@ -200,21 +200,33 @@ def step(head_dim: int, bits: int) -> np.float32:
     return np.float32(_LARGEST[bits] / (127 * math.sqrt(head_dim)))
 
 
-def integer_levels(codes: jax.Array, bits: int) -> jax.Array:
-    """The levels of uint8 codes as int8: levels = step · (integer_levels + 1/2 at 8 bits).
+def integer_levels(packed: jax.Array, bits: int) -> jax.Array:
+    """The levels of `pack_bits`' codes, [..., D * bits / 8] uint8 to [..., D] int8.
 
-    Compares and selects in 8-bit lanes; a lookup would be a gather, which CPUs do one by one.
+    levels = step · (integer_levels + 1/2 at 8 bits). Packed vectors of N tokens that lie coordinate by
+    coordinate, [..., D * bits / 8 * N], give levels that lie so, [..., D * N].
+
+    Bits are tested where they lie, a tree of selects each: a lookup would be a gather, which CPUs do one
+    by one, and codes shifted out first and compared with each level take two to three times as long.
     """
     if bits == 8:
-        return lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
-    half = np.uint8(2 ** (bits - 1))
-    negative = codes < half
-    mirrored = jnp.where(negative, codes ^ np.uint8(2**bits - 1), codes)
-    first, *rest = (np.int8(m) for m in _MAGNITUDES[bits])
-    size = jnp.full(codes.shape, first)
-    for i, magnitude in enumerate(rest, 1):
-        size = jnp.where(mirrored >= half + np.uint8(i), magnitude, size)
-    return jnp.where(negative, -size, size)
+        return lax.bitcast_convert_type(packed ^ np.uint8(128), jnp.int8)
+    *lead, size = packed.shape
+    if bits == 3:
+        low, high = packed[..., : size // 3 * 2], packed[..., size // 3 * 2 :]
+        low, high = low.reshape(*lead, 1, 2, size // 3), high.reshape(*lead, 1, 1, size // 3)
+        unit, sign = _places(2, 2), _places(1, 1).reshape(4, 2, 1)
+    else:
+        low = high = packed[..., None, :]
+        unit = _places(bits, 1)
+        sign = unit << np.uint8(bits - 1)
+    positive = (high & sign) != 0
+    mirrored = jnp.where(positive, low, ~low)
+    level = [jnp.int8(m) for m in _MAGNITUDES[bits]]
+    for i in range(bits - 1):
+        test = (mirrored & (unit << np.uint8(i))) != 0
+        level = [jnp.where(test, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+    return jnp.where(positive, level[0], -level[0]).reshape(*lead, 8 * size // bits)
 
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
@@ -233,26 +245,14 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate(planes, axis=-1)
 
 
-def unpack_bits(packed: jax.Array, bits: int) -> jax.Array:
-    """The uint8 codes [..., D] that `pack_bits` packed.
-
-    Packed vectors of N tokens that lie coordinate by coordinate, [..., D * bits / 8 * N], unpack into
-    codes that lie so, [..., D * N].
-    """
-    lead, size = packed.shape[:-1], packed.shape[-1]
-    if bits == 3:
-        low, high = packed[..., : size // 3 * 2], packed[..., size // 3 * 2 :]
-        low = low.reshape(*lead, 1, 2, size // 3) >> _shifts(2, 2)
-        high = high.reshape(*lead, 1, 1, size // 3) >> _shifts(1, 1).reshape(4, 2, 1)
-        codes = (low & np.uint8(3)) | ((high & np.uint8(1)) << np.uint8(2))
-    else:
-        codes = (packed[..., None, :] >> _shifts(bits, 1)) & np.uint8(2**bits - 1)
-    return codes.reshape(*lead, 8 * size // bits)
-
-
 def _shifts(width, inner_axes):
     """The positions of a byte's codes of `width` bits, before `inner_axes` more axes."""
     return np.arange(0, 8, width, dtype=np.uint8).reshape(-1, *[1] * inner_axes)
+
+
+def _places(width, inner_axes):
+    """The lowest bit of each of a byte's codes."""
+    return np.uint8(1) << _shifts(width, inner_axes)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -294,17 +294,17 @@ def _nearest(y, bits):
 
 
 def _rounded(size, bits):
-    """The level nearest to each y >= 0: `_level` of `_nearest`, by selects: no gather."""
+    """The level nearest to each y >= 0: that of `_nearest`, by selects: no gather."""
     if bits == 8:
-        return _level(_nearest(size, bits), size.shape[-1], bits)
+        return _value(integer_levels(_nearest(size, bits), 8), size.shape[-1], bits)
     table = levels(size.shape[-1], bits)[2 ** (bits - 1) :]
     steps = zip((table[1:] + table[:-1]) / 2, np.diff(table), strict=True)
     return table[0] + sum((jnp.where(size > edge, step, 0) for edge, step in steps), 0 * size)
 
 
-def _level(codes, head_dim, bits):
-    """Values [..., D] float32 of codes."""
-    whole = integer_levels(codes, bits).astype(jnp.float32)
+def _value(whole, head_dim, bits):
+    """Values [..., D] float32 of `integer_levels`."""
+    whole = whole.astype(jnp.float32)
     return (whole + 0.5 if bits == 8 else whole) * step(head_dim, bits)
 
 

@@ -239,8 +239,8 @@ class _Tile(NamedTuple):
             return codec.integer_levels(part.reshape(blocks, -1, self.head_dim), 8)
         part = part.reshape(*part.shape[:2], -1, self.page_tokens)
         joined = jnp.concatenate([part[:, i] for i in range(part.shape[1])], axis=-1)
-        codes = codec.unpack_bits(joined.reshape(blocks, -1), self.bits)
-        return codec.integer_levels(codes, self.bits).reshape(blocks, self.head_dim, -1)
+        levels = codec.integer_levels(joined.reshape(blocks, -1), self.bits)
+        return levels.reshape(blocks, self.head_dim, -1)
 
     def norms(self, index):
         """Norms of the keys (0) or values (1): [B, tokens] float32."""
@@ -253,33 +253,38 @@ class _Tile(NamedTuple):
 
 def _softmax_blocks(query, tile, there):
     """The softmax of each block alone: y [B, T, D], not normalised, its mass and top [B, T]."""
-    rows, half = query
     bits = tile.bits
-    keys, values = tile.vectors(0), tile.vectors(1)
-    logits = _product(rows, keys, contract_tokens=False, bits=bits)
-    if bits != pages.WIDE_BITS:
-        unit = codec.step(tile.head_dim, bits)
-        offset = half if bits == 8 else 0  # of the levels at 8 bits, `codec.integer_levels`
-        logits = (logits + offset) * (tile.norms(0) * unit)[:, None]
-    logits = jnp.where(there[:, None], logits, EMPTY)
+    logits = jnp.where(there[:, None], _logits(query, tile, there[0, 0]), EMPTY)
     top = jnp.maximum(jnp.max(logits, axis=-1), NO_TOP)
     weight = jnp.exp(logits - top[..., None])
     mass = jnp.sum(weight, axis=-1)
     # What lies behind the last token may decode to NaN.
+    values = tile.vectors(1)
     if bits == pages.WIDE_BITS:
         values = jnp.where(there[..., None], values, 0)
-        return (
-            _product(
-                _rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits
-            ),
-            mass,
-            top,
-        )
-    weight = jnp.where(weight > 0, weight * tile.norms(1)[:, None], 0)
+    else:
+        weight = jnp.where(weight > 0, weight * tile.norms(1)[:, None], 0)
     y = _product(_rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits)
     if bits == 8:
         y += 0.5 * jnp.sum(weight, axis=-1, keepdims=True)
-    return y * unit, mass, top
+    return y if bits == pages.WIDE_BITS else y * codec.step(tile.head_dim, bits), mass, top
+
+
+def _logits(query, tile, some):
+    """Logits [B, T, tokens] of a tile, of which `some` tokens are there: always, but that is data."""
+    rows, half = query
+    bits = tile.bits
+    if bits == pages.WIDE_BITS:
+        return _product(rows, tile.vectors(0), contract_tokens=False, bits=bits)
+    norms = (tile.norms(0) * codec.step(tile.head_dim, bits))[:, None]
+    if bits == 8:
+        return (_product(rows, tile.vectors(0), contract_tokens=False, bits=bits) + half) * norms
+    # Unpacked by itself, in lanes of 8 bits: XLA would fuse it with the conversion, in lanes of 32 bits,
+    # which takes twice as long. It does not fuse across branches.
+    shape = *tile.ids.shape[:1], tile.head_dim, norms.shape[-1]
+    levels = lax.cond(some, lambda: tile.vectors(0), lambda: jnp.zeros(shape, jnp.int8))
+    keys = levels.astype(jnp.float32) * norms
+    return jnp.einsum("brx,bxy->bry", rows, keys, precision="highest")
 
 
 def _rows(x, bits, *, contract_tokens):

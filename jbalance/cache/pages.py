@@ -7,10 +7,10 @@ that allocations change without compiling anew. Every level stores vectors in th
 `codec.rotate`: one rotated query serves all.
 
 A page below 8 bits lies coordinate by coordinate: [D * bits / 8, tokens] bytes of keys, as
-`codec.unpack_bits` takes them, the same of values, then the low and the high bytes of the keys' float16
-norms, then of the values'. At 8 bits it is [tokens, D] of keys and of values and the norms; at 16
-bits [tokens, D] bfloat16 of keys and of values. Then, at every level, one byte per token: the code of
-its worth (`worth.encode_worth`). What is left at a page's end is unused.
+`codec.integer_levels` takes them, the same of values, then the low and the high bytes of the keys'
+float16 norms, then of the values'. At 8 bits it is [tokens, D] of keys and of values and the norms; at
+16 bits [tokens, D] bfloat16 of keys and of values. Then, at every level, one byte per token: the code
+of its worth (`worth.encode_worth`). What is left at a page's end is unused.
 """
 
 from __future__ import annotations
