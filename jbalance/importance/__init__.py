@@ -18,7 +18,8 @@ from jbalance.importance.pooling import decay_feedback, pool
 from jbalance.importance.reconstruction import reconstruction
 from jbalance.importance.sinks_recent import sinks_recent
 from jbalance.importance.tfidf import term_importance, tfidf
-from jbalance.importance.tiles import tile_error
+from jbalance.importance.tile_error import tile_error
+from jbalance.importance.tile_sketch import tile_sketch
 from jbalance.importance.tokens import TOKEN_SCORERS
 from jbalance.importance.value_weighted import value_weighted
 from jbalance.importance.weighted import weighted
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "output_error",
     # tiles of attention: what leaving them out costs
     "tile_error",
+    "tile_sketch",
     # several scores, prior knowledge and feedback
     "normalize_rows",
     "NORMALIZERS",
