@@ -5,8 +5,9 @@ its causal tiles: each query block's own, and others at random. Times are median
 calls, ratios are those of one run. A rate counts the products of the tiles in the plan, 2 a tile
 forward and 7 forward and backward, as a fraction of that of a product of 2048 x 2048 matrices;
 `time_over_proportional` is the time as a multiple of F times that of all causal tiles; `plan_share` is
-that of choosing tiles, by 8 rows of each query block, as a part of that of the attention over as many.
-Tiles are 128 x 128, or 64 x 16 in what is named narrow.
+that of choosing tiles by a sketch of the keys and 8 rows of each query block (or 4), as a part of that of
+the attention over as many; `plan_share_exact` that by the logits of these rows. Tiles are 128 x 128, or
+64 x 16 in what is named narrow.
 
 All run on one core, peers too; --all-cores says what dense attention gains from more, `attend` being one
 loop.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,8 +50,11 @@ PROPORTIONAL_BARS = {
 }
 WIDE, NARROW = (BLOCK, BLOCK), (64, 16)  # the latter is what choosing by real attention wants
 PLANNED, PLAN_BAR_SIZE = 0.25, 8192
-PROBE_ROWS = 8  # of each block, as `tile_error` has it where nothing else is asked for
-PROBES = (WIDE, 1), (WIDE, PROBE_ROWS), (NARROW, PROBE_ROWS)
+PROBES: dict[str, tuple[Callable[..., jax.Array], int]] = {
+    "plan_share": (importance.tile_sketch, 8),
+    "plan_share_rows4": (importance.tile_sketch, 4),
+    "plan_share_exact": (importance.tile_error, 8),
+}
 
 
 class Inputs(NamedTuple):
@@ -127,11 +132,9 @@ def _sized(size: int, peers: bool) -> list[Row]:
         calls["fwdbwd", density] = functools.partial(compiled.both, x, plan)
         plan = _plan(size, density, NARROW)
         calls["narrow", density] = functools.partial(_Compiled().forward, x, plan)
-    for blocks, sampled in PROBES:
+    for metric, blocks in itertools.product(PROBES, (WIDE, NARROW)):
         number = int(_plan(size, PLANNED, blocks).num_tiles)
-        calls["plan", blocks, sampled] = functools.partial(
-            _choose, x, number, blocks=blocks, rows=sampled
-        )
+        calls[metric, blocks] = functools.partial(_choose, x, number, blocks=blocks, metric=metric)
     with contextlib.ExitStack() as stack:
         if peers and size <= LARGEST_DENSE:
             peer = stack.enter_context(_peer(size, x))
@@ -143,11 +146,10 @@ def _sized(size: int, peers: bool) -> list[Row]:
     # What was traced while plans changed: each of the two functions once.
     traced = compiled.traces
     rows = [row for density in DENSITIES for row in _rows(size, density, seconds)]
-    for blocks, sampled in PROBES:
-        share = seconds["plan", blocks, sampled] / seconds[_kind(blocks), PLANNED]
+    for metric, blocks in itertools.product(PROBES, (WIDE, NARROW)):
+        share = seconds[metric, blocks] / seconds[_kind(blocks), PLANNED]
         bar = Bar(0.05) if size == PLAN_BAR_SIZE else None
         label = f"t{size}_d{PLANNED:g}" + ("" if blocks == WIDE else "_narrow")
-        metric = "plan_share" if sampled == PROBE_ROWS else f"plan_share_rows{sampled}"
         rows.append(Row(label, metric, share, bar))
     return [*rows, *_memory(x, compiled), Row(f"t{size}", "traces", traced, Bar(2))]
 
@@ -195,10 +197,11 @@ def _memory(x: Inputs, compiled: _Compiled) -> list[Row]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("blocks", "rows"))
-def _choose(x: Inputs, number: jax.Array, blocks: tuple[int, int], rows: int) -> TilePlan:
+@functools.partial(jax.jit, static_argnames=("blocks", "metric"))
+def _choose(x: Inputs, number: jax.Array, blocks: tuple[int, int], metric: str) -> TilePlan:
     size, (block_q, block_k) = x.q.shape[1], blocks
-    value = importance.tile_error(x.q, x.k, x.v, block_q=block_q, block_k=block_k, rows=rows)
+    probe, rows = PROBES[metric]
+    value = probe(x.q, x.k, x.v, block_q=block_q, block_k=block_k, rows=rows)
     return attention.choose(
         value, number, num_queries=size, num_keys=size, block_q=block_q, block_k=block_k
     )

@@ -56,8 +56,19 @@ def uniform(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePla
 
 def ladder(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """One price for all heads and query blocks of a layer, the value the error of leaving out."""
-    size = q.shape[1]
     value = importance.tile_error(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, rows=ROWS)
+    return _of_most(value, q, density)
+
+
+def ladder_sketch(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """The same, the value from a sketch of the keys."""
+    value = importance.tile_sketch(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, rows=ROWS)
+    return _of_most(value, q, density)
+
+
+def _of_most(value: jax.Array, q: jax.Array, density: float) -> TilePlan:
+    """The tiles of most value of a layer."""
+    size = q.shape[1]
     return attention.choose(
         value,
         q.shape[2] * tiles_of(size, density),
@@ -73,6 +84,7 @@ POLICIES: dict[str, Policy] = {
     "window": window,
     "uniform": uniform,
     "ladder": ladder,
+    "ladder-sketch": ladder_sketch,
 }
 
 
