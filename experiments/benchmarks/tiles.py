@@ -5,9 +5,9 @@ its causal tiles: each query block's own, and others at random. Times are median
 calls, ratios are those of one run. A rate counts the products of the tiles in the plan, 2 a tile
 forward and 7 forward and backward, as a fraction of that of a product of 2048 x 2048 matrices;
 `time_over_proportional` is the time as a multiple of F times that of all causal tiles; `plan_share` is
-that of choosing tiles by a sketch of the keys and 8 rows of each query block (or 4), as a part of that of
-the attention over as many; `plan_share_exact` that by the logits of these rows. Tiles are 128 x 128, or
-64 x 16 in what is named narrow.
+that of choosing tiles by a sketch of the keys and 8 rows of each query block (or 4), as a part of that
+of the attention over as many; `plan_share_exact` that by the logits of these rows. Tiles are 128 x 128,
+or 64 x 16 in what is named narrow.
 
 All run on one core, peers too; --all-cores says what dense attention gains from more, `attend` being one
 loop.

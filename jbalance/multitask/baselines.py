@@ -1,0 +1,79 @@
+"""Weights that need no gradients: the same, random, and from how fast the losses fall."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbalance import checks
+from jbalance.multitask.types import Facts, Weighing
+
+
+def mean() -> Weighing:
+    """1 / K for every task."""
+
+    def init(tasks: int) -> jax.Array:
+        return jnp.full(tasks, 1 / tasks, jnp.float32)
+
+    return Weighing(init, lambda facts, state: (state, state))
+
+
+class RandomState(NamedTuple):
+    """State of `random`."""
+
+    key: jax.Array
+    like: jax.Array  # [K]
+
+
+def random(key: jax.Array) -> Weighing:
+    """Softmax of standard normal numbers, drawn anew in every step: a baseline that is hard to beat.
+
+    Lin et al. (2022), Reasonable Effectiveness of Random Weighting, arXiv:2111.10603, eq. 4.
+
+    Args:
+      key: consumed: the state's key is split from it.
+    """
+
+    def weigh(facts: Facts, state: RandomState) -> tuple[jax.Array, RandomState]:
+        key, own = jax.random.split(state.key)
+        weights = jax.nn.softmax(jax.random.normal(own, state.like.shape))
+        return weights, state._replace(key=key)
+
+    return Weighing(lambda tasks: RandomState(key, jnp.zeros(tasks)), weigh)
+
+
+class DwaState(NamedTuple):
+    """State of `dwa`."""
+
+    last: jax.Array  # [K] losses of the last step
+    before: jax.Array  # [K] of the step before it
+    step: jax.Array  # [] int32
+
+
+def dwa(temperature: float = 2.0) -> Weighing:
+    """softmax(r / temperature), r_k the last loss over that before it: more for what falls slowly.
+
+    Equal weights in the first two steps. The losses are those of single steps here; the paper takes the
+    means of epochs. Liu et al. (2019), End-to-End Multi-Task Learning with Attention, arXiv:1803.10704,
+    eq. 7.
+
+    Args:
+      temperature: > 0; larger is more even.
+
+    Raises:
+      ValueError: temperature not above 0.
+    """
+    checks.positive("temperature", temperature)
+
+    def init(tasks: int) -> DwaState:
+        return DwaState(jnp.ones(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
+
+    def weigh(facts: Facts, state: DwaState) -> tuple[jax.Array, DwaState]:
+        ratio = state.last / jnp.maximum(state.before, jnp.finfo(jnp.float32).tiny)
+        ratio = jnp.where(state.step < 2, 1.0, ratio)
+        weights = jax.nn.softmax(ratio / temperature)
+        return weights, DwaState(facts.losses, state.last, state.step + 1)
+
+    return Weighing(init, weigh, needs_losses=True)

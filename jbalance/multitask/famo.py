@@ -1,0 +1,51 @@
+"""FAMO: equal relative progress of all tasks, from the losses alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbalance import checks
+from jbalance.multitask.types import Facts, Weighing
+
+
+class FamoState(NamedTuple):
+    """State of `famo`."""
+
+    logits: jax.Array  # [K]
+    losses: jax.Array  # [K] of the last step
+    step: jax.Array  # [] int32
+
+
+def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> Weighing:
+    """Weights z_k / L_k over their sum, z = softmax(ξ); ξ moves towards tasks whose log-loss fell least.
+
+    The loss after a step is that which the next update is given: of another batch, in place of a second
+    look at the same one. Liu et al. (2023), FAMO, arXiv:2306.03792, algorithm 1 (with plain descent).
+
+    Args:
+      learning_rate: of ξ; > 0.
+      decay: of ξ; >= 0.
+
+    Raises:
+      ValueError: a number outside its range.
+    """
+    checks.positive("learning_rate", learning_rate)
+    checks.non_negative("decay", decay)
+    tiny = jnp.finfo(jnp.float32).tiny
+
+    def init(tasks: int) -> FamoState:
+        return FamoState(jnp.zeros(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
+
+    def weigh(facts: Facts, state: FamoState) -> tuple[jax.Array, FamoState]:
+        losses = jnp.maximum(facts.losses, tiny)
+        z = jax.nn.softmax(state.logits)
+        fell = jnp.where(state.step == 0, 0.0, jnp.log(state.losses) - jnp.log(losses))
+        slope = z * (fell - jnp.sum(z * fell))  # of z · fell with respect to the logits
+        logits = state.logits - learning_rate * (slope + decay * state.logits)
+        share = jax.nn.softmax(logits) / losses
+        return share / jnp.sum(share), FamoState(logits, losses, state.step + 1)
+
+    return Weighing(init, weigh, needs_losses=True)

@@ -1,0 +1,37 @@
+"""The method's own weights: importance from indicators, as shares with floors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import importance as importances
+from jbalance import shares
+from jbalance.multitask.types import Facts, Weighing
+
+
+def importance(
+    association: ArrayLike, *, floor: ArrayLike = 0.0, rule: str = "proportional"
+) -> Weighing:
+    """α of w = a · complexity, the losses of the step as the indicators' complexity (METHOD section 1).
+
+    Args:
+      association: [K, K] a_ik >= 0, how much task i is concerned by the loss of task k; the identity
+        weighs each task by its own loss.
+      floor: [K] or [] least share of a task.
+      rule: a name in `shares.SHARE_RULES`.
+
+    Raises:
+      ValueError: as `importance.weighted` and `shares.constrained` do; an unknown rule.
+    """
+    share = shares.SHARE_RULES.get(rule)
+    if share is None:
+        raise ValueError(f"rule is {rule!r}: it must be one of {', '.join(shares.SHARE_RULES)}")
+
+    def weigh(facts: Facts, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+        losses = jnp.maximum(jax.lax.stop_gradient(facts.losses), 0)
+        alpha = share(importances.weighted(association, losses))
+        return shares.constrained(alpha, floor=floor), state
+
+    return Weighing(lambda tasks: (), weigh, needs_losses=True)
