@@ -21,10 +21,14 @@ ORDER = [
     "shares",
     "allocate",
 ]
-ORDER += ["place", "rescale", "balance", "attention", "cache", "multitask", "__init__"]
+ORDER += ["place", "rescale", "balance", "attention", "cache", "multitask", "adapters"]
+ORDER += ["__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}
-BESIDE = {"multitask": {"optax"}}  # what a stage outside of the core may import besides
+BESIDE = {
+    "multitask": {"optax"},
+    "adapters": {"flax"},
+}  # what a stage outside of the core may import besides
 
 
 def imports(path: Path) -> set[str]:

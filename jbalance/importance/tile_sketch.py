@@ -16,9 +16,8 @@ from jbalance.importance._tile_errors import HIDDEN, Moments
 
 _GROUP_KEYS, _TILE_GROUPS = 32, 128
 _VALUES = 32  # of a block, at most, stand for it
-_MOST_SPREAD = (
-    12 * LOG2_E**2
-)  # variance of a logit: beyond, the estimate is that of a few lucky keys
+# Of a logit's variance: beyond, what is expected is mostly that of a few lucky keys.
+_MOST_SPREAD = 12 * LOG2_E**2
 
 
 def tile_sketch(

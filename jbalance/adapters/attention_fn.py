@@ -1,0 +1,118 @@
+"""One attention for Flax's modules, linen and nnx: over the tiles of a plan, with masks and dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jbalance import attention
+from jbalance.attention import TilePlan
+
+
+class PlanOf(Protocol):
+    """Which tiles to compute, from q [B, T, H, D], k and v [B, S, K, D] of a layer."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
+        """A plan for T queries and S keys."""
+
+
+def all_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
+    """The full budget: every tile, or every causal one."""
+    del v
+    return (attention.causal if causal else attention.full)(q.shape[1], k.shape[1])
+
+
+def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
+    """An `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
+
+    Both kinds of module hand it what it names, masks too: linen passes only the keyword arguments that
+    stand in a signature, nnx passes all (hence `**_`). With the full budget it gives what the stock
+    functions give, but for queries that see no key: here they get zero, there the mean of all values.
+
+    Dropout of attention weights keeps the softmax's sum, as in the stock functions and with their bits:
+    y = sum_s p_s m_s v_s is the attention with log m added to its logits, times the part of the sum that
+    is left, exp(lse' - lse). It costs a second pass over the tiles.
+
+    Args:
+      plan_of: chooses the tiles, from the layer's own q, k and v; it is called inside of the gradient,
+        so let it stop gradients. None of its tiles may depend on `mask`: masks only take away.
+
+    Returns:
+      f(query [..., T, H, D], key [..., S, K, D], value [..., S, K, D], ...) -> [..., T, H, D], where K
+      divides H. It raises ValueError for `is_causal` with T != S, where a query's position is not known,
+      and for `sow_weights`, since weights are never there as a whole.
+    """
+
+    def balanced_attention(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = False,
+        is_causal: bool = False,
+        dtype: Any = None,
+        module: Any = None,
+        **_: Any,
+    ) -> jax.Array:
+        if module is not None:
+            raise ValueError(
+                "sow_weights is True: attention over tiles never holds the weights as a whole; use the "
+                "stock attention_fn in the layer whose weights you want to see"
+            )
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        lead, (size, heads) = query.shape[:-3], query.shape[-3:-1]
+        q, k, v = (_four(x.astype(dtype)) for x in (query, key, value))
+        if is_causal and q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"is_causal is True with {q.shape[1]} queries and {k.shape[1]} keys: which keys the "
+                f"first query sees is not known; give a mask"
+            )
+        logits = _logit_bias(bias, mask, lead)
+        plan = plan_of(q, k, v, causal=is_causal)
+        out = attention.attend(q, k, v, plan, bias=logits, causal=is_causal)
+        y = out.y
+        if dropout_rate > 0 and not deterministic:
+            if dropout_rng is None:
+                raise ValueError("dropout_rng is None: dropout needs a key")
+            shape = (*lead, heads, size, key.shape[-3])
+            shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
+            kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
+            kept_bias = _logit_bias(logits, kept, lead)
+            rest = attention.attend(q, k, v, plan, bias=kept_bias, causal=is_causal)
+            part = jnp.where(rest.lse > 0.5 * attention.EMPTY, jnp.exp(rest.lse - out.lse), 0)
+            y = (rest.y * (part / (1 - dropout_rate))[..., None]).astype(dtype)
+        return y.reshape(*lead, size, heads, -1)
+
+    return balanced_attention
+
+
+def _four(x):
+    """[..., T, H, D] as [B, T, H, D]."""
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _logit_bias(bias, mask, lead):
+    """Both as one bias [B|1, H|1, T|1, S|1], -inf where the mask is false; None if there is neither."""
+    if mask is None:
+        return None if bias is None else _broadcastable(bias, lead)
+    mask = _broadcastable(mask, lead).astype(bool)  # Flax makes masks of numbers
+    return jnp.where(mask, 0.0 if bias is None else _broadcastable(bias, lead), -jnp.inf)
+
+
+def _broadcastable(x, lead):
+    """[..., H, T, S] with one axis for all of the batch's; of size 1 if all of them are."""
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * (len(lead) + 3 - x.ndim) + x.shape) if x.ndim < len(lead) + 3 else x
+    own = x.shape[:-3]
+    if math.prod(own) != 1:
+        x = jnp.broadcast_to(x, (*lead, *x.shape[-3:]))
+    return x.reshape(-1, *x.shape[-3:])
