@@ -25,10 +25,8 @@ ORDER += ["place", "rescale", "balance", "attention", "cache", "multitask", "ada
 ORDER += ["__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}
-BESIDE = {
-    "multitask": {"optax"},
-    "adapters": {"flax"},
-}  # what a stage outside of the core may import besides
+# What a stage outside of the core may import besides.
+BESIDE = {"multitask": {"optax"}, "adapters": {"flax"}}
 
 
 def imports(path: Path) -> set[str]:

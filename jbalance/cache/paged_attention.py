@@ -284,7 +284,7 @@ def _logits(query, tile, some):
     shape = *tile.ids.shape[:1], tile.head_dim, norms.shape[-1]
     levels = lax.cond(some, lambda: tile.vectors(0), lambda: jnp.zeros(shape, jnp.int8))
     keys = levels.astype(jnp.float32) * norms
-    return jnp.einsum("brx,bxy->bry", rows, keys, precision="highest")
+    return _product(rows, keys, contract_tokens=False, bits=bits)
 
 
 def _rows(x, bits, *, contract_tokens):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jbalance import checks, shares
 from jbalance import importance as importances
-from jbalance import shares
 from jbalance.multitask.types import Facts, Weighing
 
 
@@ -25,9 +25,7 @@ def importance(
     Raises:
       ValueError: as `importance.weighted` and `shares.constrained` do; an unknown rule.
     """
-    share = shares.SHARE_RULES.get(rule)
-    if share is None:
-        raise ValueError(f"rule is {rule!r}: it must be one of {', '.join(shares.SHARE_RULES)}")
+    share = checks.choice("rule", rule, shares.SHARE_RULES)
 
     def weigh(facts: Facts, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         losses = jnp.maximum(jax.lax.stop_gradient(facts.losses), 0)
