@@ -14,21 +14,23 @@ import jax.numpy as jnp
 
 from jbalance import checks, shares
 from jbalance.allocate import whole
-from jbalance.importance import pool
+from jbalance.importance import CURVE_BINS, pool
 from jbalance.types import Whole
+
+_PRICED = "priced"
 
 
 class BalanceState(NamedTuple):
     """What a balancer remembers between updates."""
 
-    average: jax.Array  # [U] float32, exponential moving average of w, before bias correction
+    average: jax.Array  # [U] or [U, M] float32, moving average of w, before bias correction
     step: jax.Array  # [] int32, updates so far
 
 
 class Balance(NamedTuple):
     """What a balancer hands out."""
 
-    w: jax.Array  # [U] averaged importance, prior and feedback pooled in
+    w: jax.Array  # [U] averaged importance, prior and feedback pooled in; [U, M] curves as they are
     alpha: jax.Array  # [U] shares, sum 1
     allocation: Whole  # whole amounts under the budgets, with prices
 
@@ -36,7 +38,7 @@ class Balance(NamedTuple):
 class Balancer(NamedTuple):
     """A pair of pure functions."""
 
-    init: Callable[[int], BalanceState]
+    init: Callable[[int], BalanceState]  # of U units
     update: Callable[..., tuple[Balance, BalanceState]]
 
 
@@ -58,7 +60,8 @@ def balancer(
 
     Args:
       decay: of the moving average, in [0, 1): 0 forgets at once.
-      rule: a name in `shares.SHARE_RULES`.
+      rule: a name in `shares.SHARE_RULES`, or "priced": w is then [U, M], the `importance.worth_curve`
+        of what each unit owns, and prior and feedback are pooled with the shares.
       floor: [U] or [] least whole amount of a unit.
       cap: [U] or [] greatest whole amount of a unit.
       prior: [U] p >= 0, prior knowledge of the units' importance; its weight is beta.
@@ -70,7 +73,7 @@ def balancer(
       `Balancer(init, update)` with
       `init(num_units) -> state` and
       `update(w, state, budget, device_of=None, feedback=None) -> (Balance, state)`:
-      w [U] >= 0; budget [] or [G] whole amounts; device_of [U]; feedback [U] in [-1, 1].
+      w [U] (or [U, M]) >= 0; budget [] or [G] whole amounts; device_of [U]; feedback [U] in [-1, 1].
 
     Raises:
       ValueError: decay, beta or eta out of range, unknown rule; and from update as the stages do.
@@ -81,12 +84,18 @@ def balancer(
         raise ValueError(f"beta is {beta}: it must be in [0, 1]")
     if not eta >= 0:
         raise ValueError(f"eta is {eta}: it must be >= 0")
-    share = checks.choice("rule", rule, shares.SHARE_RULES)
+    by_price = rule == _PRICED
+    if not by_price:
+        share = checks.choice("rule", rule, shares.SHARE_RULES | {_PRICED: None})
+
+    def pooled(w: jax.Array, feedback: jax.Array | None) -> jax.Array:
+        return pool(w, prior, beta, feedback, eta, axis_name=axis_name)
 
     def init(num_units: int) -> BalanceState:
         if num_units < 1:
             raise ValueError(f"num_units is {num_units}: at least one unit is needed")
-        return BalanceState(jnp.zeros((num_units,), jnp.float32), jnp.zeros((), jnp.int32))
+        shape = (num_units, CURVE_BINS) if by_price else (num_units,)
+        return BalanceState(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
 
     def update(
         w: jax.Array,
@@ -95,14 +104,18 @@ def balancer(
         device_of: jax.Array | None = None,
         feedback: jax.Array | None = None,
     ) -> tuple[Balance, BalanceState]:
-        checks.rank("w", w, 1, "[U]")
+        checks.rank("w", w, 1 + by_price, "[U, M]" if by_price else "[U]")
         checks.non_negative("w", w)
         checks.same_length("w", w, "state.average", state.average)
         step = state.step + 1
         average = decay * state.average + (1 - decay) * jnp.asarray(w, jnp.float32)
         known = average / (1 - jnp.float32(decay) ** step)
-        known = pool(known, prior, beta, feedback, eta, axis_name=axis_name)
-        alpha = share(known, axis_name=axis_name)
+        if by_price:
+            all_of_it = jnp.sum(jnp.asarray(budget))
+            alpha = pooled(shares.priced(known, all_of_it, axis_name=axis_name), feedback)
+        else:
+            known = pooled(known, feedback)
+            alpha = share(known, axis_name=axis_name)
         allocation = whole(alpha, budget, floor, cap, device_of, axis_name=axis_name)
         return Balance(known, alpha, allocation), BalanceState(average, step)
 

@@ -130,6 +130,42 @@ def constrained(
     return out.amount
 
 
+def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None) -> jax.Array:
+    """alpha of owners who all take what is worth at least one price, at which they take `amount`.
+
+    The ladder (METHOD section 4) where the steps are many, alike in cost, and counted by what they
+    are worth: a layer's tiles, a head's tokens. Within the half octave of the price each owner takes
+    the same part of its own.
+
+    Args:
+      curves: [U, M] >= 0, `importance.worth_curve` of each owner.
+      amount: [] >= 0, of all together; shares are as of all there is where there is less.
+      axis_name: mesh axis that the owners are split over.
+
+    Returns:
+      alpha [U] float32; equal shares where the curves are empty.
+
+    Raises:
+      ValueError: curves not [U, M], negative or NaN; a negative amount.
+    """
+    checks.rank("curves", curves, 2, "[U, M]")
+    checks.non_empty("curves", curves)
+    checks.non_negative("curves", curves)
+    checks.rank("amount", amount, 0, "[]")
+    checks.non_negative("amount", amount)
+    # [U, M]: how many are worth at least each bin's lower end.
+    above = jnp.cumsum(jnp.asarray(curves, jnp.float32)[:, ::-1], axis=1)[:, ::-1]
+    above = jnp.pad(above, ((0, 0), (0, 1)))
+    total = search.psum(jnp.sum(above, axis=0), axis_name)  # [M + 1], falling to 0
+    last = total.size - 1
+    at = jnp.clip(jnp.sum(total > amount) - 1, 0, last - 1)  # the bin of the price
+    inside = total[at] - total[at + 1]
+    part = (amount - total[at + 1]) / jnp.where(inside > 0, inside, 1)
+    part = jnp.clip(part, 0, 1)
+    taken = above[:, at + 1] + part * (above[:, at] - above[:, at + 1])
+    return proportional(taken, axis_name=axis_name)
+
+
 def _uniform_like(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """The uniform start as a rule of w, of which it takes the number of units only."""
     shards = 1 if axis_name is None else lax.axis_size(axis_name)

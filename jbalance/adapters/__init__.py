@@ -1,10 +1,34 @@
 """Balanced attention in Flax models.
 
 `attention_fn()` is what `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`
-take as theirs; `balance_nnx` puts it into a model that is there already. Parameters stay as they were.
+take as theirs; `balance_nnx` puts it into a model that is there already. `NnxBalance` and, for linen,
+`LinenBalancedAttention` with a `TileBalancer` move a budget of tiles between the layers while the model
+trains. Parameters stay as they were.
 """
 
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
-from jbalance.adapters.modules import balance_nnx
+from jbalance.adapters.modules import (
+    Balance,
+    BalancedAttention,
+    LinenBalancedAttention,
+    NnxBalance,
+    balance_nnx,
+    budgets_of,
+)
+from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
-__all__ = ["PlanOf", "attention_fn", "balance_nnx"]
+__all__ = [  # noqa: RUF022  (from one call to a model that adapts)
+    "PlanOf",
+    "attention_fn",
+    "balance_nnx",
+    # a budget of tiles
+    "Tiles",
+    "TileBudget",
+    "TileBalancer",
+    "attend_within",
+    "Balance",
+    "BalancedAttention",
+    "LinenBalancedAttention",
+    "NnxBalance",
+    "budgets_of",
+]

@@ -1,14 +1,21 @@
-"""Balanced attention put into models that are there already."""
+"""Balanced attention put into models that are there already, and what adapts it while they train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
-from flax import nnx
+from flax import linen, nnx
+
+from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
 Model = TypeVar("Model", bound=nnx.Module)
+COLLECTION = "balance"  # of linen's variables
+
+
+class Balance(nnx.Variable):
+    """State of balancing in an nnx model: neither trained nor a part of the stock model's state."""
 
 
 def balance_nnx(model: Model, attention_fn: Callable[..., jax.Array]) -> Model:
@@ -23,9 +30,134 @@ def balance_nnx(model: Model, attention_fn: Callable[..., jax.Array]) -> Model:
     Raises:
       ValueError: no such module in it.
     """
+    for module in _attentions(model):
+        module.attention_fn = attention_fn
+    return model
+
+
+def _attentions(model: nnx.Module) -> Iterator[nnx.MultiHeadAttention]:
+    """Those of a model, in the order of its graph; ValueError if there are none."""
     found = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.MultiHeadAttention)]
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without any nnx.MultiHeadAttention")
-    for module in found:
-        module.attention_fn = attention_fn
-    return model
+    return iter(found)
+
+
+class BalancedAttention(nnx.Module):
+    """An `attention_fn` of one layer, within a budget of tiles; nnx.
+
+    Args:
+      share: part of the tiles to begin with.
+      tiles: how they are made.
+    """
+
+    def __init__(self, share: float, tiles: Tiles) -> None:
+        self.budget = Balance(TileBudget.of(share))
+        self.tiles = tiles
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **given: Any) -> Any:
+        y, seen = attend_within(self.budget.get_value(), query, key, value, self.tiles, **given)
+        self.budget.set_value(seen)
+        return y
+
+
+def budgets_of(model: nnx.Module) -> list[TileBudget]:
+    """Of the layers of an nnx model that `NnxBalance` balances, in the order of its graph."""
+    return [attention.budget.get_value() for attention in _balanced(model)]
+
+
+def _balanced(model: nnx.Module) -> list[BalancedAttention]:
+    return [x for _, x in nnx.iter_graph(model) if isinstance(x, BalancedAttention)]
+
+
+class LinenBalancedAttention(linen.Module):
+    """An `attention_fn` of one layer, within a budget of tiles; linen.
+
+    The budget is a variable of the collection "balance", which training steps apply as mutable, like
+    batch statistics, and `TileBalancer.update` changes.
+
+    Attributes:
+      share: part of the tiles to begin with.
+      tiles: how they are made.
+    """
+
+    share: float
+    tiles: Tiles = Tiles()
+
+    @linen.compact
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = False,
+        dtype: Any = None,
+    ) -> jax.Array:
+        # Linen hands over what is named here and nothing else.
+        budget = self.variable(COLLECTION, "budget", TileBudget.of, self.share)
+        y, seen = attend_within(
+            budget.value,
+            query,
+            key,
+            value,
+            self.tiles,
+            bias=bias,
+            mask=mask,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=broadcast_dropout,
+            deterministic=deterministic,
+            dtype=dtype,
+        )
+        if self.is_mutable_collection(COLLECTION):
+            budget.value = seen
+        return y
+
+
+class NnxBalance(nnx.Module):
+    """Balances the attention of an nnx model in place, and goes on while it trains.
+
+        balance = adapters.NnxBalance(model, density=0.5)
+        ...                                  # inside the jitted step, after the gradient:
+        balance.update(model)                # or update(model, density), which may be a traced value
+
+    Each layer computes its tiles of most value, chosen in every call from its own queries and keys; how
+    many that are, `update` decides from what the layers saw. Nothing compiles anew.
+
+    Args:
+      model: an nnx module with `nnx.MultiHeadAttention` in it, whose `attention_fn` is replaced.
+      density: part of all tiles, in (0, 1].
+      tiles: how they are made and weighed.
+      balancer: how they are moved.
+
+    Raises:
+      ValueError: no attention in the model, a density outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        density: float,
+        tiles: Tiles = Tiles(),  # noqa: B008  (frozen)
+        balancer: TileBalancer = TileBalancer(),  # noqa: B008
+    ) -> None:
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}: a part of all tiles, in (0, 1]")
+        for layer in _attentions(model):
+            layer.attention_fn = nnx.data(BalancedAttention(density, tiles))
+        self.density, self.balancer = density, balancer
+        self.state = Balance(balancer.init(budgets_of(model)))
+
+    def update(self, model: nnx.Module, density: jax.Array | float | None = None) -> None:
+        """Move tiles between the layers, from what they saw in their last call; changes the model."""
+        density = self.density if density is None else density
+        budgets, state = self.balancer.update(budgets_of(model), self.state.get_value(), density)
+        self.state.set_value(state)
+        for attention, budget in zip(_balanced(model), budgets, strict=True):
+            attention.budget.set_value(budget)

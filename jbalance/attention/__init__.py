@@ -14,7 +14,7 @@ from jbalance.attention.plan import (
     union,
     window,
 )
-from jbalance.attention.choose import choose
+from jbalance.attention.choose import candidates, choose
 from jbalance.attention.attend import attend
 
 __all__ = [  # noqa: RUF022  (pipeline order)
@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "intersection",
     "difference",
     "transposed",
+    "candidates",
     "choose",
     # attention over them
     "attend",

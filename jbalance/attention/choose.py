@@ -63,7 +63,7 @@ def choose(
     checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
     checks.whole("num_tiles", num_tiles)
     checks.in_range("floor", floor, 0, 1)
-    candidates, always = _structure(num_queries, num_keys, block_q, block_k, causal)
+    seen, always = _structure(num_queries, num_keys, block_q, block_k, causal)
     batch, heads = np.shape(value)[:2]
     least = heads * int(always.sum())
     if checks.is_concrete(num_tiles) and (np.asarray(num_tiles) < least).any():
@@ -76,11 +76,11 @@ def choose(
         jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
     )
     value = jnp.asarray(value, jnp.float32)
-    part = floor * total / (heads * candidates.sum())
-    even = jnp.floor(part[:, None] * candidates.sum(axis=1)).astype(jnp.int32)  # [B, I]
+    part = floor * total / (heads * seen.sum())
+    even = jnp.floor(part[:, None] * seen.sum(axis=1)).astype(jnp.int32)  # [B, I]
     more = jnp.maximum(even - always.sum(axis=1), 0)[:, None]
     rows = (-1, shape[1])
-    open_ = jnp.broadcast_to(candidates & ~always, value.shape)
+    open_ = jnp.broadcast_to(seen & ~always, value.shape)
     more = jnp.broadcast_to(more, value.shape[:3]).reshape(-1)
     own = _largest(value.reshape(rows), open_.reshape(rows), more).reshape(value.shape)
     mask = always | own
@@ -89,6 +89,17 @@ def choose(
     taken = _largest(value.reshape(flat), (open_ & ~own).reshape(flat), rest)
     mask |= taken.reshape(mask.shape)
     return plans.from_mask(mask, num_queries, num_keys, block_q, block_k, capacity)
+
+
+def candidates(
+    *, num_queries: int, num_keys: int, block_q: int, block_k: int, causal: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles of one head that `choose` can give, and those of them that it always does.
+
+    Returns:
+      [I, J] bool each: their sums are the most and the fewest tiles that a head can have.
+    """
+    return _structure(num_queries, num_keys, block_q, block_k, causal)
 
 
 def _structure(num_queries, num_keys, block_q, block_k, causal):

@@ -24,6 +24,7 @@ from jbalance.importance.tokens import TOKEN_SCORERS
 from jbalance.importance.value_weighted import value_weighted
 from jbalance.importance.weighted import weighted
 from jbalance.importance.window import window
+from jbalance.importance.worth_curve import CURVE_BINS, worth_curve
 
 __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     # units and indicators
@@ -58,6 +59,9 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     # tiles of attention: what leaving them out costs
     "tile_error",
     "tile_sketch",
+    # layers, heads, ...: how many of their tiles or tokens are worth how much
+    "worth_curve",
+    "CURVE_BINS",
     # several scores, prior knowledge and feedback
     "normalize_rows",
     "NORMALIZERS",

@@ -1,0 +1,187 @@
+"""A layer's budget of attention tiles, which one balancer moves between the layers of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import attention, checks, importance, shares
+from jbalance.adapters.attention_fn import attention_fn
+from jbalance.attention import TilePlan
+from jbalance.balance import Balancer, BalanceState, balancer
+from jbalance.importance import CURVE_BINS
+
+RULES = ("priced", *shares.SHARE_RULES)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileBudget:
+    """What one layer may compute, and what it has seen of the worth of its tiles; or of L layers."""
+
+    share: jax.Array  # [] float32 part of the tiles of all heads
+    curve: jax.Array  # [M] float32 `importance.worth_curve` of the last call, of one example
+    limits: jax.Array  # [2] int32 fewest and most tiles of all heads in the last call; 0 before any
+
+    @classmethod
+    def of(cls, share: float) -> TileBudget:
+        """Before the first call."""
+        return cls(jnp.float32(share), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a layer's tiles are made and weighed; static.
+
+    `rows` of each block of queries are looked at. More of them, and smaller blocks of keys, choose
+    better and cost more: docs/design.md has the figures. `causal` says that the masks are, where they
+    come as arrays and not as `is_causal`.
+    """
+
+    block_q: int = 64
+    block_k: int = 16
+    rows: int = 8
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        checks.positive("block_q", self.block_q)
+        checks.positive("block_k", self.block_k)
+        checks.in_range("rows", self.rows, 1, self.block_q)
+
+
+def attend_within(
+    budget: TileBudget,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tiles: Tiles,
+    **given: Any,
+) -> tuple[jax.Array, TileBudget]:
+    """`attention_fn` over the tiles of most value within a layer's share.
+
+    Args:
+      budget: the layer's.
+      query: [..., T, H, D].
+      key: [..., S, K, D].
+      value: [..., S, K, D].
+      tiles: how they are made.
+      given: what Flax's modules hand to an attention function besides.
+
+    Returns:
+      [..., T, H, D], of round(share x all tiles) for each example, all heads together; and the budget
+      with what was seen. Worth is the error of the layer's output without a tile as a part of that
+      output's square, so that layers compare.
+    """
+    seen: dict[str, Any] = {}
+
+    def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
+        q, k, v = jax.lax.stop_gradient((q, k, v))
+        causal |= tiles.causal
+        blocks: dict[str, Any] = {"block_q": tiles.block_q, "block_k": tiles.block_k}
+        worth = importance.tile_sketch(q, k, v, **blocks, rows=tiles.rows, causal=causal)
+        sizes: dict[str, Any] = {
+            "num_queries": q.shape[1],
+            "num_keys": k.shape[1],
+            "causal": causal,
+            **blocks,
+        }
+        some, always = attention.candidates(**sizes)
+        limits = np.array([always.sum(), some.sum()], np.int32) * q.shape[2]
+        seen.update(worth=worth, some=some, limits=limits)
+        number = jnp.round(budget.share * int(limits[1])).astype(jnp.int32)
+        return attention.choose(worth, number, **sizes)
+
+    y = attention_fn(plan_of)(query, key, value, **given)
+    energy = jnp.mean(jnp.square(jax.lax.stop_gradient(y).astype(jnp.float32)))
+    energy *= y.shape[-1] * y.shape[-2]  # of a query, all heads together
+    worth = seen["worth"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    some = np.broadcast_to(seen["some"], worth.shape[1:]).reshape(-1)
+    curve = importance.worth_curve(worth.reshape(worth.shape[0], -1), some)
+    return y, TileBudget(budget.share, curve, jnp.asarray(seen["limits"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileBalancer:
+    """Moves tiles between layers inside of a training step: `init` and `update`, as in optax.
+
+    Attributes:
+      rule: "priced" (one price for the tiles of all layers), or a rule of `shares.SHARE_RULES` for
+        layers that weigh what all of their tiles together do.
+      decay: of the moving average over steps.
+    """
+
+    rule: str = "priced"
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        checks.choice("rule", self.rule, dict.fromkeys(RULES))
+        self._balancer(0, 0)
+
+    def init(self, budgets: Any) -> BalanceState:
+        """The state for a pytree of `TileBudget`, such as linen's collection "balance"."""
+        return self._balancer(0, 0).init(_stacked(budgets).share.size)
+
+    def update(
+        self, budgets: Any, state: BalanceState, density: jax.Array | float
+    ) -> tuple[Any, BalanceState]:
+        """The layers' shares anew, from what they saw in their last call.
+
+        Args:
+          budgets: a pytree of `TileBudget`, of a layer each or of several (a scan's, stacked).
+          state: of `init` or the last update.
+          density: [] part of all layers' tiles together, in 0..1.
+
+        Returns:
+          Budgets whose tiles sum to floor(density x all of them); and the state.
+
+        Raises:
+          ValueError: a concrete density outside 0..1.
+        """
+        checks.in_range("density", density, 0, 1)
+        all_layers = _stacked(budgets)
+        least, most = all_layers.limits[:, 0], all_layers.limits[:, 1]
+        total = jnp.floor(density * jnp.sum(most)).astype(jnp.int32)
+        w = all_layers.curve if self.rule == "priced" else _worth(all_layers.curve)
+        out, state = self._balancer(least, most).update(w, state, total)
+        share = (out.allocation.amount / jnp.maximum(most, 1)).astype(jnp.float32)
+        each, tree = jax.tree.flatten(budgets, is_leaf=_is_budget)
+        ends = np.cumsum([x.share.size for x in each])[:-1]
+        parts = [
+            part.reshape(x.share.shape)
+            for part, x in zip(jnp.split(share, ends), each, strict=True)
+        ]
+        new = [dataclasses.replace(x, share=part) for x, part in zip(each, parts, strict=True)]
+        return jax.tree.unflatten(tree, new), state
+
+    def _balancer(self, floor: jax.Array | int, cap: jax.Array | int) -> Balancer:
+        return balancer(decay=self.decay, rule=self.rule, floor=floor, cap=cap)
+
+
+def _is_budget(x: Any) -> bool:
+    return isinstance(x, TileBudget)
+
+
+def _stacked(budgets: Any) -> TileBudget:
+    """All layers of a pytree as one, each field with a leading axis L."""
+    each = jax.tree.leaves(budgets, is_leaf=_is_budget)
+    if not each or not all(map(_is_budget, each)):
+        raise ValueError(
+            "budgets holds no TileBudget, or other things: it must be a pytree of them"
+        )
+    fields = {"share": (-1,), "curve": (-1, CURVE_BINS), "limits": (-1, 2)}
+    return TileBudget(
+        **{
+            name: jnp.concatenate([getattr(x, name).reshape(shape) for x in each])
+            for name, shape in fields.items()
+        }
+    )
+
+
+def _worth(curves: jax.Array) -> jax.Array:
+    """[L] what all tiles of a layer together are worth: each that of its half octave's lower end."""
+    ends = np.arange(CURVE_BINS, dtype=np.int32) << 22
+    return curves @ jnp.asarray(ends.view(np.float32))
