@@ -4,17 +4,20 @@ The stages in the order in which data flows through them.
 """
 
 from jbalance import importance, resources, shares, allocate, place, rescale  # noqa: I001
+from jbalance import audit, tasks
 from jbalance.balance import Balance, BalanceState, balancer
 from jbalance.types import (
     Allocation,
     Binding,
     FeatureScorer,
     Fill,
+    GroupAudit,
     Placement,
     Resources,
     Rounding,
     ShareRule,
     Status,
+    TaskAmounts,
     TokenScorer,
     Whole,
 )
@@ -33,11 +36,16 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "balancer",
     "Balance",
     "BalanceState",
+    # tasks of one step, and who got what
+    "tasks",
+    "audit",
     # what the stages hand to each other
     "Resources",
     "Fill",
     "Whole",
     "Allocation",
+    "TaskAmounts",
+    "GroupAudit",
     "Placement",
     "Binding",
     "Status",

@@ -85,6 +85,29 @@ class Allocation:
 
 
 @_container
+class TaskAmounts:
+    """What N tasks get of a step."""
+
+    alpha: jax.Array  # [N] shares, which are the weights of their losses too
+    examples: jax.Array  # [N] int32 of the batch
+    tokens: jax.Array  # [N] int32
+    cache: jax.Array  # [G, N] int32 blocks on each device
+    status: jax.Array  # [] int32, a Status
+
+
+@_container
+class GroupAudit:
+    """How P groups of units fare: attention, and errors where there are any."""
+
+    count: jax.Array  # [P] units
+    attention: jax.Array  # [P] float32 part of all attention
+    parity: jax.Array  # [P] attention over the group's part of the units; 0 for empty groups
+    least_parity: jax.Array  # [] of the groups that have units
+    error: jax.Array  # [P] float32 mean error of a unit; 0 for empty groups or without errors
+    error_gap: jax.Array  # [] between the groups of most and of least error
+
+
+@_container
 class Placement:
     """Which device holds which unit."""
 

@@ -21,7 +21,17 @@ ORDER = [
     "shares",
     "allocate",
 ]
-ORDER += ["place", "rescale", "balance", "attention", "cache", "multitask", "adapters"]
+ORDER += [
+    "place",
+    "rescale",
+    "balance",
+    "tasks",
+    "audit",
+    "attention",
+    "cache",
+    "multitask",
+    "adapters",
+]
 ORDER += ["__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}

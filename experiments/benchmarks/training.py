@@ -6,9 +6,9 @@ Case `t4096_d0.5`: a decoder of two layers over 4,096 bytes of a real text, whos
 of the work, trained with half of its causal tiles, chosen in every step and moved between the layers
 by what they are worth. `steps_ratio_vs_own_dense` is in steps per second over this library's
 attention to all causal tiles, `steps_ratio_vs_jax_dpa` over Flax's own, which is
-`jax.nn.dot_product_attention`; medians of interleaved steps on one core. `traces` counts how often 500 steps were traced whose budget changed in
-every one, `largest_density` the most tiles that any of them took, and `attention_part` what of the
-dense step is attention.
+`jax.nn.dot_product_attention`; medians of interleaved steps on one core. `traces` counts how often 500
+steps were traced whose budget changed in every one, `largest_density` is the most tiles that any of
+them took, and `attention_part` what of the dense step is attention.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""Who got what: attention and errors of groups, to see whether a balance is fair to them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.types import GroupAudit
+
+
+def by_group(
+    attention: ArrayLike,
+    group_of: ArrayLike,
+    num_groups: int,
+    error: ArrayLike | None = None,
+    *,
+    axis_name: str | None = None,
+) -> GroupAudit:
+    """Attention and error per group; `shares.constrained(group_floor=)` is the cure.
+
+    Args:
+      attention: [U] >= 0, what each unit got: shares, whole amounts, or attention weights.
+      group_of: [U] int in 0..P-1.
+      num_groups: P.
+      error: [U] of each unit's predictions, finite; None where there are none.
+      axis_name: mesh axis that the units are split over.
+
+    Returns:
+      `GroupAudit`. A parity of 1 is attention in proportion to the group's size; the ratio of the
+      groups' is what demographic parity asks about.
+
+    Raises:
+      ValueError: shapes that do not fit, negative attention, an error that is not finite, a group that
+        there is not.
+    """
+    checks.rank("attention", attention, 1, "[U]")
+    checks.non_negative("attention", attention)
+    checks.same_length("group_of", group_of, "attention", attention)
+    checks.positive("num_groups", num_groups)
+    checks.index_below("group_of", group_of, num_groups)
+    if error is not None:
+        checks.same_length("error", error, "attention", attention)
+        checks.finite("error", error)
+    attention = jnp.asarray(attention, jnp.float32)
+    error = jnp.zeros_like(attention) if error is None else jnp.asarray(error, jnp.float32)
+    facts = jnp.stack([jnp.ones_like(attention), attention, error], axis=1)
+    sums = jax.ops.segment_sum(facts, jnp.asarray(group_of), num_groups)
+    sums = sums if axis_name is None else lax.psum(sums, axis_name)
+    count, got, lost = sums.T
+    there, of_all = count > 0, jnp.maximum(jnp.sum(got), jnp.finfo(jnp.float32).tiny)
+    share = got / of_all
+    parity = jnp.where(there, share * jnp.sum(count) / jnp.maximum(count, 1), 0)
+    mean = jnp.where(there, lost / jnp.maximum(count, 1), 0)
+    most, least = (
+        jnp.max(jnp.where(there, mean, -jnp.inf)),
+        jnp.min(jnp.where(there, mean, jnp.inf)),
+    )
+    return GroupAudit(
+        count.astype(jnp.int32),
+        share,
+        parity,
+        jnp.min(jnp.where(there, parity, jnp.inf)),
+        mean,
+        most - least,
+    )
