@@ -7,6 +7,7 @@ trains. Parameters stay as they were.
 """
 
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
+from jbalance.adapters.decoding import LinenCachedAttention, NnxCache
 from jbalance.adapters.modules import (
     Balance,
     BalancedAttention,
@@ -15,6 +16,7 @@ from jbalance.adapters.modules import (
     balance_nnx,
     budgets_of,
 )
+from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
 from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
@@ -31,4 +33,11 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "LinenBalancedAttention",
     "NnxBalance",
     "budgets_of",
+    # decoding over a cache of fixed bytes
+    "NnxCache",
+    "LinenCachedAttention",
+    # heads that leave
+    "head_gradients",
+    "heads_to_keep",
+    "prune_heads",
 ]

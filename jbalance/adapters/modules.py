@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -30,17 +30,18 @@ def balance_nnx(model: Model, attention_fn: Callable[..., jax.Array]) -> Model:
     Raises:
       ValueError: no such module in it.
     """
-    for module in _attentions(model):
+    for _, module in attentions(model):
         module.attention_fn = attention_fn
     return model
 
 
-def _attentions(model: nnx.Module) -> Iterator[nnx.MultiHeadAttention]:
-    """Those of a model, in the order of its graph; ValueError if there are none."""
-    found = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.MultiHeadAttention)]
+def attentions(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.MultiHeadAttention]]:
+    """Path and module of each in a model, in the order of its graph; ValueError if there are none."""
+    all_ = ((p, x) for p, x in nnx.iter_graph(model) if isinstance(x, nnx.MultiHeadAttention))
+    found = [(p, x) for p, x in all_ if x.num_heads]  # `prune_heads` may have left none
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without any nnx.MultiHeadAttention")
-    return iter(found)
+    return found
 
 
 class BalancedAttention(nnx.Module):
@@ -149,7 +150,7 @@ class NnxBalance(nnx.Module):
     ) -> None:
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}: a part of all tiles, in (0, 1]")
-        for layer in _attentions(model):
+        for _, layer in attentions(model):
             layer.attention_fn = nnx.data(BalancedAttention(density, tiles))
         self.density, self.balancer = density, balancer
         self.state = Balance(balancer.init(budgets_of(model)))
