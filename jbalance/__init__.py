@@ -5,6 +5,7 @@ The stages in the order in which data flows through them.
 
 from jbalance import importance, resources, shares, allocate, place, rescale  # noqa: I001
 from jbalance import audit, tasks
+from jbalance.improve import Improved, Round, improve
 from jbalance.balance import Balance, BalanceState, balancer
 from jbalance.types import (
     Allocation,
@@ -36,6 +37,10 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "balancer",
     "Balance",
     "BalanceState",
+    # the loop around training
+    "improve",
+    "Improved",
+    "Round",
     # tasks of one step, and who got what
     "tasks",
     "audit",

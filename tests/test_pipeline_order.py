@@ -27,6 +27,7 @@ ORDER += [
     "balance",
     "tasks",
     "audit",
+    "improve",
     "attention",
     "cache",
     "multitask",

@@ -17,6 +17,7 @@ from jbalance.adapters.modules import (
     budgets_of,
 )
 from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
+from jbalance.adapters.serve import serialize
 from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
@@ -40,4 +41,6 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "head_gradients",
     "heads_to_keep",
     "prune_heads",
+    # elsewhere
+    "serialize",
 ]

@@ -1,0 +1,35 @@
+"""A balanced step as bytes, which another process runs without this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.export
+from jax.experimental import checkify
+
+
+def serialize(
+    step: Callable[..., Any], *args: Any, platforms: Sequence[str] | None = None
+) -> bytes:
+    """`step` for arguments of these shapes, for `jax.export.deserialize(...).call(*args)`.
+
+    The library's debug checks, which no exported program can hold, are left out.
+
+    Args:
+      step: jittable; what it closes over is a part of the bytes. Arguments and results of types that
+        another process does not know (a cache, a model's state) go in and out as lists of their leaves.
+      args: arrays, or `jax.ShapeDtypeStruct`.
+      platforms: to run on, such as ("cuda",); None for this machine's. For several at once,
+        `attention.attend(backend="xla")`.
+
+    Raises:
+      ImportError: without flatbuffers, which `jax.export` writes with.
+    """
+
+    def without_checks(*args: Any) -> Any:
+        return checkify.checkify(step, errors=frozenset())(*args)[1]
+
+    exported = jax.export.export(jax.jit(without_checks), platforms=platforms)(*args)
+    return bytes(exported.serialize())
