@@ -46,6 +46,12 @@ def same_length(name: str, x: Any, other_name: str, other: Any, axis: int = 0) -
         )
 
 
+def length(name: str, x: Any, size: int, size_name: str) -> None:
+    """ValueError unless `x` [size] has one entry for each of `size_name`."""
+    if np.shape(x)[0] != size:
+        raise ValueError(f"{name} has {np.shape(x)[0]} entries for {size_name} = {size}")
+
+
 def non_empty(name: str, x: Any) -> None:
     """ValueError if `x` holds nothing."""
     if np.size(x) == 0:
@@ -154,6 +160,14 @@ def whole(name: str, x: Any) -> None:
         lambda np_, x: (x < 0) | (x > INT32_MAX),
         f"{name} must be in 0..2^31-1",
     )
+
+
+def at_least(name: str, value: Any, least: int, hint: str) -> None:
+    """ValueError unless the static `value` is whole and >= `least`; `hint` says what would fit."""
+    if value != int(value):
+        raise ValueError(f"{name} is {value}: it must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}: {hint}")
 
 
 def device_budgets(name: str, budgets: Any, device_of: Any, units_name: str, units: Any) -> None:

@@ -30,6 +30,16 @@ class Binding(enum.IntEnum):
     DEVICE = 3  # its device's own budget is full: that price, not the total's, stops it
 
 
+class Term(enum.IntEnum):
+    """Which lower bound on the fullest device's load is the largest (`place.bound`)."""
+
+    MEAN = 0  # all devices are full alike: only less load or more devices would help
+    LARGEST = 1  # one unit, or one copy of it, is too large: split it or copy it
+    PIGEON_HOLE = 2  # units are few and large: some device gets one more than the others
+    COUNT = 3  # the device of the largest unit must take others besides: allow uneven counts
+    GROUP = 4  # whole groups go to nodes: relax that rule
+
+
 @dataclass_transform(frozen_default=True)
 def _container(cls):
     """A frozen dataclass whose fields are all pytree leaves."""
@@ -85,6 +95,14 @@ class Allocation:
 
 
 @_container
+class Bound:
+    """What no placement can beat."""
+
+    value: jax.Array  # [] load over capacity that some device reaches
+    term: jax.Array  # [] int32, a Term: which bound that is
+
+
+@_container
 class TaskAmounts:
     """What N tasks get of a step."""
 
@@ -116,6 +134,21 @@ class Placement:
     count: jax.Array  # [G] int32, units placed on each device
     relative_load: jax.Array  # [] largest load / capacity over the devices
     bound: jax.Array  # [] no placement has a smaller relative load
+    term: jax.Array  # [] int32, a Term: what binds
+    status: jax.Array  # [] int32, a Status
+
+
+@_container
+class Replicas:
+    """Which slot holds which unit, where units have copies; C = ceil(slots / G) on a device."""
+
+    unit_of: jax.Array  # [G, C] int32, the unit in each slot of each device; U where it is empty
+    copies: jax.Array  # [U] int32 >= 1, on distinct devices, of equal shares of the unit's load
+    load: jax.Array  # [G] float32
+    count: jax.Array  # [G] int32, slots in use on each device
+    relative_load: jax.Array  # [] largest load over the devices
+    bound: jax.Array  # [] no placement with so many slots has a smaller one
+    term: jax.Array  # [] int32, a Term: what binds
     status: jax.Array  # [] int32, a Status
 
 
@@ -148,4 +181,12 @@ class Rounding(Protocol):
 
     def __call__(self, w: jax.Array, budget: jax.Array, floor: jax.Array, cap: jax.Array) -> Whole:
         """w [U] -> amounts [U], within floor and cap, summing to budget."""
+        ...
+
+
+class Placer(Protocol):
+    """Units to devices of equal capacity."""
+
+    def __call__(self, loads: jax.Array, num_devices: int) -> Placement:
+        """loads [U] >= 0 -> where each unit is."""
         ...

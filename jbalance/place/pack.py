@@ -1,22 +1,31 @@
-"""Which device holds which unit: longest first, refined by swaps and moves.
-
-One layer at a time; `jax.vmap` runs many layers at once.
-"""
+"""Units to devices, one place each: longest first, refined by swaps and moves."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance import checks
-from jbalance.types import Placement, Status
+from jbalance.place._exchange import Problem, exchange
+from jbalance.place._inputs import (
+    check_capacity,
+    check_loads,
+    check_max_count,
+    check_memory,
+    check_swaps,
+    scale_of,
+    status,
+    with_empty,
+)
+from jbalance.place._longest_first import longest_first
+from jbalance.place.bound import largest_term, of_units
+from jbalance.types import Placement
 
-_GAIN = 1e-6  # relative: a swap that gains less is rounding
+_ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 
 def pack(
@@ -25,140 +34,115 @@ def pack(
     capacity: ArrayLike | None = None,
     *,
     max_count: int | None = None,
-    swaps: int = 100,
+    memory: ArrayLike | None = None,
+    memory_capacity: ArrayLike | None = None,
+    swaps: int = 128,
 ) -> Placement:
     """Place units on devices so that the largest load relative to capacity is small.
 
-    Longest-processing-time first: the units in order of falling load, each to the device that it fills
-    least. Then, `swaps` times at most, the exchange of two units (or the move of one) between the
-    fullest device and another that lowers the fuller of the two the most.
+    Longest-processing-time first: the units in order of falling load, each to the device that it
+    fills least. Then exchanges of two units (or moves of one) between the fullest device and
+    another, the best one at a time, also where none helps at once; the best placement on the way is
+    returned. With memory, what exceeds a device's is mended before any load is looked at.
 
     Args:
-      loads: [U] >= 0, in any unit.
+      loads: [U] >= 0, in any unit; for instance seconds of compute.
       num_devices: G.
-      capacity: [G] > 0 in the unit of the loads; None: all alike, and nothing is too much.
+      capacity: [G] > 0 in the unit of the loads; None: all alike, and nothing is too much. With
+        rates (load per second) the relative load is the time that a step takes.
       max_count: most units on one device (ceil(U / G) for equal counts); None: any number.
-      swaps: most refinements; 0 for longest-first alone.
+      memory: [U] >= 0, what each unit needs of `memory_capacity`.
+      memory_capacity: [G] > 0 in the unit of memory, never knowingly exceeded; with `memory`.
+      swaps: exchanges that are tried; 0 for longest first alone.
 
     Returns:
-      A `Placement`; status INFEASIBLE if a device holds more than its capacity.
+      A `Placement`; status INFEASIBLE if a device holds more than its capacity or its memory (with
+      memory the search may miss a placement that fits), INVALID for NaN or negative loads under
+      jit.
 
     Raises:
-      ValueError: loads negative or NaN, capacity not positive or of the wrong length, more units than
-        num_devices * max_count.
+      ValueError: loads negative or NaN, capacity not positive or of the wrong length, more units
+        than num_devices * max_count, memory without memory_capacity.
 
-    Reference: Graham, SIAM J. Applied Math. 17 (1969).
+    References: Graham, SIAM J. Applied Math. 17 (1969); Glover, ORSA J. Computing 1 (1989).
     """
-    checks.rank("loads", loads, 1, "[U]")
-    checks.non_empty("loads", loads)
-    checks.non_negative("loads", loads)
-    if num_devices != int(num_devices):
-        raise ValueError(f"num_devices is {num_devices}: it must be a whole number")
-    if num_devices < 1:
-        raise ValueError(f"num_devices is {num_devices}: at least one device is needed")
-    if swaps < 0:
-        raise ValueError(f"swaps is {swaps}: it must be >= 0")
-    num_units = np.shape(loads)[0]
-    if max_count is None:
-        max_count = num_units
-    elif num_devices * max_count < num_units:
-        raise ValueError(
-            f"max_count is {max_count}: {num_devices} devices then hold {num_devices * max_count} of "
-            f"{num_units} units, it must be at least {-(-num_units // num_devices)}"
-        )
-    if capacity is not None:
-        checks.rank("capacity", capacity, 1, "[G]")
-        checks.positive("capacity", capacity)
-        if np.shape(capacity)[0] != num_devices:
-            raise ValueError(
-                f"capacity has {np.shape(capacity)[0]} entries for num_devices = {num_devices}"
-            )
-    return _pack(loads, capacity, num_devices, max_count, swaps)
+    check_loads(loads, num_devices)
+    check_capacity(capacity, num_devices)
+    check_max_count(max_count, np.shape(loads)[0], num_devices)
+    check_memory(memory, memory_capacity, loads, num_devices)
+    check_swaps(swaps)
+    return _pack(loads, capacity, memory, memory_capacity, num_devices, max_count, swaps)
 
 
 @functools.partial(jax.jit, static_argnames=("num_devices", "max_count", "swaps"))
-def _pack(loads, capacity, num_devices, max_count, swaps) -> Placement:
+def _pack(loads, capacity, memory, room, num_devices, max_count, swaps) -> Placement:
     loads = jnp.asarray(loads, jnp.float32)
-    limited = capacity is not None
-    capacity = jnp.asarray(capacity, jnp.float32) if limited else jnp.ones((num_devices,))
-    device_of, load, count = _longest_first(loads, capacity, max_count)
-    device_of, load, count = _refine(loads, capacity, max_count, swaps, device_of, load, count)
+    limits = None if capacity is None else jnp.asarray(capacity, jnp.float32)
+    capacity = jnp.ones(num_devices) if limits is None else limits
+    scale = scale_of(loads, capacity)
+    problem = Problem(with_empty(loads / scale), 1 / capacity, jnp.zeros(num_devices))
+    order = jnp.argsort(-loads, stable=True).astype(jnp.int32)
+    if memory is not None:
+        memory, room = jnp.asarray(memory, jnp.float32), jnp.asarray(room, jnp.float32)
+        shares = memory / jnp.mean(room)
+        problem = dataclasses.replace(
+            problem, memory=with_empty(shares), room=room / jnp.mean(room)
+        )
+        # What is large in either way comes first, while there is room for it.
+        order = jnp.argsort(-jnp.maximum(loads / scale, shares), stable=True).astype(jnp.int32)
+    places = loads.shape[0] if max_count is None else max_count
+    device, place = longest_first(problem, order, places, copies=False)
+    device_of = jnp.zeros(loads.shape, jnp.int32).at[order].set(device)
+    place_of = jnp.zeros(loads.shape, jnp.int32).at[order].set(place)
+    terms = of_units(loads, capacity, max_count)
+    if swaps:
+        target = largest_term(terms).value / scale
+        device_of = refine(problem, device_of, place_of, max_count, swaps, target)
+    return placement(loads, capacity, limits, memory, room, device_of, terms)
+
+
+def refine(problem, device_of, place_of, max_count, swaps, target):
+    """device_of [U] after the best of `swaps` exchanges.
+
+    The first places of every device take part, at least twice as many as units there are on
+    average. What lies in the others, where counts are very uneven, are its smallest units: they
+    stay.
+    """
+    num_units, num_devices = device_of.shape[0], problem.per_capacity.shape[0]
+    places = min(num_units, 2 * -(-num_units // num_devices) + 8)
+    places = places if max_count is None else min(places, max_count)
+    units = jnp.arange(num_units, dtype=jnp.int32)
+    grid = jnp.full((num_devices, places), num_units, jnp.int32)
+    grid = grid.at[device_of, place_of].set(units, mode="drop")
+    outside = place_of >= places
+
+    def of_outside(x):
+        return jax.ops.segment_sum(jnp.where(outside, x[:-1], 0), device_of, num_devices)
+
+    rest = {"base": problem.base + of_outside(problem.load)}
+    if problem.memory is not None:
+        rest["room"] = problem.room - of_outside(problem.memory)
+    grid, _ = exchange(dataclasses.replace(problem, **rest), grid, swaps, target, copies=False)
+    rows = jnp.broadcast_to(jnp.arange(num_devices, dtype=jnp.int32)[:, None], grid.shape)
+    return device_of.at[grid].set(rows, mode="drop")
+
+
+def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placement:
+    """The placement of units at device_of [U]; `limits` is the capacity if it is one."""
+    num_devices = capacity.shape[0]
+    load = jax.ops.segment_sum(loads, device_of, num_devices)
     relative = jnp.max(load / capacity)
-    over = limited & (relative > 1 + _GAIN)
+    over = jnp.array(False) if limits is None else relative > 1 + _ROUNDING
+    if memory is not None:
+        held = jax.ops.segment_sum(memory, device_of, num_devices)
+        over |= jnp.any(held > room * (1 + _ROUNDING))
+    least = largest_term(terms)
     return Placement(
         device_of=device_of,
         load=load,
-        count=count,
+        count=jax.ops.segment_sum(jnp.ones_like(device_of), device_of, num_devices),
         relative_load=relative,
-        bound=_bound(loads, capacity),
-        status=jnp.where(over, Status.INFEASIBLE, Status.OK).astype(jnp.int32),
+        bound=least.value,
+        term=least.term,
+        status=status(over, loads, limits, memory, room),
     )
-
-
-def _longest_first(loads, capacity, max_count):
-    order = jnp.argsort(-loads, stable=True)
-
-    def put(carry, unit):
-        load, count = carry
-        after = jnp.where(count < max_count, (load + loads[unit]) / capacity, jnp.inf)
-        d = jnp.argmin(after)
-        return (load.at[d].add(loads[unit]), count.at[d].add(1)), d.astype(jnp.int32)
-
-    start = (jnp.zeros_like(capacity), jnp.zeros(capacity.shape, jnp.int32))
-    (load, count), devices = lax.scan(put, start, order)
-    return jnp.zeros(loads.shape, jnp.int32).at[order].set(devices), load, count
-
-
-def _refine(loads, capacity, max_count, swaps, device_of, load, count):
-    """Swaps and moves between the fullest device and another, best first, while they help."""
-    num_units = loads.shape[0]
-    # A column of zero load stands for the empty place on each device: exchanging with it is a move.
-    num_devices = capacity.shape[0]
-    partner_load = jnp.concatenate([loads, jnp.zeros(num_devices)])
-
-    def step(carry):
-        i, _, device_of, load, count = carry
-        full = jnp.argmax(load / capacity)
-        partner_device = jnp.concatenate([device_of, jnp.arange(num_devices, dtype=jnp.int32)])
-        delta = loads[:, None] - partner_load
-        here = (load[full] - delta) / capacity[full]
-        there = (load[partner_device] + delta) / capacity[partner_device]
-        empty = jnp.arange(partner_load.shape[0]) >= num_units
-        allowed = (device_of == full)[:, None] & (partner_device != full)
-        allowed &= ~empty | (count[partner_device] < max_count)
-        worse = jnp.where(allowed, jnp.maximum(here, there), jnp.inf)
-        best = jnp.argmin(worse)
-        unit, partner = best // partner_load.shape[0], best % partner_load.shape[0]
-        other = partner_device[partner]
-        helps = worse[unit, partner] < load[full] / capacity[full] * (1 - _GAIN)
-        moved = partner >= num_units
-        swapped = device_of.at[unit].set(other)
-        swapped = swapped.at[jnp.where(moved, unit, partner)].set(jnp.where(moved, other, full))
-        change = jnp.where(moved, 1, 0)
-        new = (
-            swapped.astype(jnp.int32),
-            load.at[full].add(-delta[unit, partner]).at[other].add(delta[unit, partner]),
-            count.at[full].add(-change).at[other].add(change),
-        )
-        kept = jax.tree.map(lambda a, b: jnp.where(helps, a, b), new, (device_of, load, count))
-        return i + 1, helps, *kept
-
-    def going(carry):
-        return (carry[0] < swaps) & carry[1]
-
-    start = (jnp.int32(0), jnp.array(num_devices > 1), device_of, load, count)
-    _, _, device_of, _, count = lax.while_loop(going, step, start)
-    # Summed afresh: the running sums carry the rounding of every swap.
-    return device_of, jax.ops.segment_sum(loads, device_of, num_devices), count
-
-
-def _bound(loads: jax.Array, capacity: jax.Array) -> jax.Array:
-    """The relative load that no placement goes below: mean, largest unit, or two of the G + 1 largest
-    units on one device (pigeon-hole)."""
-    top = jnp.max(capacity)
-    bound = jnp.maximum(jnp.sum(loads) / jnp.sum(capacity), jnp.max(loads) / top)
-    num_devices = capacity.shape[0]
-    if loads.shape[0] > num_devices:
-        largest = lax.top_k(loads, num_devices + 1)[0]
-        bound = jnp.maximum(bound, (largest[-1] + largest[-2]) / top)
-    return bound

@@ -49,14 +49,15 @@ def test_live_bytes_stay_within_each_device(by_scorer, name, budgets, tail_token
 
 
 def test_the_same_bytes_are_used_up(measured):
-    """No policy gains by holding more: whole amounts leave less than an entry, the ladder one step."""
+    """No policy gains by holding more: whole amounts leave less than an entry of each device's, the
+    ladder one step."""
     used = {
         name: make_plan(policy_of(name), measured, [16_000, 8_000]).entries.sum()
         for name in REDUCING
         if isinstance(policy_of(name), Policy)
     }
     most = max(used.values())
-    assert used["uniform"] == used["sinks-recent"] == used["proportional"] == most
+    assert all(most - used[name] < 2 for name in ("uniform", "sinks-recent", "proportional"))
     assert used["ladder-eviction-only"] >= 0.9 * most
 
 

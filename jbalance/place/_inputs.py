@@ -1,0 +1,90 @@
+"""What the placements ask of their arguments, and how loads are scaled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.types import Status
+
+
+def check_loads(loads: ArrayLike, num_devices: int) -> None:
+    """ValueError unless loads [U] are finite and >= 0 and there is a device."""
+    checks.rank("loads", loads, 1, "[U]")
+    checks.non_empty("loads", loads)
+    checks.non_negative("loads", loads)
+    checks.at_least("num_devices", num_devices, 1, "at least one device is needed")
+
+
+def check_capacity(capacity: ArrayLike | None, num_devices: int, name: str = "capacity") -> None:
+    """ValueError unless capacity [G] is positive."""
+    if capacity is None:
+        return
+    checks.rank(name, capacity, 1, "[G]")
+    checks.positive(name, capacity)
+    checks.length(name, capacity, num_devices, "num_devices")
+
+
+def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> None:
+    """ValueError unless all units fit, max_count on a device."""
+    if max_count is None:
+        return
+    least = -(-num_units // num_devices)
+    checks.at_least(
+        "max_count",
+        max_count,
+        least,
+        f"{num_devices} devices then hold {num_devices * max_count} of {num_units} units, it must "
+        f"be at least {least}",
+    )
+
+
+def check_slots(num_slots: int, num_units: int, num_devices: int) -> None:
+    """ValueError unless every unit has a slot and no unit needs two on one device."""
+    checks.at_least("num_slots", num_slots, num_units, f"{num_units} units need one slot each")
+    if num_slots > num_units * num_devices:
+        raise ValueError(
+            f"num_slots is {num_slots}: {num_units} units on {num_devices} devices, one copy of each "
+            f"on a device, fill {num_units * num_devices} at most"
+        )
+
+
+def check_memory(memory: ArrayLike | None, room: ArrayLike | None, loads, num_devices) -> None:
+    """ValueError unless memory [U] and memory_capacity [G] are given together, or neither."""
+    if (memory is None) != (room is None):
+        given, missing = ("memory", "memory_capacity")[:: 1 if room is None else -1]
+        raise ValueError(f"{missing} is None, but {given} is given: give both or neither")
+    if memory is None:
+        return
+    checks.rank("memory", memory, 1, "[U]")
+    checks.same_length("memory", memory, "loads", loads)
+    checks.non_negative("memory", memory)
+    check_capacity(room, num_devices, "memory_capacity")
+
+
+def check_swaps(swaps: int) -> None:
+    """ValueError unless swaps is whole and >= 0."""
+    checks.at_least("swaps", swaps, 0, "it must be >= 0")
+
+
+def scale_of(loads: jax.Array, capacity: jax.Array) -> jax.Array:
+    """What loads are divided by for their mean over capacity to be 1; 1 where there is no load."""
+    mean = jnp.sum(loads) / jnp.sum(capacity)
+    return jnp.where(mean > 0, mean, 1.0)
+
+
+def with_empty(x: jax.Array) -> jax.Array:
+    """x [U] and a 0 for the unit U, which stands for an empty place."""
+    return jnp.append(x, jnp.zeros(1, x.dtype))
+
+
+def status(infeasible: jax.Array, *numbers: jax.Array | None) -> jax.Array:
+    """INVALID where a number is NaN, infinite or negative, else INFEASIBLE or OK."""
+    valid = jnp.array(True)
+    for x in numbers:
+        if x is not None:
+            valid &= jnp.all(jnp.isfinite(x) & (x >= 0))
+    code = jnp.where(infeasible, Status.INFEASIBLE, Status.OK)
+    return jnp.where(valid, code, Status.INVALID).astype(jnp.int32)
