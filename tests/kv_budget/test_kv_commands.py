@@ -139,6 +139,7 @@ def test_empty_and_binary_texts_are_named(tmp_path):
             data.read_file(str(path))
 
 
+@pytest.mark.slow  # `make run` does it at full size
 def test_the_real_model_runs_on_two_devices_within_their_memory(tmp_path):
     command = [sys.executable, "-m", "experiments.kv_budget", "run", "--text", TEXT]
     command += ["--device-memory", "900KiB,500KiB", "--context-tokens", "256"]
