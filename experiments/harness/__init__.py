@@ -1,0 +1,1 @@
+"""What experiments share: data from packages, runs that resume, statistics, logs, result pages."""

@@ -1,0 +1,149 @@
+"""Tables and plots of the results that are kept in `docs/results`, written into `docs/results.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.harness import runs
+from experiments.harness.statistics import paired_interval
+
+RESULTS, PAGE = Path("docs/results"), Path("docs/results.md")
+HEAD = """# Results
+
+Written by `python -m experiments.harness docs` from the files in `docs/results`; do not edit. Means
+over the seeds, and differences of two arms with their paired 95 % interval by Student's t: what shares
+a seed shares its first parameters and the order of its data. A difference whose interval holds zero is
+none that these runs can show (–).
+"""
+COLOURS = ("#0b63c4", "#b4540a", "#1a7f4b", "#a3388f", "#6250d0", "#806500", "#007780", "#b3261e")
+
+
+def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
+    """The page and a picture for each file of results.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ValueError: no files, or one that is no file of results.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.json: run an experiment with --json there first")
+    parts, written = [HEAD], []
+    for path in files:
+        report = runs.read(path)
+        picture = path.with_suffix(".png")
+        draw(report, picture)
+        written.append(picture)
+        parts.append(section(report, picture.relative_to(page.parent)))
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return [page, *written]
+
+
+def section(report: Mapping[str, Any], picture: Path) -> str:
+    """Title, command, tables and picture of one experiment."""
+    lines = [f"## {title_of(report)}", "", *report.get("notes", [])]
+    lines += ["", f"    {report['command']}", ""]
+    lines += [*means(report), ""]
+    lines += differences(report)
+    lines += ["", f"![{title_of(report)}: every seed's figures by arm]({picture.as_posix()})", ""]
+    for name, about in report.get("pictures", {}).items():
+        lines += [f"![{about}]({(picture.parent / name).as_posix()})", ""]
+    return "\n".join(lines)
+
+
+def title_of(report: Mapping[str, Any]) -> str:
+    """Of its section."""
+    return report.get("title") or report["experiment"].replace("_", " ").capitalize()
+
+
+def arms_of(report: Mapping[str, Any]) -> list[str]:
+    """In the order of their first runs."""
+    return list(dict.fromkeys(run["arm"] for run in report["runs"]))
+
+
+def names_of(report: Mapping[str, Any]) -> list[str]:
+    """Of the figures of any arm."""
+    return list(dict.fromkeys(name for run in report["runs"] for name in run["figures"]))
+
+
+def means(report: Mapping[str, Any]) -> list[str]:
+    """A table: each arm's means, and the baselines."""
+    names = names_of(report)
+    lines = [_row(["arm", "seeds", *names]), _row(["---"] * (len(names) + 2))]
+    for arm in arms_of(report):
+        values = [runs.figures_of(report, arm, name) for name in names]
+        cells = (number(float(np.mean(v))) if v else "" for v in values)
+        lines.append(_row([arm, str(max(map(len, values))), *cells]))
+    for name, known in report.get("baselines", {}).items():
+        figures = (number(known[figure]) if figure in known else "" for figure in names)
+        lines.append(_row([f"*{name}*", "", *figures]))
+    return lines
+
+
+def differences(report: Mapping[str, Any]) -> list[str]:
+    """A table: the differences of the pairs of arms that the report names."""
+    names, lines = names_of(report), []
+    for ours, theirs in report.get("compare", []):
+        cells = []
+        for name in names:
+            of_ours, of_theirs = (runs.figures_of(report, arm, name) for arm in (ours, theirs))
+            if len(of_ours) != len(of_theirs) or len(of_ours) < 2:
+                cells.append("")
+                continue
+            apart = paired_interval(of_ours, of_theirs)
+            mark = "" if apart.excludes_zero else " –"
+            cells.append(f"{apart.mean:+.3g} ± {apart.half:.2g}{mark}")
+        lines.append(_row([f"{ours} less {theirs}", *cells]))
+    if lines:
+        lines = [_row(["difference", *names]), _row(["---"] * (len(names) + 1)), *lines]
+    return lines
+
+
+def number(value: float) -> str:
+    """Three or four digits."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(report: Mapping[str, Any], out: Path) -> None:
+    """One panel for each figure: a point for each seed, a bar for the mean, baselines as lines."""
+    names, arms = names_of(report), arms_of(report)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    height = 0.7 + rows * (0.75 + 0.24 * len(arms))
+    figure = Figure(figsize=(3.3 * columns, height), layout="constrained", dpi=120)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        for i, arm in enumerate(arms):
+            values = runs.figures_of(report, arm, name)
+            colour = COLOURS[i % len(COLOURS)]
+            panel.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=5)
+            if values:
+                panel.plot([np.mean(values)], [i], "|", color=colour, markersize=16, mew=2.5)
+        for line, known in report.get("baselines", {}).items():
+            if name in known and line in report.get("drawn", []):
+                panel.axvline(known[name], color="#5c6876", linestyle="--", linewidth=1)
+                panel.annotate(
+                    line, (known[name], 1), xycoords=("data", "axes fraction"), fontsize=7,
+                    rotation=90, ha="right", va="top", color="#5c6876",
+                )  # fmt: skip
+        panel.set_title(name, fontsize=10)
+        panel.set_yticks(range(len(arms)), arms, fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.grid(axis="x", color="#dfe4ea")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_ylim(len(arms) - 0.5, -0.5)
+    figure.savefig(out)
