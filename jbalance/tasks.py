@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbalance import checks, resources, shares
-from jbalance.allocate import whole
+from jbalance import allocate, checks, resources, shares
 from jbalance.types import Resources, Status, TaskAmounts
 
 
@@ -71,7 +70,7 @@ def divide(
     alpha = shares.proportional(w)
     alpha = jnp.where(jnp.any(active), shares.constrained(alpha, floor=floor, cap=cap), 0)
     most = jnp.where(active, checks.INT32_MAX, 0)
-    parts = [whole(alpha, amount, 0, most) for amount in (batch, tokens)]
+    parts = [allocate.whole(alpha, amount, 0, most) for amount in (batch, tokens)]
     cache, status = _caches(alpha, active, capacity, demand, used)
     status = jnp.max(jnp.stack([status, *(x.status for x in parts)]))
     return TaskAmounts(alpha, parts[0].amount, parts[1].amount, cache, status)
@@ -109,6 +108,6 @@ def _caches(alpha, active, capacity, demand, used):
     left = jnp.where(fits, capacity - jnp.sum(kept, axis=1), capacity)
     weight = jnp.where(fits[:, None], alpha, kept.astype(jnp.float32))
     more = jnp.where(fits[:, None], need - kept, kept)
-    out = whole(weight.reshape(-1), left, 0, more.reshape(-1), device_of)
+    out = allocate.whole(weight.reshape(-1), left, 0, more.reshape(-1), device_of)
     amount = out.amount.reshape(devices, tasks) + jnp.where(fits[:, None], kept, 0)
     return amount, jnp.where(jnp.all(fits), out.status, Status.INFEASIBLE)

@@ -25,6 +25,10 @@ PEAK_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 100, 0.1
 LOGGED = 20  # steps between two points of the training curve
 
 
+def _dense(model: Decoder, density: float) -> None:
+    adapters.balance_nnx(model, adapters.attention_fn())
+
+
 def _swap(policy: str) -> Callable[[Decoder, float], None]:
     def swap(model: Decoder, density: float) -> None:
         def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> Any:
@@ -41,7 +45,7 @@ def _balanced(rule: str, model: Decoder, density: float) -> adapters.NnxBalance:
 
 
 ARMS: dict[str, Callable[[Decoder, float], adapters.NnxBalance | None]] = {
-    "dense": lambda model, density: adapters.balance_nnx(model, adapters.attention_fn()) and None,
+    "dense": _dense,
     "window": _swap("window"),  # and the first keys
     "uniform": _swap("uniform"),  # most attention, the same part of every query block and head
     "proportional": functools.partial(_balanced, "proportional"),

@@ -18,12 +18,14 @@ from jbalance.adapters.modules import (
 )
 from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
 from jbalance.adapters.serve import serialize
+from jbalance.adapters.swap import swapped
 from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "PlanOf",
     "attention_fn",
     "balance_nnx",
+    "swapped",
     # a budget of tiles
     "Tiles",
     "TileBudget",

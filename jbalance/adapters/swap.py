@@ -1,0 +1,83 @@
+"""Balanced attention in models that call `jax.nn.dot_product_attention`, as many Llama-types do."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+
+@contextlib.contextmanager
+def swapped(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
+    """While it is open, `jax.nn.dot_product_attention` is `attention_fn`.
+
+    Open it where the model is called, inside of the function that is jitted: what counts is which
+    attention is traced.
+
+        def loss_of(model, ids):
+            with adapters.swapped(attention_fn):
+                return cross_entropy(model(ids), ids)
+
+    The name is changed for the whole process meanwhile, so trace in one thread. A model that has bound
+    the function under a name of its own, or writes its products out, is not reached.
+
+    Args:
+      attention_fn: such as `adapters.attention_fn(plan_of)`.
+    """
+    stock, module = jax.nn.dot_product_attention, cast(Any, jax.nn)
+
+    def dot_product_attention(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        query_seq_lengths: jax.Array | None = None,
+        key_value_seq_lengths: jax.Array | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
+        implementation: Any = None,
+        return_residual: bool = False,
+    ) -> jax.Array:
+        del implementation
+        if return_residual:
+            raise ValueError("return_residual is True: an attention_fn returns the outputs alone")
+        if scale is not None:
+            query = query * jnp.asarray(scale * math.sqrt(query.shape[-1]), query.dtype)
+        size, keys = query.shape[-3], key.shape[-3]
+        for more in (
+            _window(local_window_size, size, keys),
+            _shorter(query_seq_lengths, size, -1),
+            _shorter(key_value_seq_lengths, keys, -2),
+        ):
+            mask = more if mask is None else mask if more is None else mask & more
+        return attention_fn(query, key, value, bias=bias, mask=mask, is_causal=is_causal)
+
+    module.dot_product_attention = dot_product_attention
+    try:
+        yield
+    finally:
+        module.dot_product_attention = stock
+
+
+def _window(window: int | tuple[int, int] | None, queries: int, keys: int) -> jax.Array | None:
+    """[1, 1, T, S]: the keys from `left` before to `right` behind each query."""
+    if window is None:
+        return None
+    left, right = (window, window) if isinstance(window, int) else window
+    ahead = jnp.arange(keys) - jnp.arange(queries)[:, None]
+    return ((ahead >= -left) & (ahead <= right))[None, None]
+
+
+def _shorter(lengths: jax.Array | None, size: int, axis: int) -> jax.Array | None:
+    """[B, 1, T, 1] or [B, 1, 1, S]: what is not padding."""
+    if lengths is None:
+        return None
+    there = jnp.arange(size) < lengths[:, None]
+    return jnp.expand_dims(there[:, None], axis)
