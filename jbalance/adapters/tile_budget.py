@@ -136,7 +136,8 @@ class TileBalancer:
           density: [] part of all layers' tiles together, in 0..1.
 
         Returns:
-          Budgets whose tiles sum to floor(density x all of them); and the state.
+          Budgets whose tiles sum to floor(density x all of them); and the state. A layer that has not been
+          called yet keeps its share.
 
         Raises:
           ValueError: a concrete density outside 0..1.
@@ -147,7 +148,8 @@ class TileBalancer:
         total = jnp.floor(density * jnp.sum(most)).astype(jnp.int32)
         w = all_layers.curve if self.rule == "priced" else _worth(all_layers.curve)
         out, state = self._balancer(least, most).update(w, state, total)
-        share = (out.allocation.amount / jnp.maximum(most, 1)).astype(jnp.float32)
+        given = out.allocation.amount / jnp.maximum(most, 1)
+        share = jnp.where(most > 0, given, all_layers.share).astype(jnp.float32)
         each, tree = jax.tree.flatten(budgets, is_leaf=_is_budget)
         ends = np.cumsum([x.share.size for x in each])[:-1]
         parts = [
