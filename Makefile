@@ -43,6 +43,9 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
 	$(BIN)/python -m experiments.benchmarks.tiles --json out/bench_tiles.json
+	$(BIN)/python -m experiments.benchmarks.multitask --json out/bench_multitask.json
+	$(BIN)/python -m experiments.benchmarks.training --json out/bench_training.json
+	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv out data build dist *.egg-info
