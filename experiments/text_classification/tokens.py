@@ -1,0 +1,184 @@
+"""Tokens of texts, what each is worth by its TF-IDF feature, and which of them a budget keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from experiments.text_classification import features
+from jbalance import allocate, shares
+
+VOCABULARY = 4000
+MOST_TOKENS = 64  # of a text
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE in lower case, from these texts alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def with_dropout(tokenizer: Tokenizer, part: float) -> Tokenizer:
+    """The same subwords, of which merges are left out at random: the augmentation of BPE-dropout.
+
+    Provilkov et al., BPE-Dropout (arXiv:1910.13267).
+    """
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.model.dropout = part
+    return other
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Ids of each text; what is too long loses its end, and no text is empty."""
+    return [
+        np.asarray(found.ids[:MOST_TOKENS] or [0], np.int32)
+        for found in tokenizer.encode_batch(texts)
+    ]
+
+
+def counts(ids: list[np.ndarray], vocabulary: int) -> sparse.csr_matrix:
+    """[B, N]: how often a text holds each token."""
+    rows = np.repeat(np.arange(len(ids)), [len(x) for x in ids])
+    columns = np.concatenate(ids)
+    shape = len(ids), vocabulary
+    return sparse.coo_matrix((np.ones(columns.size), (rows, columns)), shape=shape).tocsr()
+
+
+def inverse_document_frequency(found: sparse.csr_matrix) -> np.ndarray:
+    """[N], as `importance.tfidf` has it."""
+    return np.log((1 + found.shape[0]) / (1 + found.getnnz(axis=0))) + 1
+
+
+class Worth(NamedTuple):
+    """What tokens are worth, learned from the training part."""
+
+    w: np.ndarray  # [N] importance of the TF-IDF features
+    idf: np.ndarray  # [N]
+
+    @classmethod
+    def of(cls, ids: list[np.ndarray], positive: np.ndarray, vocabulary: int) -> Worth:
+        found = counts(ids, vocabulary)
+        idf = inverse_document_frequency(found)
+        x = found.multiply(idf[None]).tocsr()
+        length = np.sqrt(np.asarray(x.multiply(x).sum(axis=1))).reshape(-1, 1)
+        return cls(features.scores(x.multiply(1 / length).tocsr(), positive), idf)
+
+    def of_tokens(self, ids: list[np.ndarray]) -> list[np.ndarray]:
+        """w of each token times its TF-IDF in the text, shared by its repetitions."""
+        scored = []
+        for text in ids:
+            x = self.idf[text] * np.bincount(text, minlength=self.idf.size)[text]
+            once = {int(token): value for token, value in zip(text, x, strict=True)}
+            length = np.sqrt(sum(value**2 for value in once.values()))
+            scored.append(self.w[text] * self.idf[text] / length)
+        return scored
+
+
+def full(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
+    """Every token."""
+    del total
+    return [np.ones(len(text), bool) for text in scored]
+
+
+def uniform(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
+    """The same part of every text, at places that are evenly apart."""
+    lengths = np.array([len(text) for text in scored])
+    amount = _whole(lengths, total, lengths)
+    kept = []
+    for length, number in zip(lengths, amount, strict=True):
+        mask = np.zeros(length, bool)
+        mask[np.arange(number) * length // number] = True
+        kept.append(mask)
+    return kept
+
+
+def proportional(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
+    """Each text's share is that of its scores, alpha = w / sum w; in it the best tokens."""
+    alpha = shares.proportional(np.array([text.sum() for text in scored], np.float32))
+    amount = _whole(np.asarray(alpha), total, np.array([len(text) for text in scored]))
+    kept = []
+    for text, number in zip(scored, amount, strict=True):
+        mask = np.zeros(len(text), bool)
+        mask[np.argsort(-text, kind="stable")[:number]] = True
+        kept.append(mask)
+    return kept
+
+
+def ladder(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
+    """One price for the tokens of all texts; before it each text has its best one."""
+    worth = np.concatenate(scored)
+    ends = np.cumsum([len(text) for text in scored])
+    best = np.array([int(np.argmax(text)) for text in scored])
+    best[1:] += ends[:-1]
+    open_ = np.maximum(worth, np.finfo(np.float32).tiny)
+    open_[best] = 0
+    steps = jnp.asarray(np.stack([np.zeros_like(open_), open_], axis=1), jnp.float32)
+    out = allocate.ladder(steps, jnp.array([0, 1]), jnp.asarray(total - best.size))
+    kept = np.array(out.level == 1)
+    kept[best] = True
+    return np.split(kept, ends[:-1])
+
+
+Budget = Callable[[list[np.ndarray], int], list[np.ndarray]]
+BUDGETS: dict[str, Budget] = {
+    "full": full,
+    "uniform": uniform,
+    "proportional": proportional,
+    "ladder": ladder,
+}
+
+
+def _whole(w: np.ndarray, total: int, cap: np.ndarray) -> np.ndarray:
+    """Whole amounts, one for each text at least."""
+    return np.asarray(
+        allocate.whole(jnp.asarray(w, jnp.float32), total, 1, jnp.asarray(cap)).amount
+    )
+
+
+class Kept(NamedTuple):
+    """The tokens of a text that are computed."""
+
+    ids: np.ndarray
+    position: np.ndarray  # in the whole text
+
+
+def budgeted(ids: list[np.ndarray], worth: Worth, budget: str, part: float) -> list[Kept]:
+    """Of texts, the tokens that `part` of all of them pays for."""
+    total = int(part * sum(len(text) for text in ids))
+    masks = BUDGETS[budget](worth.of_tokens(ids), total)
+    return [Kept(text[m], np.flatnonzero(m)) for text, m in zip(ids, masks, strict=True)]
+
+
+class Packed(NamedTuple):
+    """Tokens of some texts in a row of N places."""
+
+    ids: Any  # [N] int32
+    position: Any  # [N] int32
+    text: Any  # [N] int32, which of the texts; their number where there is no token
+    positive: Any  # [B] int32
+
+
+def pack(kept: list[Kept], positive: np.ndarray, size: int, number: int) -> Packed:
+    """Up to `number` texts; the labels of those that are not there are -1."""
+    ids, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    text, label = np.full(size, number, np.int32), np.full(number, -1, np.int32)
+    lengths = [len(x.ids) for x in kept]
+    used = sum(lengths)
+    ids[:used] = np.concatenate([x.ids for x in kept])
+    position[:used] = np.concatenate([x.position for x in kept])
+    text[:used] = np.repeat(np.arange(len(kept)), lengths)
+    label[: len(kept)] = positive
+    return Packed(ids, position, text, label)

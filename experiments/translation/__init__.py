@@ -1,0 +1,1 @@
+"""Translation of interface strings in two directions, with half of the attention's tiles."""
