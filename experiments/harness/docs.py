@@ -32,12 +32,13 @@ def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     Raises:
       ValueError: no files, or one that is no file of results.
     """
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.json: run an experiment with --json there first")
+    reports = runs.read_all(folder)
+    if not reports:
+        raise ValueError(
+            f"{folder} holds no *.json with runs: run an experiment with --json there first"
+        )
     parts, written = [HEAD], []
-    for path in files:
-        report = runs.read(path)
+    for path, report in reports.items():
         picture = path.with_suffix(".png")
         draw(report, picture)
         written.append(picture)

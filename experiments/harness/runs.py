@@ -70,13 +70,31 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: it cannot be read as one.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(report, dict) or not isinstance(report.get("runs"), list):
+    report = _parsed(path)
+    if not _holds_runs(report):
         raise ValueError(f'{path} is no file of results: it must be an object with "runs"')
     return report
+
+
+def read_all(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The files of results in a folder, by path; other experiments keep rows of their own there.
+
+    Raises:
+      ValueError: a file that is not JSON.
+    """
+    found = {path: _parsed(path) for path in sorted(folder.glob("*.json"))}
+    return {path: report for path, report in found.items() if _holds_runs(report)}
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _holds_runs(report: Any) -> bool:
+    return isinstance(report, dict) and isinstance(report.get("runs"), list)
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
 def test_the_page_has_means_differences_and_pictures(tmp_path):
     folder, page = tmp_path / "results", tmp_path / "results.md"
     runs.run_all(folder / "it.json", ABOUT, ["a", "b"], [0, 1, 2], 1, counted([]))
+    (folder / "others.json").write_text('[{"rows": "of another kind"}]')
     written = docs.write(folder, page)
     text = page.read_text()
     assert "| a | 3 | 10.0 |" in text
@@ -100,7 +101,7 @@ def test_an_empty_folder_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["docs"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: docs/results holds no *.json")
+    assert error.startswith("error: docs/results holds no *.json with runs")
     assert error.count("\n") == 1
 
 
