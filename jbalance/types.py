@@ -152,6 +152,25 @@ class Replicas:
     status: jax.Array  # [] int32, a Status
 
 
+@_container
+class StepTime:
+    """How long a step takes that waits for the fullest device of every layer."""
+
+    total: jax.Array  # [] sum over the layers
+    bound: jax.Array  # [] no placement takes less
+    by_term: jax.Array  # [5] what of the bound is due to each Term
+
+
+@_container
+class Rebalanced:
+    """A placement under new loads, and what has to move for it."""
+
+    placement: Placement | Replicas  # the old one where moving is not worth it
+    moved: jax.Array  # [U, G] bool, the units that each device has to fetch
+    moved_blocks: jax.Array  # [] uint32, their sizes; 2^32 - 1 if it is as much or more
+    load_before: jax.Array  # [] relative load if nothing moves
+
+
 class TokenScorer(Protocol):
     """w of the cached tokens of one layer and sequence; families differ in keyword arguments only."""
 

@@ -1,8 +1,31 @@
-"""Which device holds which unit."""
+"""Which device holds which unit: one file per method, from loads to a `Placement` or `Replicas`."""
+
+import functools
 
 from jbalance.place.bound import bound
 from jbalance.place.causal import causal_tiles, visible_keys
+from jbalance.place.contiguous import contiguous
+from jbalance.place.drift import rebalance, rebalance_replicas
 from jbalance.place.pack import pack
 from jbalance.place.replicate import replicate
+from jbalance.place.step_time import step_time
+from jbalance.types import Placer
 
-__all__ = ["bound", "causal_tiles", "pack", "replicate", "visible_keys"]
+PLACERS: dict[str, Placer] = {
+    "exchange": pack,
+    "longest_first": functools.partial(pack, swaps=0),
+    "contiguous": contiguous,
+}
+
+__all__ = [
+    "PLACERS",
+    "bound",
+    "causal_tiles",
+    "contiguous",
+    "pack",
+    "rebalance",
+    "rebalance_replicas",
+    "replicate",
+    "step_time",
+    "visible_keys",
+]

@@ -54,6 +54,12 @@ def replicate(loads: ArrayLike, num_devices: int, num_slots: int, *, swaps: int 
 @functools.partial(jax.jit, static_argnames=("num_devices", "num_slots", "swaps"))
 def _replicate(loads, num_devices, num_slots, swaps) -> Replicas:
     loads = jnp.asarray(loads, jnp.float32)
+    copies, bound, grid = place_copies(loads, num_devices, num_slots, swaps)
+    return replicas(loads, copies, grid, bound)
+
+
+def place_copies(loads, num_devices: int, num_slots: int, swaps: int):
+    """(copies [U], `Bound`, grid [G, C] of units) of loads [U]."""
     num_units, capacity = loads.shape[0], jnp.ones(num_devices)
     copies = _copies.fewest(loads, num_slots, num_devices)
     bound = largest_term(of_copies(loads, capacity, copies))
@@ -71,7 +77,7 @@ def _replicate(loads, num_devices, num_slots, swaps) -> Replicas:
             copies, grid = _copies.search(scaled, copies, grid, target)
             problem = _copies.problem_of(scaled, copies, num_devices)
             grid, _ = exchange(problem, grid, swaps, target, copies=True)
-    return replicas(loads, copies, grid, bound)
+    return copies, bound, grid
 
 
 def _items(load, copies, num_slots):

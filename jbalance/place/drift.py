@@ -1,0 +1,264 @@
+"""Placement again when loads have drifted: what would move, and whether it is worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbalance import _search as search
+from jbalance import checks
+from jbalance.place import _copies
+from jbalance.place._exchange import Problem, exchange, first_least
+from jbalance.place._inputs import (
+    check_capacity,
+    check_loads,
+    check_max_count,
+    check_swaps,
+    scale_of,
+    with_empty,
+)
+from jbalance.place.bound import largest_term, of_units
+from jbalance.place.pack import placement, refine
+from jbalance.place.replicate import place_copies, replicas
+from jbalance.types import Placement, Rebalanced, Status
+
+
+def rebalance(
+    device_of: ArrayLike,
+    loads: ArrayLike,
+    size: ArrayLike,
+    num_devices: int,
+    capacity: ArrayLike | None = None,
+    *,
+    max_count: int | None = None,
+    memory_capacity: ArrayLike | None = None,
+    cost: ArrayLike = 0.0,
+    threshold: ArrayLike = 0.05,
+    swaps: int = 128,
+) -> Rebalanced:
+    """Exchange units of a placement under new loads where that is worth what it moves.
+
+    From the placement as it is, the exchanges of `pack` are made; the best placement on the way is
+    that of least relative load + cost * what has moved. It replaces the old one only if it is
+    better by more than the threshold, so that noise in the loads moves nothing.
+
+    Args:
+      device_of: [U] int in 0..G-1, where the units are.
+      loads: [U] >= 0, as they now are.
+      size: [U] whole, what moving each unit moves, in blocks (`resources.blocks`).
+      num_devices: G.
+      capacity: [G] > 0, as for `pack`.
+      max_count: as for `pack`; what holds more already is not brought below it.
+      memory_capacity: [G] whole blocks that each device has for the units; None: enough.
+      cost: [] >= 0, of moving a block, in the unit of the relative load: seconds a block over the
+        steps until the next time, where relative load is seconds a step.
+      threshold: [] >= 0, the part of the relative load that must be gained.
+      swaps: exchanges that are tried.
+
+    Returns:
+      `Rebalanced` with a `Placement`.
+
+    Raises:
+      ValueError: as `pack`, and sizes that are not whole, a device_of outside of the devices, cost
+        or threshold negative.
+    """
+    check_loads(loads, num_devices)
+    checks.rank("device_of", device_of, 1, "[U]")
+    checks.same_length("device_of", device_of, "loads", loads)
+    checks.index_below("device_of", device_of, num_devices)
+    check_capacity(capacity, num_devices)
+    check_max_count(max_count, np.shape(loads)[0], num_devices)
+    check_capacity(memory_capacity, num_devices, "memory_capacity")
+    _check_drift(loads, size, cost, threshold, swaps)
+    args = (device_of, loads, size, capacity, memory_capacity, cost, threshold)
+    return _rebalance(*args, num_devices, max_count, swaps)
+
+
+def rebalance_replicas(
+    unit_of: ArrayLike,
+    loads: ArrayLike,
+    size: ArrayLike,
+    *,
+    cost: ArrayLike = 0.0,
+    threshold: ArrayLike = 0.05,
+    swaps: int = 128,
+) -> Rebalanced:
+    """The same for units with copies: exchanges of the copies that there are, or `replicate` anew.
+
+    What is placed anew goes to the devices that hold the most of it already, pair by pair of new
+    and old device, the largest overlap first. Of the two and staying, the one of least relative
+    load + cost * what moves is taken, if it gains the threshold.
+
+    Args:
+      unit_of: [G, C] int in 0..U, the unit in each slot, U in empty slots; every unit somewhere,
+        none twice on a device (`Replicas.unit_of`).
+      loads: [U] >= 0, as they now are.
+      size: [U] whole blocks that a copy of each unit takes.
+      cost: as for `rebalance`.
+      threshold: as for `rebalance`.
+      swaps: exchanges that are tried, each way.
+
+    Returns:
+      `Rebalanced` with `Replicas`.
+
+    Raises:
+      ValueError: as `rebalance`; a unit without a slot or twice on one device.
+    """
+    checks.rank("unit_of", unit_of, 2, "[G, C]")
+    check_loads(loads, np.shape(unit_of)[0])
+    num_units = np.shape(loads)[0]
+    checks.index_below("unit_of", unit_of, num_units + 1)
+    if checks.is_concrete(unit_of):
+        _check_slots_of(np.asarray(unit_of), num_units)
+    _check_drift(loads, size, cost, threshold, swaps)
+    return _rebalance_replicas(unit_of, loads, size, cost, threshold, swaps)
+
+
+def _check_drift(loads, size, cost, threshold, swaps) -> None:
+    checks.rank("size", size, 1, "[U]")
+    checks.same_length("size", size, "loads", loads)
+    checks.whole("size", size)
+    for name, x in (("cost", cost), ("threshold", threshold)):
+        checks.rank(name, x, 0, "[]")
+        checks.non_negative(name, x)
+    check_swaps(swaps)
+
+
+def _check_slots_of(unit_of: np.ndarray, num_units: int) -> None:
+    held = np.zeros((unit_of.shape[0], num_units + 1), int)
+    np.add.at(held, (np.arange(unit_of.shape[0])[:, None], unit_of), 1)
+    held = held[:, :num_units]
+    if (held > 1).any():
+        d, unit = (int(i) for i in np.argwhere(held > 1)[0])
+        raise ValueError(
+            f"unit_of[{d}] has unit {unit} {held[d, unit]} times: once on a device is enough"
+        )
+    if (held.sum(axis=0) == 0).any():
+        unit = int(np.argmin(held.sum(axis=0)))
+        raise ValueError(f"unit_of has no slot of unit {unit}: every unit needs one")
+
+
+@functools.partial(jax.jit, static_argnames=("num_devices", "max_count", "swaps"))
+def _rebalance(
+    device_of, loads, size, capacity, room, cost, threshold, num_devices, max_count, swaps
+):
+    loads, device_of = jnp.asarray(loads, jnp.float32), jnp.asarray(device_of, jnp.int32)
+    limits = None if capacity is None else jnp.asarray(capacity, jnp.float32)
+    capacity = jnp.ones(num_devices) if limits is None else limits
+    room = None if room is None else jnp.asarray(room, jnp.float32)
+    memory = None if room is None else jnp.asarray(size, jnp.float32)
+    scale = scale_of(loads, capacity)
+    home = device_of[:, None] == jnp.arange(num_devices)
+    problem = Problem(
+        load=with_empty(loads / scale),
+        per_capacity=1 / capacity,
+        base=jnp.zeros(num_devices),
+        memory=None if memory is None else with_empty(memory / jnp.mean(room)),
+        room=None if room is None else room / jnp.mean(room),
+        away=_away(home, size, cost / scale),
+    )
+    terms = of_units(loads, capacity, max_count)
+
+    def placed(device_of) -> Placement:
+        return placement(loads, capacity, limits, memory, room, device_of, terms)
+
+    target = largest_term(terms).value / scale
+    place_of = _rank_on_device(device_of, -loads, num_devices)
+    new = refine(problem, device_of, place_of, max_count, swaps, target)
+    there = new[:, None] == jnp.arange(num_devices)
+    old = placed(device_of)
+    return _unless_worth_it(old, placed(new), there & ~home, size, cost, threshold)
+
+
+def _rank_on_device(device_of, key, num_devices):
+    """For each unit [U] how many of a lower key, or of the same and a lower index, are beside it."""
+    order = jnp.lexsort((key, device_of))
+    counts = jax.ops.segment_sum(jnp.ones_like(device_of), device_of, num_devices)
+    starts = jnp.cumsum(counts) - counts
+    index = jnp.arange(device_of.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(device_of).at[order].set(index - starts[device_of[order]])
+
+
+@functools.partial(jax.jit, static_argnames=("swaps",))
+def _rebalance_replicas(unit_of, loads, size, cost, threshold, swaps):
+    grid = jnp.asarray(unit_of, jnp.int32)
+    loads = jnp.asarray(loads, jnp.float32)
+    num_devices, num_units = grid.shape[0], loads.shape[0]
+    copies, bound, anew = place_copies(loads, num_devices, grid.size, swaps)
+    held = _holds(grid, num_units)
+    old_copies = jnp.sum(held, axis=1, dtype=jnp.int32)
+    scale = scale_of(loads, jnp.ones(num_devices))
+    problem = dataclasses.replace(
+        _copies.problem_of(loads / scale, old_copies, num_devices),
+        away=_away(held, size, cost / scale),
+    )
+    exchanged, _ = exchange(problem, grid, swaps, bound.value / scale, copies=True)
+    anew = anew[_matching(held, _holds(anew, num_units), size)]
+
+    stay = replicas(loads, old_copies, grid, bound)
+    first = replicas(loads, old_copies, exchanged, bound)
+    second = replicas(loads, copies, anew, bound)
+    moves = [_holds(x.unit_of, num_units) & ~held for x in (first, second)]
+    paid = [
+        x.relative_load + cost * moved_blocks(moved, size)
+        for x, moved in zip((first, second), moves, strict=True)
+    ]
+    new, moved = _choose(paid[1] < paid[0], (second, moves[1]), (first, moves[0]))
+    return _unless_worth_it(stay, new, moved, size, cost, threshold)
+
+
+def _holds(grid, num_units):
+    """Whether each unit is on each device: [U, G]."""
+    held = jnp.any(grid[:, :, None] == jnp.arange(num_units), axis=1)
+    return held.T
+
+
+def _away(home, size, price):
+    """What each unit costs on each device, [U + 1, G]: nothing where it is already."""
+    cost = jnp.where(home, 0.0, price * jnp.asarray(size, jnp.float32)[:, None])
+    return jnp.pad(cost, ((0, 1), (0, 0)))
+
+
+def _matching(held, new, size):
+    """The new device [G] whose units each old device takes over, largest overlap first."""
+    overlap = jnp.einsum("ud,ue,u->de", held, new, jnp.asarray(size, jnp.float32))
+
+    def pair(_, carry):
+        left, chosen = carry
+        best = first_least(-left)
+        old, other = best // left.shape[0], best % left.shape[0]
+        return left.at[old].set(-1.0).at[:, other].set(-1.0), chosen.at[old].set(other)
+
+    start = (overlap, jnp.zeros(overlap.shape[0], jnp.int32))
+    return lax.fori_loop(0, overlap.shape[0], pair, start)[1]
+
+
+def moved_blocks(moved: jax.Array, size: ArrayLike) -> jax.Array:
+    """Blocks [] uint32 that devices have to fetch, moved [U, G]; saturates at 2^32 - 1."""
+    sizes = jnp.where(moved, jnp.asarray(size, jnp.uint32)[:, None], 0)
+    return search.total(sizes.reshape(-1), None, 1, None)[0]
+
+
+def _unless_worth_it(old, new, moved, size, cost, threshold) -> Rebalanced:
+    """The old placement, or the new one where it gains the threshold and what moving costs."""
+    paid = new.relative_load + cost * moved_blocks(moved, size)
+    worth = paid < old.relative_load * (1 - threshold)
+    # What does not fit has to move at any cost.
+    worth |= (old.status == Status.INFEASIBLE) & (new.status == Status.OK)
+    moved = moved & worth
+    return Rebalanced(
+        placement=_choose(worth, new, old),
+        moved=moved,
+        moved_blocks=moved_blocks(moved, size),
+        load_before=old.relative_load,
+    )
+
+
+def _choose(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
