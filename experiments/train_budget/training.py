@@ -48,8 +48,9 @@ ARMS: dict[str, Callable[[Decoder, float], adapters.NnxBalance | None]] = {
     "dense": _dense,
     "window": _swap("window"),  # and the first keys
     "uniform": _swap("uniform"),  # most attention, the same part of every query block and head
+    "ladder": functools.partial(_balanced, "uniform"),  # one price in a layer, the layers alike
+    "ladder over layers": functools.partial(_balanced, "priced"),  # one price for all layers
     "proportional": functools.partial(_balanced, "proportional"),
-    "ladder": functools.partial(_balanced, "priced"),
 }
 
 
