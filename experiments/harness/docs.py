@@ -40,20 +40,23 @@ def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     parts, written = [HEAD], []
     for path, report in reports.items():
         picture = path.with_suffix(".png")
-        draw(report, picture)
-        written.append(picture)
-        parts.append(section(report, picture.relative_to(page.parent)))
+        if len({run["seed"] for run in report["runs"]}) > 1:  # else the table says it all
+            draw(report, picture)
+            written.append(picture)
+        parts.append(section(report, picture.relative_to(page.parent), picture in written))
     page.write_text("\n".join(parts), encoding="utf-8")
     return [page, *written]
 
 
-def section(report: Mapping[str, Any], picture: Path) -> str:
+def section(report: Mapping[str, Any], picture: Path, drawn: bool) -> str:
     """Title, command, tables and picture of one experiment."""
     lines = [f"## {title_of(report)}", "", *report.get("notes", [])]
     lines += ["", f"    {report['command']}", ""]
     lines += [*means(report), ""]
     lines += differences(report)
-    lines += ["", f"![{title_of(report)}: every seed's figures by arm]({picture.as_posix()})", ""]
+    if drawn:
+        lines += ["", f"![{title_of(report)}: every seed's figures by arm]({picture.as_posix()})"]
+    lines.append("")
     for name, about in report.get("pictures", {}).items():
         lines += [f"![{about}]({(picture.parent / name).as_posix()})", ""]
     return "\n".join(lines)
@@ -101,7 +104,8 @@ def differences(report: Mapping[str, Any]) -> list[str]:
             apart = paired_interval(of_ours, of_theirs)
             mark = "" if apart.excludes_zero else " –"
             cells.append(f"{apart.mean:+.3g} ± {apart.half:.2g}{mark}")
-        lines.append(_row([f"{ours} less {theirs}", *cells]))
+        if any(cells):
+            lines.append(_row([f"{ours} less {theirs}", *cells]))
     if lines:
         lines = [_row(["difference", *names]), _row(["---"] * (len(names) + 1)), *lines]
     return lines

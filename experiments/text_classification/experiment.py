@@ -30,8 +30,8 @@ REGULARISED = {
     "dropout": Regularisation(dropout=0.2),
     "weight decay": Regularisation(weight_decay=0.1),
     "augmentation": Regularisation(token_dropout=0.1),
-    "adversarial": Regularisation(adversarial=0.05),
-    "all": Regularisation(0.2, 0.1, 0.1, 0.05),
+    "adversarial": Regularisation(adversarial=0.005),
+    "all": Regularisation(0.2, 0.1, 0.1, 0.005),
 }
 
 

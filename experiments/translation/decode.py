@@ -140,7 +140,7 @@ def translated(
         return (new, done | (new == END), (attend.caches, attend.plans)), (new, counts)
 
     first = jnp.full(rows, FIRST_LANGUAGE, jnp.int32) + language
-    start = first, jnp.zeros(rows, bool), carry
+    start = first, encoding.length == 0, carry  # rows without a sentence have ended
     _, (ids, counts) = jax.lax.scan(step, start, jnp.arange(MOST_TOKENS))
     return Translated(ids.T, *counts.sum(axis=0))
 

@@ -134,7 +134,7 @@ def start(material: Material, steps: int, advance: Callable[[], None]) -> Start:
     if (MODELS / f"{name}-0.npz").exists():
         return Start(load(name, 0, parameters), steps)
     batches = train_batches(material, 1000, steps)
-    most = training.most_tiles([*batches, *material.validation], material.config.heads, "full")
+    most = training.most_tiles([*batches, *material.validation], material.config.heads, 1.0)
     optimiser = training.adamw(steps, BASE_RATE)
     step = training.make_step(graph, "full", most, multitask.mean(), optimiser)
     state = step.init(parameters)
@@ -164,7 +164,9 @@ def run(
     of_arm = ARMS[arm]
     batches = train_batches(material, seed, steps)
     held = [*material.validation, *material.test]
-    most = training.most_tiles([*batches, *held], material.config.heads, of_arm.tiles)
+    most = training.most_tiles(
+        [*batches, *held], material.config.heads, tiles.part_of(of_arm.tiles)
+    )
     graph, _ = nnx.split(Translator(material.config, nnx.Rngs(0)))
     step = _step(arm, material.config, tuple(most.items()), steps)
     parameters = jax.tree.map(jnp.copy, begin.parameters)  # the step takes its buffers
@@ -233,6 +235,23 @@ def held_out(
         nll[f"nll {language}"] = float(np.mean([x for x, _ in found]))
         level.append(np.mean([report.level for _, report in found], axis=0))
     return nll, np.stack(level)
+
+
+def untrained(material: Material, begin: Start, arm: str, part: float) -> dict[str, float]:
+    """Validation loss of the model that all arms go on from, with a part of its tiles at once."""
+    graph, _ = nnx.split(Translator(material.config, nnx.Rngs(0)))
+    most = training.most_tiles(material.validation, material.config.heads, part)
+
+    @jax.jit
+    def loss(batch: Batch) -> jax.Array:
+        return training.loss_of(graph, begin.parameters, batch, arm, most, part)[1][0]
+
+    return {
+        f"nll {language}": float(
+            np.mean([loss(jax.tree.map(lambda x, at=at: x[at], b)) for b in material.validation])
+        )
+        for at, language in enumerate(LANGUAGES)
+    }
 
 
 def notes_of(config: Config) -> list[tuple[str, int]]:

@@ -12,13 +12,13 @@ from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
 
-from experiments.translation import data, experiment, tiles
+from experiments.translation import data, decode, experiment, tiles
 from experiments.translation.data import END, FIRST_LANGUAGE, LANGUAGES
 from experiments.translation.experiment import Material
 from experiments.translation.model import Translator
 from jbalance import importance, rescale, shares
 
-LEAST_WORDS, LOOKED_AT = 7, 60  # of the string that is drawn, and test strings to draw it from
+LEAST_WORDS = 7  # of the string that is drawn
 _COLOURS = {"de": "#0b63c4", "fr": "#b4540a"}
 
 
@@ -157,33 +157,24 @@ def _trained(material: Material, arm: str) -> Translator:
 
 
 def _best(material: Material, model: Translator) -> data.Pair:
-    """By chrF of both translations, each the likeliest next token after the right beginning."""
-
-    def score(pair: data.Pair) -> float:
-        found = []
-        for language in LANGUAGES:
-            encoded = data.encode_pairs(material.tokenizer, [pair], language)
-            if not encoded:
-                return -1.0
-            said = _said(model, encoded[0], language)
-            texts = [
-                material.tokenizer.decode(x[x != END].tolist()) for x in (said, encoded[0].target)
-            ]
-            found.append(sacrebleu.sentence_chrf(texts[0], texts[1:]))
-        return float(np.mean([x.score for x in found]))
-
-    long = [p for p in material.split.test if len(p.english.split()) >= LEAST_WORDS]
-    return max(long[:LOOKED_AT], key=score)
-
-
-def _said(model: Translator, pair: data.Encoded, language: str) -> np.ndarray:
-    attend = _Looking("full")
-    source = jnp.asarray(pair.source)
-    begin = FIRST_LANGUAGE + LANGUAGES.index(language)
-    target = jnp.concatenate([jnp.array([begin]), jnp.asarray(pair.target[:-1])])
-    memory = model.encode(source, jnp.arange(source.size), attend)
-    h = model.decode(target, jnp.arange(target.size), memory, attend)
-    return np.asarray(jnp.argmax(model.logits(h), axis=-1))
+    """By the mean chrF of both translations."""
+    long = [
+        pair
+        for pair in material.split.test
+        if len(pair.english.split()) >= LEAST_WORDS
+        and all(data.encode_pairs(material.tokenizer, [pair], x) for x in LANGUAGES)
+    ]
+    graph, parameters = nnx.split(model)
+    none = {kind: jnp.zeros(material.config.decoder_layers) for kind in ("decoder", "cross")}
+    found = np.zeros(len(long))
+    for at, language in enumerate(LANGUAGES):
+        english = [pair.english for pair in long]
+        out = decode.translate(
+            graph, parameters, "full", none, material.tokenizer, english, language
+        )
+        for i, (text, pair) in enumerate(zip(out.texts, long, strict=True)):
+            found[i] += sacrebleu.sentence_chrf(text, [pair.translations[at]]).score
+    return long[int(np.argmax(found))]
 
 
 def _names(material: Material, ids: np.ndarray) -> list[str]:

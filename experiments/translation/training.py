@@ -33,8 +33,8 @@ class Report(NamedTuple):
 class Attending:
     """Attention of packed tokens, over the tiles of an arm; it notes what it did while it is traced."""
 
-    def __init__(self, arm: str, batch: Batch, most: dict[str, int]):
-        self.arm, self.most, self.part = tiles.ARMS[arm], most, tiles.part_of(arm)
+    def __init__(self, arm: str, batch: Batch, most: dict[str, int], part: float):
+        self.arm, self.most, self.part = tiles.ARMS[arm], most, part
         sides = {"source": batch.source, "target": batch.target}
         self.sides = {
             "encoder": (sides["source"], sides["source"]),
@@ -82,7 +82,7 @@ def _lengths(side: Side) -> Array:
     return jnp.sum(side.row < side.ids.shape[0], axis=1, dtype=jnp.int32)
 
 
-def most_tiles(batches: list[Batch], heads: int, arm: str) -> dict[str, int]:
+def most_tiles(batches: list[Batch], heads: int, part: float) -> dict[str, int]:
     """The largest budget of each kind of attention over these batches, rounded up."""
     need = dict.fromkeys(KINDS, 0.0)
     for batch in batches:
@@ -91,7 +91,6 @@ def most_tiles(batches: list[Batch], heads: int, arm: str) -> dict[str, int]:
             length = (side.row < side.ids.shape[-1]).sum(axis=-1)
             blocks[name] = -(-length // tiles.BLOCK)
         source, target = blocks["source"], blocks["target"]
-        part = tiles.part_of(arm)
         found = {  # the full budget, and one tile for each list
             "encoder": (source * source, source),
             "decoder": (target * (target + 1) // 2, target),
@@ -107,11 +106,16 @@ def most_tiles(batches: list[Batch], heads: int, arm: str) -> dict[str, int]:
 
 
 def loss_of(
-    graph: nnx.GraphDef[Translator], parameters: Any, batch: Batch, arm: str, most: dict[str, int]
+    graph: nnx.GraphDef[Translator],
+    parameters: Any,
+    batch: Batch,
+    arm: str,
+    most: dict[str, int],
+    part: float,
 ) -> tuple[Array, tuple[Array, Report]]:
     """Smoothed loss of a batch, its negative log-likelihood per token and what attention did."""
     model = nnx.merge(graph, parameters)
-    attend = Attending(arm, batch, most)
+    attend = Attending(arm, batch, most, part)
     memory = model.encode(batch.source.ids, batch.source.position, attend)
     h = model.decode(batch.target.ids, batch.target.position, memory, attend)
     logp = jax.nn.log_softmax(model.logits(h))
@@ -143,7 +147,7 @@ def make_step(
 ) -> Step:
     """A step over one batch of each task, whose gradients the weighing adds up."""
     traces: list[int] = []
-    tasks = len(LANGUAGES)
+    tasks, part = len(LANGUAGES), tiles.part_of(arm)
     chain = optax.chain(multitask.aggregator(weighing, tasks), optimiser)
 
     def train(parameters: Any, state: Any, batches: Batch) -> Any:
@@ -151,7 +155,7 @@ def make_step(
 
         def one(batch: Batch) -> Any:
             def loss(p: Any) -> Any:
-                return loss_of(graph, p, batch, arm, most)
+                return loss_of(graph, p, batch, arm, most, part)
 
             (_, (nll, report)), gradient = jax.value_and_grad(loss, has_aux=True)(parameters)
             return gradient, nll, report
@@ -162,7 +166,7 @@ def make_step(
         return optax.apply_updates(parameters, updates), state, losses, weights, report
 
     def loss(parameters: Any, batch: Batch) -> tuple[Array, Report]:
-        return loss_of(graph, parameters, batch, arm, most)[1]
+        return loss_of(graph, parameters, batch, arm, most, part)[1]
 
     return Step(chain.init, jax.jit(train, donate_argnums=(0, 1)), jax.jit(loss), traces)
 

@@ -35,7 +35,7 @@ def both():
 def step_of(arm, weighing=multitask.mean):
     both = training.stacked([batch(0, "de"), batch(1, "fr")])
     graph, parameters = nnx.split(Translator(CONFIG, nnx.Rngs(0)))
-    most = training.most_tiles([both], CONFIG.heads, arm)
+    most = training.most_tiles([both], CONFIG.heads, tiles.part_of(arm))
     step = training.make_step(graph, arm, most, weighing(), training.adamw(40, 1e-2))
     return graph, parameters, step
 
@@ -102,9 +102,9 @@ def test_the_arms_of_half_the_tiles_compute_the_same_number(both):
     found = {}
     for arm in ("uniform", "proportional", "ladder"):
         graph, parameters, _ = step_of("full")
-        most = training.most_tiles([both], CONFIG.heads, arm)
+        most = training.most_tiles([both], CONFIG.heads, tiles.part_of(arm))
         own = jax.tree.map(lambda x: x[0], both)
-        _, (_, report) = training.loss_of(graph, parameters, own, arm, most)
+        _, (_, report) = training.loss_of(graph, parameters, own, arm, most, 0.5)
         found[arm] = report.tiles.tolist()
     assert found["ladder"] == found["uniform"] == found["proportional"]
 
