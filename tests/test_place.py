@@ -179,9 +179,8 @@ def test_units_in_another_order_go_where_they_went():
     np.testing.assert_array_equal(permuted.device_of, straight.device_of[order])
 
 
-@pytest.mark.parametrize("dtype", [np.int32, jnp.bfloat16])
-def test_any_dtype_is_placed_as_float32(dtype):
-    loads = jnp.arange(1, 13).astype(dtype)
+def test_other_dtypes_are_placed_as_float32():
+    loads = jnp.arange(1, 13).astype(jnp.bfloat16)
     out = place.pack(loads, 3)
     np.testing.assert_array_equal(out.load, [26, 26, 26])
     assert out.load.dtype == jnp.float32
@@ -284,7 +283,7 @@ BAD = {
         "needs one",
     ),
     "seconds": (
-        lambda: place.step_time(place.pack(W, 2), jnp.ones(3)),
+        lambda: place.step_time(place.pack(W, 2, swaps=0), jnp.ones(3)),
         "seconds has shape (3,)",
         "layers ()",
     ),

@@ -80,7 +80,7 @@ def test_causal_tiles_are_balanced():
 
 def test_step_time():
     loads = jnp.array([[4.0, 4.0, 4.0, 4.0], [9.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 0.0]])
-    placed = jax.vmap(lambda x: place.pack(x, 2))(loads)
+    placed = jax.vmap(lambda x: place.pack(x, 2, swaps=0))(loads)
     out = place.step_time(placed, jnp.array([1.0, 2.0, 1.0]))
     assert out.total == 8 + 2 * 9 + 4
     assert out.bound == out.total

@@ -4,7 +4,7 @@ A placement is a grid [G, C] of unit ids, C places on each device; an empty plac
 no load, so that a move is an exchange with an empty place. Each step makes the exchange that leaves
 the fuller of the two devices least full, better than before or not, and what has just been
 exchanged rests for a few steps (tabu search: Glover, ORSA J. Computing 1, 1989): a search that
-stops where no exchange helps keeps two to ten times as much of the excess over the mean. The best
+stops where no exchange helps keeps two to five times as much of the excess over the bound. The best
 grid on the way is the result.
 """
 
