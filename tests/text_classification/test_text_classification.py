@@ -83,7 +83,8 @@ def test_token_scores_are_the_librarys_tfidf_times_importance():
     worth = Worth.of(ids, positive[:40], tokens.VOCABULARY)
     counts = tokens.counts(ids, tokens.VOCABULARY).toarray()
     tfidf = np.asarray(importance.tfidf(counts))
-    w = np.asarray(importance.feature_importance(tfidf, positive[:40], num_classes=2))
+    found = importance.feature_association(tfidf, positive[:40], num_classes=2)
+    w = importance.combine(found.T, jnp.array(features.WEIGHTS), normalize="max")
     np.testing.assert_allclose(worth.w, w, atol=2e-5)
     for row, (text, scored) in enumerate(zip(ids, worth.of_tokens(ids), strict=True)):
         want = worth.w[text] * tfidf[row, text] / np.bincount(text)[text]  # shared by repetitions
