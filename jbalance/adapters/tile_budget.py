@@ -136,8 +136,8 @@ class TileBalancer:
           density: [] part of all layers' tiles together, in 0..1.
 
         Returns:
-          Budgets whose tiles sum to floor(density x all of them); and the state. A layer that has not been
-          called yet keeps its share.
+          Budgets whose tiles sum to floor(density x all of them); and the state. A layer that has not
+          been called yet keeps its share.
 
         Raises:
           ValueError: a concrete density outside 0..1.
