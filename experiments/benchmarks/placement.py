@@ -99,7 +99,8 @@ def from_file(path: Path, devices: int | None = None, slots: int | None = None) 
             f"{path}: loads has dtype {loads.dtype} and shape {loads.shape}: it must be numbers "
             f"[layers, units], at least one of each"
         )
-    loads = loads.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is reported below
+        loads = loads.astype(np.float32)
     if not (np.isfinite(loads) & (loads >= 0)).all():
         at = tuple(int(i) for i in np.argwhere(~(np.isfinite(loads) & (loads >= 0)))[0])
         raise ValueError(
