@@ -76,6 +76,14 @@ def train(
         raise ValueError(f"--steps is {steps}: at least 2")
     about = {
         "experiment": "train_budget",
+        "title": "A language model from scratch",
+        "notes": [
+            "2.2 million parameters on five books, negative log-likelihood of a token held out. Half of",
+            "the causal tiles of 64 x 16 but for `dense`. `window`: the latest keys and the first ones;",
+            "`uniform`: most attention, each head and query block alike; `ladder`: one price for the",
+            "tiles of a layer, `ladder over layers` for those of all layers.",
+        ],
+        "compare": [[COMPARED, arm] for arm in arms if arm != COMPARED],
         "command": f"python -m experiments.train_budget --steps {steps}",
         "settings": {"steps": steps, "tokens": tokens, "density": density},
     }
