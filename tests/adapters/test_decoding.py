@@ -46,6 +46,7 @@ def close(got, want):
     return error < 0.02
 
 
+@pytest.mark.slow  # the second notebook decodes so
 def test_an_nnx_model_decodes_as_if_it_had_all_keys():
     model, x = Nnx(nnx.Rngs(0)), inputs(PROMPT + 40)
     want = nnx.jit(lambda model, x: model(x))(model, x)
