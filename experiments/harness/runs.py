@@ -39,6 +39,7 @@ def run_all(
       ValueError: the file holds runs with other settings, or is no file of results.
     """
     report = _begun(out, about)
+    write(out, report)  # what is said about the runs may be new
     done = {(run["arm"], run["seed"]) for run in report["runs"]}
     for seed in seeds:
         for arm in arms:
