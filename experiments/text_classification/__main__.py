@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in arms:
             checks.choice("--arms", name, jobs[options.job])
-        seeds = _seeds(options.seeds)
+        seeds = runs.seeds_of(options.seeds)
         if options.job == "search":
             report = find(out, arms, options.trials)
         elif options.job == "regularise":
@@ -197,13 +197,6 @@ def _print(report: Mapping[str, Any]) -> None:
         figures = (f"{run['figures'][x]:.4g}" if x in run["figures"] else "" for x in names)
         table.add_row(run["arm"], str(run["seed"]), *figures)
     Console(width=140).print(table)
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds is {text!r}: whole numbers with commas") from None
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = train(
             Path(options.json),
             options.arms.split(","),
-            [int(seed) for seed in options.seeds.split(",")],
+            runs.seeds_of(options.seeds),
             options.steps,
             options.tokens,
             options.density,

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             _print(density(out, options.base_steps))
         else:
             out = Path(options.json or "out/translation.json")
-            arms, seeds = options.arms.split("/"), _seeds(options.seeds)
+            arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
             _print(train(out, arms, seeds, options.base_steps, options.steps))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -166,13 +166,6 @@ def _one(
     advance: Callable[[], None],
 ) -> Mapping[str, Any]:
     return experiment.run(material, begin, arm, seed, steps, advance)
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds is {text!r}: whole numbers with commas") from None
 
 
 if __name__ == "__main__":

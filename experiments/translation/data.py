@@ -140,6 +140,11 @@ class Side(NamedTuple):
     place: Any  # [N] int32 in the rows, P T for no token
     row: Any  # [P, T] int32, the inverse; N for no token
 
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each row: [P]; leading axes of stacked sides stay."""
+        return (self.row < self.ids.shape[-1]).sum(axis=-1)
+
 
 class Batch(NamedTuple):
     """Pairs of one direction: `target.ids` begin with the language, `wanted` is what follows."""

@@ -32,7 +32,7 @@ class _Encoding:
 
     def __init__(self, arm: str, side: Side, heads: int):
         self.arm, self.side, self.heads = arm, side, heads
-        self.length = jnp.sum(side.row < side.ids.shape[0], axis=1, dtype=jnp.int32)
+        self.length = side.lengths
         self.seen = tiles.seen_by(self.length, self.length, MOST_TOKENS, MOST_TOKENS, causal=False)
         self.visible = (jnp.arange(MOST_TOKENS) < self.length[:, None])[:, None]
 

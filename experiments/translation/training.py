@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from experiments.translation import tiles
-from experiments.translation.data import LANGUAGES, MOST_TOKENS, PAD, Batch, Side
+from experiments.translation.data import LANGUAGES, MOST_TOKENS, PAD, Batch
 from experiments.translation.model import KINDS, Translator
 from experiments.translation.tiles import Choice, Seen
 from jbalance import multitask
@@ -41,7 +41,7 @@ class Attending:
             "decoder": (sides["target"], sides["target"]),
             "cross": (sides["target"], sides["source"]),
         }
-        lengths = {name: _lengths(side) for name, side in sides.items()}
+        lengths = {name: side.lengths for name, side in sides.items()}
         size = MOST_TOKENS, MOST_TOKENS
         self.seen: dict[str, Seen] = {
             "encoder": tiles.seen_by(lengths["source"], lengths["source"], *size, causal=False),
@@ -78,18 +78,13 @@ class Attending:
         return Report(*(jnp.stack(x) for x in zip(*self.notes, strict=True)))
 
 
-def _lengths(side: Side) -> Array:
-    return jnp.sum(side.row < side.ids.shape[0], axis=1, dtype=jnp.int32)
-
-
 def most_tiles(batches: list[Batch], heads: int, part: float) -> dict[str, int]:
     """The largest budget of each kind of attention over these batches, rounded up."""
     need = dict.fromkeys(KINDS, 0.0)
     for batch in batches:
         blocks = {}
         for name, side in (("source", batch.source), ("target", batch.target)):
-            length = (side.row < side.ids.shape[-1]).sum(axis=-1)
-            blocks[name] = -(-length // tiles.BLOCK)
+            blocks[name] = -(-side.lengths // tiles.BLOCK)
         source, target = blocks["source"], blocks["target"]
         found = {  # the full budget, and one tile for each list
             "encoder": (source * source, source),

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance import attention, checks, importance, shares
+from jbalance import attention, checks, importance
 from jbalance.adapters.attention_fn import attention_fn
 from jbalance.attention import TilePlan
 from jbalance.balance import Balancer, BalanceState, balancer
 from jbalance.importance import CURVE_BINS
-
-RULES = ("priced", *shares.SHARE_RULES)
 
 
 @jax.tree_util.register_dataclass
@@ -118,8 +116,7 @@ class TileBalancer:
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        checks.choice("rule", self.rule, dict.fromkeys(RULES))
-        self._balancer(0, 0)
+        self._balancer(0, 0)  # which checks both
 
     def init(self, budgets: Any) -> BalanceState:
         """The state for a pytree of `TileBudget`, such as linen's collection "balance"."""

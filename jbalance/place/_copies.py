@@ -70,12 +70,12 @@ def search(
         given, possible = _hand_over(grid, giver, taker)
         possible &= (copies[giver] > 1) & (copies[taker] < num_devices)
         changed = copies.at[giver].add(-1).at[taker].add(1)
-        changed, given = _choose(possible, (changed, given), (copies, grid))
+        changed, given = choose(possible, (changed, given), (copies, grid))
         problem = problem_of(loads, changed, num_devices)
         given, largest = exchange(problem, given, _TRIAL_SWAPS, target, copies=True)
         after = mean(changed, given)
-        now = _choose(after < power * (1 - _GAIN), (changed, given, after), now)
-        best = _choose(largest < least, (changed, given), best)
+        now = choose(after < power * (1 - _GAIN), (changed, given, after), now)
+        best = choose(largest < least, (changed, given), best)
         return i + 1, now, best, jnp.minimum(largest, least)
 
     def going(carry):
@@ -85,7 +85,8 @@ def search(
     return lax.while_loop(going, trial, (jnp.int32(0), start, (copies, grid), unit))[2]
 
 
-def _choose(condition, new, old):
+def choose(condition, new, old):
+    """The new pytree where the condition holds, else the old one."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 

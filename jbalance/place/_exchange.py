@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance.place._inputs import ROUNDING
+
 _REST = 8  # steps for which an exchanged unit stays where it is
-_ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 _ENOUGH = 1e-5  # relative: so near to the bound the search ends
 _OVER = 1e9  # pressure of a device whose memory is exceeded, times by how much: worse than any load
 
@@ -56,7 +57,7 @@ def pressure(held: Amounts, per_capacity: jax.Array, room: jax.Array | None) -> 
     relative = held.load * per_capacity
     if held.memory is None or room is None:
         return relative
-    over = held.memory > room * (1 + _ROUNDING)
+    over = held.memory > room * (1 + ROUNDING)
     # Room may be negative, where units outside of the grid take more than there is.
     return jnp.where(over, _OVER * (1 + held.memory - room), relative)
 

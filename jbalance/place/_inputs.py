@@ -9,6 +9,8 @@ from jax.typing import ArrayLike
 from jbalance import checks
 from jbalance.types import Status
 
+ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
+
 
 def check_loads(loads: ArrayLike, num_devices: int) -> None:
     """ValueError unless loads [U] are finite and >= 0 and there is a device."""

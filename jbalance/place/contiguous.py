@@ -10,12 +10,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance.place._inputs import check_capacity, check_loads, check_memory
+from jbalance.place._inputs import ROUNDING, check_capacity, check_loads, check_memory
 from jbalance.place.bound import of_units
 from jbalance.place.pack import placement
 from jbalance.types import Placement
-
-_ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 
 def contiguous(
@@ -74,7 +72,7 @@ def _contiguous(loads, capacity, memory, room, num_devices) -> Placement:
     def stage(least, d):
         cost = jnp.where(empty, jnp.inf, stretch / capacity[d])
         if memory is not None:
-            cost = jnp.where(needed > room[d] * (1 + _ROUNDING), jnp.inf, cost)
+            cost = jnp.where(needed > room[d] * (1 + ROUNDING), jnp.inf, cost)
         through = jnp.maximum(least[:, None], cost)
         return jnp.min(through, axis=0), jnp.argmin(through, axis=0).astype(jnp.int32)
 

@@ -209,7 +209,7 @@ def _rebalance_replicas(unit_of, loads, size, cost, threshold, swaps):
         x.relative_load + cost * moved_blocks(moved, size)
         for x, moved in zip((first, second), moves, strict=True)
     ]
-    new, moved = _choose(paid[1] < paid[0], (second, moves[1]), (first, moves[0]))
+    new, moved = _copies.choose(paid[1] < paid[0], (second, moves[1]), (first, moves[0]))
     return _unless_worth_it(stay, new, moved, size, cost, threshold)
 
 
@@ -253,12 +253,8 @@ def _unless_worth_it(old, new, moved, size, cost, threshold) -> Rebalanced:
     worth |= (old.status == Status.INFEASIBLE) & (new.status == Status.OK)
     moved = moved & worth
     return Rebalanced(
-        placement=_choose(worth, new, old),
+        placement=_copies.choose(worth, new, old),
         moved=moved,
         moved_blocks=moved_blocks(moved, size),
         load_before=old.relative_load,
     )
-
-
-def _choose(condition, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

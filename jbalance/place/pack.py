@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jbalance.place._exchange import Problem, exchange
 from jbalance.place._inputs import (
+    ROUNDING,
     check_capacity,
     check_loads,
     check_max_count,
@@ -24,8 +25,6 @@ from jbalance.place._inputs import (
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_units
 from jbalance.types import Placement
-
-_ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 
 def pack(
@@ -132,10 +131,10 @@ def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placem
     num_devices = capacity.shape[0]
     load = jax.ops.segment_sum(loads, device_of, num_devices)
     relative = jnp.max(load / capacity)
-    over = jnp.array(False) if limits is None else relative > 1 + _ROUNDING
+    over = jnp.array(False) if limits is None else relative > 1 + ROUNDING
     if memory is not None:
         held = jax.ops.segment_sum(memory, device_of, num_devices)
-        over |= jnp.any(held > room * (1 + _ROUNDING))
+        over |= jnp.any(held > room * (1 + ROUNDING))
     least = largest_term(terms)
     return Placement(
         device_of=device_of,
