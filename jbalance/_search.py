@@ -5,7 +5,8 @@ with it. The search narrows a bracket around the key where the budget is met, ea
 sum once: nothing is sorted, shapes never depend on data, and over a mesh a pass exchanges only the few
 scalars that the sum needs. Non-negative float32 numbers order like their bits, so a search over keys
 ends on one exact float. Passes halve the bracket or interpolate in it: 12 to 20 on smooth data, where
-halving alone would take 31; a halving every sixth pass bounds what hostile data can cost.
+halving alone would take 31. What did not end by then is halved to its end, so that hostile data cost
+`MOST_PASSES`.
 
 Sums of int32 amounts must not wrap while a candidate is far too large: `total` returns uint32 that
 saturates at 2^32 - 1 instead.
@@ -23,6 +24,10 @@ INF_KEY = 0x7F800000  # the bits of float32 infinity
 _SATURATED = 0xFFFFFFFF
 _NEAR_WRAP = float(3 * 2**30)  # float32 sums are within 2^-3 of the truth long before 2^32
 _HALVINGS = 5  # before interpolating: a float's exponent is nothing to interpolate
+_EVERY = 6  # and now and then, where interpolation keeps one end
+_INTERPOLATED = 20  # passes, after which all are halvings
+# Those 20 halve the 31 bits eight times at least: passes 0 to 4, 6, 12 and 18.
+MOST_PASSES = _INTERPOLATED + 31 - (_HALVINGS + len(range(_EVERY, _INTERPOLATED, _EVERY)))
 
 
 def to_key(x: jax.Array) -> jax.Array:
@@ -75,7 +80,8 @@ def largest(over: Callable[[jax.Array], jax.Array], top: int, shape: tuple[int, 
 
     Returns:
       uint32 keys [*shape]: one that meets its budget exactly, if the search comes across it, else the
-      largest with over(key) <= 0. 0 where even that is over.
+      largest with over(key) <= 0. 0 where even that is over. `over` is called once and then in each of
+      at most `MOST_PASSES` passes.
     """
 
     def step(carry):
@@ -83,7 +89,7 @@ def largest(over: Callable[[jax.Array], jax.Array], top: int, shape: tuple[int, 
         width = high - low
         part = f_low / (f_low - f_high)
         inner = jnp.clip(width.astype(jnp.float32) * part, 1.0, 2.0**31).astype(jnp.uint32)
-        halve = (i < _HALVINGS) | (i % 6 == 0)
+        halve = (i < _HALVINGS) | (i % _EVERY == 0) | (i >= _INTERPOLATED)
         move = jnp.where(halve, width // 2, jnp.minimum(inner, width - 1))
         middle = low + jnp.where(active(carry), move, 0)
         f = over(middle)
@@ -173,12 +179,23 @@ def per_unit(per_segment: jax.Array, segment_of: jax.Array | None) -> jax.Array:
     return per_segment[0] if segment_of is None else per_segment[segment_of]
 
 
-def global_index(num_units: int, axis_name: str | None) -> jax.Array:
-    """Index [U] of each unit over all shards: what breaks ties, the same on any number of devices."""
-    local = jnp.arange(num_units, dtype=jnp.uint32)
-    if axis_name is None:
-        return local
-    return local + lax.axis_index(axis_name).astype(jnp.uint32) * jnp.uint32(num_units)
+def before_shard(x: jax.Array, axis_name: str) -> jax.Array:
+    """Sums of x [P] uint32 over the shards before this one, saturating at 2^32 - 1.
+
+    In log2(G) steps, each of which sends the P numbers to one other shard (Hillis and Steele, 1986).
+    """
+    size = lax.axis_size(axis_name)
+
+    def from_shard_before(x: jax.Array, distance: int) -> jax.Array:
+        pairs = [(i, i + distance) for i in range(size - distance)]
+        return lax.ppermute(x, axis_name, pairs)  # zeros where there is none before
+
+    sums = from_shard_before(x, 1)
+    distance = 1
+    while distance < size:
+        sums = _saturating_add(sums, from_shard_before(sums, distance))
+        distance *= 2
+    return sums
 
 
 def first_by_index(
@@ -193,42 +210,42 @@ def first_by_index(
       amount: [U] uint32, what the units would take; zero for those that take no part.
       room: [P] uint32, what there is to hand out in each segment.
       segment_of: [U] the segment of each unit, or None for one segment.
-      axis_name: mesh axis that the units are split over.
+      axis_name: mesh axis that the units are split over, in the order of the index: a shard hands out
+        what those before it leave.
 
     Returns:
       given [U] uint32: all of `amount` before the cut, what is left of the room at the cut, 0 after.
     """
-    num_segments = room.shape[0]
-    index = global_index(amount.shape[0], axis_name)
+    num_units, num_segments = amount.shape[0], room.shape[0]
+    index = jnp.arange(num_units, dtype=jnp.uint32)
+    if axis_name is not None:
+        taken = before_shard(total(amount, segment_of, num_segments, None), axis_name)
+        room = room - jnp.minimum(taken, room)
 
     # Nothing to search where no segment has room and several takers: the usual case when priorities
     # differ.
-    takers = (amount > 0).astype(jnp.uint32)
-    takers = psum(segment_total(takers, segment_of, num_segments), axis_name)
+    takers = segment_total((amount > 0).astype(jnp.uint32), segment_of, num_segments)
     contested = (room > 0) & (takers > 1)
 
     def before(cut: jax.Array) -> jax.Array:
         return jnp.where(index < per_unit(cut, segment_of), amount, jnp.uint32(0))
 
     def over(cut: jax.Array) -> jax.Array:
-        spent = total(before(cut), segment_of, num_segments, axis_name)
+        spent = total(before(cut), segment_of, num_segments, None)
         return jnp.where(contested, excess(spent, room), 0.0)
 
-    size = amount.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
-    cut = largest(over, size + 1, (num_segments,))
+    cut = largest(over, num_units + 1, (num_segments,))
     whole = before(jnp.where(contested, cut, 0))
-    left = room - total(whole, segment_of, num_segments, axis_name)
-    next_taker = _first(amount - whole, index, segment_of, num_segments, axis_name)
+    left = room - total(whole, segment_of, num_segments, None)
+    next_taker = _first(amount - whole, index, segment_of, num_segments)
     at_cut = index == per_unit(next_taker, segment_of)
     return jnp.where(at_cut, jnp.minimum(amount, per_unit(left, segment_of)), whole)
 
 
-def _first(left, index, segment_of, num_segments, axis_name):
+def _first(left, index, segment_of, num_segments):
     """Smallest index [P] of a unit that has something left to take in each segment."""
     none = jnp.uint32(_SATURATED)
     candidates = jnp.where(left > 0, index, none)
     if segment_of is None:
-        first = jnp.min(candidates)[None]
-    else:
-        first = jax.ops.segment_min(candidates, segment_of, num_segments)
-    return first if axis_name is None else lax.pmin(first, axis_name)
+        return jnp.min(candidates)[None]
+    return jax.ops.segment_min(candidates, segment_of, num_segments)

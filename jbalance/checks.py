@@ -19,8 +19,15 @@ INT32_MAX = 2**31 - 1
 
 
 def is_concrete(*xs: Any) -> bool:
-    """Whether every argument has a value now, so that it can be looked at."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(xs))
+    """Whether every argument has a value here and now, so that it can be looked at.
+
+    An array that lies on the devices of several processes has not: each sees its own part.
+    """
+    return not any(
+        isinstance(leaf, jax.core.Tracer)
+        or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
+        for leaf in jax.tree.leaves(xs)
+    )
 
 
 def rank(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> None:

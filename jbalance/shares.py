@@ -27,11 +27,14 @@ def uniform(num_units: int) -> jax.Array:
     return jnp.full((num_units,), 1.0 / num_units, jnp.float32)
 
 
-def proportional(w: ArrayLike, *, axis_name: str | None = None) -> jax.Array:
+def proportional(
+    w: ArrayLike, *, where: ArrayLike | None = None, axis_name: str | None = None
+) -> jax.Array:
     """alpha_i = w_i / sum_j w_j; equal shares where all w are zero.
 
     Args:
       w: [U] importance, >= 0.
+      where: [U] bool, the units that there are; the others get 0. None for all.
       axis_name: mesh axis that the units are split over.
 
     Returns:
@@ -43,12 +46,18 @@ def proportional(w: ArrayLike, *, axis_name: str | None = None) -> jax.Array:
     _check(w)
     checks.non_negative("w", w)
     w = jnp.asarray(w, jnp.float32)
+    w = _only(where, w, 0.0)
     w, _ = search.normalise(w, _max(lax.stop_gradient(w), axis_name))
+    w = _only(where, w, 0.0)
     return w / search.psum(jnp.sum(w), axis_name)
 
 
 def softmax(
-    w: ArrayLike, temperature: ArrayLike = 1.0, *, axis_name: str | None = None
+    w: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """alpha_i = exp(w_i / tau) / sum_j exp(w_j / tau): the maximiser of alpha . w + tau H(alpha).
 
@@ -57,6 +66,7 @@ def softmax(
     Args:
       w: [U] importance, finite, of any sign.
       temperature: tau > 0.
+      where: [U] bool, the units that there are; the others get 0. None for all.
       axis_name: mesh axis that the units are split over.
 
     Returns:
@@ -69,7 +79,7 @@ def softmax(
     checks.finite("w", w)
     checks.rank("temperature", temperature, 0, "[]")
     checks.positive("temperature", temperature)
-    logits = jnp.asarray(w, jnp.float32) / temperature
+    logits = _only(where, jnp.asarray(w, jnp.float32) / temperature, -jnp.inf)
     weight = jnp.exp(logits - _max(lax.stop_gradient(logits), axis_name))
     return weight / search.psum(jnp.sum(weight), axis_name)
 
@@ -166,10 +176,19 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     return proportional(taken, axis_name=axis_name)
 
 
-def _uniform_like(w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+def _uniform_like(
+    w: jax.Array, *, where: ArrayLike | None = None, axis_name: str | None = None
+) -> jax.Array:
     """The uniform start as a rule of w, of which it takes the number of units only."""
-    shards = 1 if axis_name is None else lax.axis_size(axis_name)
-    return jnp.full(w.shape, 1.0 / (w.shape[0] * shards), jnp.float32)
+    ones = _only(where, jnp.ones(w.shape, jnp.float32), 0.0)
+    if where is not None:
+        return ones / search.psum(jnp.sum(ones), axis_name)
+    return ones / (w.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name)))
+
+
+def _only(where: ArrayLike | None, x: jax.Array, other: float) -> jax.Array:
+    """x where there is a unit, `other` elsewhere."""
+    return x if where is None else jnp.where(jnp.asarray(where), x, other)
 
 
 def _check(w: Any, name: str = "w") -> None:

@@ -190,8 +190,10 @@ class FeatureScorer(Protocol):
 class ShareRule(Protocol):
     """alpha from w: non-negative, summing to one."""
 
-    def __call__(self, w: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-        """w [U] -> alpha [U]; axis_name: mesh axis that the units are split over."""
+    def __call__(
+        self, w: jax.Array, *, where: jax.Array | None = None, axis_name: str | None = None
+    ) -> jax.Array:
+        """w [U] -> alpha [U]; where [U] bool: units that there are; axis_name: of their mesh axis."""
         ...
 
 

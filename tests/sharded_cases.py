@@ -115,7 +115,7 @@ CASES = {
 }
 
 
-def assert_same(got, want):
+def assert_same(got, want, rtol=2e-6):
     """Whole numbers bit for bit, real ones up to the rounding of sums taken in another order."""
 
     def same(x, y):
@@ -123,6 +123,6 @@ def assert_same(got, want):
         if np.issubdtype(y.dtype, np.integer):
             np.testing.assert_array_equal(x, y)
         else:
-            np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6)
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
 
     jax.tree.map(same, got, want)

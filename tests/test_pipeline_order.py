@@ -30,6 +30,7 @@ ORDER += [
     "improve",
     "attention",
     "cache",
+    "sharded",
     "multitask",
     "adapters",
 ]

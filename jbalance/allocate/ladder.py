@@ -36,6 +36,7 @@ def ladder(
     *,
     total_budget: ArrayLike | None = None,
     axis_name: str | None = None,
+    split_budgets: bool = False,
 ) -> Allocation:
     """Choose a level for every unit, worth the most under the budgets.
 
@@ -50,7 +51,10 @@ def ladder(
       budgets: [G] or [] whole budget of each device, in blocks, up to 2^31-1 (`resources.blocks`).
       device_of: [U] int in 0..G-1; None with one budget.
       total_budget: [] whole budget of all devices together, if it is less than their sum.
-      axis_name: mesh axis that the units are split over; each pass then exchanges G scalars.
+      axis_name: mesh axis that the units are split over; each pass then exchanges G scalars, or two
+        for each where costs sum to nearly 2^32.
+      split_budgets: budgets are split as the units are: [] is that of this shard, a device with the
+        units that lie on it. Only a total budget then needs others, one scalar a pass.
 
     Returns:
       An `Allocation`. Under jit, level-0 costs that do not fit give status INFEASIBLE (all units at
@@ -58,18 +62,24 @@ def ladder(
 
     Raises:
       ValueError: wrong shapes or dtypes, NaN, costs that do not rise, a device_of outside the budgets,
-        level-0 costs above a budget (with the device and the amount missing).
+        level-0 costs above a budget (with the device and the amount missing); split_budgets without
+        axis_name, or with more than one budget.
 
     Reference: Fox, Operations Research 14 (1966) for equal costs; Shih, J. Oper. Res. Soc. 30 (1979).
     """
-    _check(values, costs, budgets, device_of, total_budget)
-    out = _solve(values, costs, budgets, device_of, total_budget, axis_name)
-    if checks.is_concrete(out.status) and out.status == Status.INFEASIBLE:
-        _raise_infeasible(values, costs, budgets, device_of, total_budget)
+    check_inputs(values, costs, budgets, device_of, total_budget)
+    if split_budgets and (axis_name is None or np.ndim(budgets) > 0):
+        raise ValueError(
+            f"split_budgets is True, axis_name {axis_name!r} and budgets of shape {np.shape(budgets)}: "
+            f"name the axis, and give each shard its own budget []"
+        )
+    out = _solve(values, costs, budgets, device_of, total_budget, axis_name, split_budgets)
+    check_feasible(out, values, costs, budgets, device_of, total_budget)
     return out
 
 
-def _check(values, costs, budgets, device_of, total_budget) -> None:
+def check_inputs(values, costs, budgets, device_of, total_budget) -> None:
+    """The errors of `ladder` that show before it is solved."""
     checks.rank("values", values, 2, "[U, M]")
     checks.non_empty("values", values)
     checks.finite("values", values)
@@ -96,8 +106,10 @@ def _check(values, costs, budgets, device_of, total_budget) -> None:
         checks.whole("total_budget", total_budget)
 
 
-@functools.partial(jax.jit, static_argnames=("axis_name",))
-def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Allocation:
+@functools.partial(jax.jit, static_argnames=("axis_name", "split_budgets"))
+def _solve(
+    values, costs, budgets, device_of, total_budget, axis_name, split_budgets=False
+) -> Allocation:
     values = jnp.asarray(values, jnp.float32)
     costs = jnp.asarray(costs, jnp.uint32)
     negative = jnp.any(jnp.asarray(budgets) < 0)
@@ -107,18 +119,24 @@ def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Alloca
     device_of = None if device_of is None else jnp.asarray(device_of)
     limit = None if total_budget is None else jnp.asarray(total_budget, jnp.uint32)[None]
     hull = _hull(values, costs)
+    # The axis over which a device's units lie: none where each shard is a device.
+    device_axis = None if split_budgets else axis_name
 
-    def spend(amount: jax.Array) -> tuple[jax.Array, jax.Array]:
-        by_device = search.total(amount, device_of, budgets.shape[0], axis_name)
-        return by_device, search.total(amount, None, 1, axis_name)
+    def by_device(amount: jax.Array) -> jax.Array:
+        return search.total(amount, device_of, budgets.shape[0], device_axis)
 
-    base, base_total = spend(_cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32)))
-    infeasible = jnp.any(base > budgets)
-    room = budgets - jnp.minimum(base, budgets)
-    level = _climb(hull, room, device_of, axis_name)
-    price = _next_slope(hull.slope, level, device_of, budgets.shape[0], axis_name)
+    def of_all(amount: jax.Array) -> jax.Array:
+        return search.total(amount, None, 1, axis_name)
+
+    base = _cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32))
+    held_base = by_device(base)
+    infeasible = jnp.any(held_base > budgets)
+    room = budgets - jnp.minimum(held_base, budgets)
+    level = _climb(hull, room, device_of, device_axis)
+    price = _next_slope(hull.slope, level, device_of, budgets.shape[0], device_axis)
     total_price = jnp.zeros((1,), jnp.float32)
     if limit is not None:
+        base_total = of_all(base)
         infeasible |= jnp.any(base_total > limit)
         # What its device cannot hold is no candidate for the total budget.
         within = jnp.arange(values.shape[1] - 1)[:, None] < level
@@ -126,18 +144,24 @@ def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Alloca
         room = limit - jnp.minimum(base_total, limit)
         level = _climb(held, room, None, axis_name)
         total_price = _next_slope(held.slope, level, None, 1, axis_name)
+    rising = jnp.all(costs[..., 1:] > costs[..., :-1]) & jnp.all(jnp.isfinite(values))
+    failed = search.psum(jnp.stack([infeasible, negative | ~rising]).astype(jnp.int32), axis_name)
+    infeasible, invalid = failed > 0
     level = jnp.where(infeasible, 0, level)
 
-    spent, spent_total = spend(_cost_at(costs, level))
+    cost = _cost_at(costs, level)
+    spent = by_device(cost)
     slack = budgets - jnp.minimum(spent, budgets)
-    total_slack = _saturating_sum(slack) if limit is None else (limit - spent_total)[0]
     # The price of the total budget, and on top of it what each device's own budget adds.
     above = jnp.maximum(price - total_price, 0.0)
-    gap = jnp.sum(above * slack) + total_price[0] * total_slack
+    gap = jnp.sum(above * slack)
+    gap = search.psum(gap, axis_name) if split_budgets else gap
+    if limit is not None:
+        total_slack = (limit - of_all(cost))[0]
+    else:
+        total_slack = search.total(slack, None, 1, axis_name if split_budgets else None)[0]
     left = _slope_at(hull.slope, level)
     binding = jnp.where(left > total_price[0], Binding.DEVICE, Binding.PRICE)
-    rising = jnp.all(costs[..., 1:] > costs[..., :-1]) & jnp.all(jnp.isfinite(values))
-    invalid = negative | (search.psum((~rising).astype(jnp.int32), axis_name) > 0)
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK)
     return Allocation(
         level=level.astype(jnp.int32),
@@ -146,7 +170,7 @@ def _solve(values, costs, budgets, device_of, total_budget, axis_name) -> Alloca
         total_price=total_price[0],
         slack=slack,
         total_slack=total_slack,
-        gap=jnp.where(infeasible, jnp.inf, gap),
+        gap=jnp.where(infeasible, jnp.inf, gap + total_price[0] * total_slack),
         binding=jnp.where(left > 0, binding, Binding.CAP).astype(jnp.int32),
         status=jnp.where(invalid, Status.INVALID, status).astype(jnp.int32),
     )
@@ -157,10 +181,6 @@ def _cost_at(costs: jax.Array, level: jax.Array) -> jax.Array:
     if costs.ndim == 1:
         return costs[level]
     return jnp.take_along_axis(costs, level[:, None], axis=1)[:, 0]
-
-
-def _saturating_sum(x: jax.Array) -> jax.Array:
-    return search.total(x, None, 1, None)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -260,7 +280,7 @@ def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
     def is_tied(key: jax.Array) -> jax.Array:
         return (key == threshold - 1) & (key > 0)
 
-    left = room - spent(threshold)
+    left = room - spent(threshold, wraps=False)  # within the room, so it cannot wrap
     given = search.first_by_index(cost_where(is_tied), left, device_of, axis_name)
     climbed = jnp.cumsum(jnp.where(is_tied(key), hull.cost, 0), axis=0, dtype=jnp.uint32)
     reached = (key >= threshold) | (is_tied(key) & hull.corner & (climbed <= given))
@@ -280,8 +300,10 @@ def _next_slope(slope, level, device_of, num_segments, axis_name) -> jax.Array:
     return search.segment_most(_slope_at(slope, level), device_of, num_segments, axis_name)
 
 
-def _raise_infeasible(values, costs, budgets, device_of, total_budget) -> None:
-    """The message for lowest levels that do not fit: which budget, and by how much."""
+def check_feasible(out, values, costs, budgets, device_of, total_budget) -> None:
+    """ValueError for lowest levels that do not fit: which budget, and by how much."""
+    if not checks.is_concrete(out.status) or out.status != Status.INFEASIBLE:
+        return
     base = np.broadcast_to(np.asarray(costs, np.int64), np.shape(values))[:, 0]
     budgets = np.atleast_1d(np.asarray(budgets, np.int64))
     device_of = np.zeros(base.shape, int) if device_of is None else np.asarray(device_of)

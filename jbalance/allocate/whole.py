@@ -64,16 +64,16 @@ def whole(
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
     solve = checks.choice("method", method, ROUNDINGS)
-    _check(w, budget, floor, cap, device_of)
+    check_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):
         checks.in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
     out = _rounded(w, budget, floor, cap, device_of, solve, axis_name)
-    if checks.is_concrete(out.status) and out.status == Status.INFEASIBLE:
-        _raise_infeasible(w, budget, floor, device_of)
+    check_feasible(out, w, budget, floor, device_of)
     return out
 
 
-def _check(w, budget, floor, cap, device_of) -> None:
+def check_inputs(w, budget, floor, cap, device_of) -> None:
+    """The errors of `whole` that show before it is solved."""
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
     checks.non_negative("w", w)
@@ -86,8 +86,10 @@ def _check(w, budget, floor, cap, device_of) -> None:
     checks.not_above("floor", floor, "cap", cap)
 
 
-def _raise_infeasible(w, budget, floor, device_of) -> None:
-    """The message for concrete floors that do not fit: on which device, and by how much."""
+def check_feasible(out, w, budget, floor, device_of) -> None:
+    """ValueError for concrete floors that do not fit: on which device, and by how much."""
+    if not checks.is_concrete(out.status) or out.status != Status.INFEASIBLE:
+        return
     budget = np.atleast_1d(np.asarray(budget, np.int64))
     floor = np.broadcast_to(np.asarray(floor, np.int64), np.shape(w))
     device_of = np.zeros(floor.shape, int) if device_of is None else np.asarray(device_of)

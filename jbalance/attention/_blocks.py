@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
@@ -284,10 +285,11 @@ class Problem:
             sums = sums._replace(bias=_add_slice(sums.bias, start, tile))
         if sums.relative_bias is not None:
             start, size = self._line_place(sums.relative_bias, row, block)
-            shape = jax.ShapeDtypeStruct(size, jnp.float32)
             if size[0] == 1:
                 rows = jnp.sum(rows, axis=1, keepdims=True)
-            (line,) = jax.linear_transpose(self._from_line, shape)(rows)
+            # Of an array, not of its shape: inside of `shard_map` it varies as the rows do.
+            like = self.varying(jnp.zeros(size, jnp.float32))
+            (line,) = jax.linear_transpose(self._from_line, like)(rows)
             sums = sums._replace(relative_bias=_add_slice(sums.relative_bias, start, line))
         return sums
 
@@ -300,6 +302,14 @@ class Problem:
             first = plan.num_key_blocks * plan.block_k - plan.num_keys
             line = line[:, first : first + plan.num_queries + plan.num_keys - 1]
         return bias, line
+
+
+def empty(shape, dtype):
+    """An array whose content is not set. (`lax.empty` alone heeds no mesh with Explicit axes.)"""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = AxisType.Explicit in mesh.axis_types
+    sharding = NamedSharding(mesh, jax.P()) if explicit else None
+    return lax.empty(shape, dtype, out_sharding=sharding)
 
 
 def _count(n):

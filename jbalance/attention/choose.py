@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,8 @@ def choose(
     causal: bool = True,
     floor: float = 0.5,
     capacity: int | None = None,
+    where: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> TilePlan:
     """The plan of most value: one price for the tiles of all heads and query blocks.
 
@@ -44,6 +48,9 @@ def choose(
       causal: query t sees keys s <= t + S - T; other tiles are no candidates.
       floor: in [0, 1].
       capacity: longest list of a plan; None for J. See `plan.from_mask`.
+      where: [H] bool, the heads that there are; the others get no tiles. None for all.
+      axis_name: mesh axis that the heads are split over; num_tiles is for all of them, and a pass of
+        the search exchanges B scalars.
 
     Returns:
       A plan with num_tiles tiles per example, fewer only if there are no more.
@@ -65,8 +72,16 @@ def choose(
     checks.in_range("floor", floor, 0, 1)
     seen, always = _structure(num_queries, num_keys, block_q, block_k, causal)
     batch, heads = np.shape(value)[:2]
-    least = heads * int(always.sum())
-    if checks.is_concrete(num_tiles) and (np.asarray(num_tiles) < least).any():
+    num_heads: Any = heads
+    if where is not None and np.shape(where) != (heads,):
+        raise ValueError(f"where has shape {np.shape(where)}: it must be [H] = ({heads},)")
+    there = None if where is None else jnp.asarray(where)[:, None, None]
+    if there is not None:
+        num_heads = search.psum(jnp.sum(there), axis_name)
+    elif axis_name is not None:
+        num_heads *= lax.axis_size(axis_name)
+    least = num_heads * int(always.sum())
+    if checks.is_concrete(num_tiles, least) and (np.asarray(num_tiles) < least).any():
         raise ValueError(
             f"num_tiles is {num_tiles}: the tiles of their own positions and the first keys of all "
             f"query blocks and heads take {least}"
@@ -76,17 +91,21 @@ def choose(
         jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
     )
     value = jnp.asarray(value, jnp.float32)
-    part = floor * total / (heads * seen.sum())
+    part = floor * total / (num_heads * seen.sum())
     even = jnp.floor(part[:, None] * seen.sum(axis=1)).astype(jnp.int32)  # [B, I]
     more = jnp.maximum(even - always.sum(axis=1), 0)[:, None]
     rows = (-1, shape[1])
-    open_ = jnp.broadcast_to(seen & ~always, value.shape)
+    open_ = seen & ~always
+    if there is not None:
+        always, open_ = always & there, open_ & there
+    open_ = jnp.broadcast_to(open_, value.shape)
     more = jnp.broadcast_to(more, value.shape[:3]).reshape(-1)
     own = _largest(value.reshape(rows), open_.reshape(rows), more).reshape(value.shape)
     mask = always | own
-    rest = jnp.maximum(total - jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), 0)
+    given = search.psum(jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), axis_name)
+    rest = jnp.maximum(total - given, 0)
     flat = (batch, -1)
-    taken = _largest(value.reshape(flat), (open_ & ~own).reshape(flat), rest)
+    taken = _largest(value.reshape(flat), (open_ & ~own).reshape(flat), rest, axis_name)
     mask |= taken.reshape(mask.shape)
     return plans.from_mask(mask, num_queries, num_keys, block_q, block_k, capacity)
 
@@ -110,22 +129,33 @@ def _structure(num_queries, num_keys, block_q, block_k, causal):
     return seen, seen & (own | (keys == 0))
 
 
-def _largest(value, open_, number):
-    """The `number` [R] largest of the open values [R, N], the first ones of equal values."""
+def _largest(value, open_, number, axis_name=None):
+    """The `number` [R] largest of the open values [R, N], the first ones of equal values.
+
+    The N are split over a mesh axis, if there is one.
+    """
     none = jnp.uint32(search.INF_KEY + 2)
     # From the largest down, as the search spends more the higher the key.
     down = jnp.where(open_, jnp.uint32(search.INF_KEY) - search.to_key(value), none)
 
+    def of_all(mask):
+        return search.psum(jnp.sum(mask, axis=1, dtype=jnp.int32), axis_name)
+
     def over(key):
-        spent = jnp.sum(down < key[:, None], axis=1, dtype=jnp.int32)
-        return (spent - number).astype(jnp.float32)
+        return (of_all(down < key[:, None]) - number).astype(jnp.float32)
 
     at = search.largest(over, search.INF_KEY + 2, number.shape)[:, None]
     above, tied = down < at, down == at
-    left = number - jnp.sum(above, axis=1, dtype=jnp.int32)
+    left = number - of_all(above)
+
+    def first_ones():
+        before: Any = 0
+        if axis_name is not None:
+            here = jnp.sum(tied, axis=1, dtype=jnp.uint32)
+            before = search.before_shard(here, axis_name).astype(jnp.int32)[:, None]
+        return above | (
+            tied & (before + jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= left[:, None])
+        )
+
     # Counting along the ties takes as long as the search; mostly all of them are wanted.
-    return lax.cond(
-        jnp.all(jnp.sum(tied, axis=1, dtype=jnp.int32) <= left),
-        lambda: above | tied,
-        lambda: above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= left[:, None])),
-    )
+    return lax.cond(jnp.all(of_all(tied) <= left), lambda: above | tied, first_ones)

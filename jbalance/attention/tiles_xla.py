@@ -18,7 +18,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from jbalance._exp2 import LOG2_E, exp2
-from jbalance.attention._blocks import Problem, pad, padded
+from jbalance.attention._blocks import Problem, empty, pad, padded
 from jbalance.attention._operands import Operands, Rules, Where
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 
@@ -48,8 +48,8 @@ def backward(
 def _forward(rules, operands, where):
     problem = Problem(*padded(operands, where), rules)
     shape = problem.q_shape
-    empty = lax.empty((*shape[:3], problem.operands.v.shape[-1]), operands.q.dtype)
-    out = problem.varying((empty, lax.empty(shape[:3], jnp.float32)))
+    nothing = empty((*shape[:3], problem.operands.v.shape[-1]), operands.q.dtype)
+    out = problem.varying((nothing, empty(shape[:3], jnp.float32)))
 
     def block(r, out):
         row = problem.row(r)
@@ -67,7 +67,7 @@ def _forward(rules, operands, where):
 
         rows = query.shape[0]
         start = (
-            jnp.zeros((rows, empty.shape[-1]), jnp.float32),
+            jnp.zeros((rows, nothing.shape[-1]), jnp.float32),
             jnp.zeros(rows, jnp.float32),
             jnp.full(rows, NO_TOP, jnp.float32),
         )
@@ -121,7 +121,7 @@ def _backward(rules, operands, where, out, cotangent):
         dq_rows, sums = problem.over_tiles(row, tile, start)
         return problem.write(dq, dq_rows.T * rules.scale, row), sums
 
-    dq = problem.varying(lax.empty(problem.q_shape, dtypes[0]))
+    dq = problem.varying(empty(problem.q_shape, dtypes[0]))
     dq, sums = lax.fori_loop(0, problem.num_rows, block, (dq, sums))
     dbias, drelative = problem.cut_biases(sums)
     return Operands(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from sharded_cases import CASES, COMMON, UNITS, U, assert_same
 
-from jbalance import allocate
+from experiments.benchmarks._collectives import kinds, traffic
+from jbalance import _search as search
+from jbalance import allocate, sharded
 
 AXIS = "units"
 # Halves the time to compile; the test of two processes compiles with all effort.
@@ -58,7 +59,7 @@ def test_a_problem_of_its_own_on_each_device(name):
 
 @pytest.mark.parametrize("num_units", [800, 80_000])
 def test_the_ladder_exchanges_a_few_scalars(num_units):
-    """Every collective of the compiled program moves O(G) numbers, however many units there are."""
+    """The budgets of G devices, wherever their units lie, cost G numbers a pass, of any units."""
     num_budgets, levels = 8, 4
 
     def climb(values, costs, budgets, device_of, total):
@@ -75,9 +76,59 @@ def test_the_ladder_exchanges_a_few_scalars(num_units):
     in_specs = (jax.P(AXIS), jax.P(), jax.P(), jax.P(AXIS), jax.P())
     run = over_mesh(4, climb, in_specs, (jax.P(AXIS), jax.P()))
     program = quick_jit(run).lower(*arguments).compile().as_text()
-    collectives = re.findall(r"= (.+?) (all-[a-z]+|reduce-scatter|collective-permute)\(", program)
-    assert {kind for _, kind in collectives} == {"all-reduce"}
-    for result, _ in collectives:
-        dims = re.findall(r"\w\d+\[([\d,]*)\]", result)
-        sizes = [np.prod([int(n) for n in d.split(",") if n], dtype=int) for d in dims]
-        assert 1 <= sum(sizes) <= 4 * num_budgets, result
+    assert kinds(program) == {"all-reduce", "collective-permute"}
+    once = traffic(program, passes=1, branches=False).numbers
+    assert once == traffic(program, passes=2, branches=False).numbers - num_budgets - 1
+    assert once <= 12 * num_budgets
+
+
+@pytest.mark.parametrize("num_units", [800, 80_000])
+def test_a_ladder_of_own_budgets_exchanges_64_scalars_at_most(num_units):
+    """Each device has a budget of its own, and only that of all together is searched over the mesh."""
+    mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
+
+    def climb(values, budgets, total):
+        costs = np.array([0, 2, 4, 8], np.int32)
+        return sharded.ladder(values, costs, budgets, total_budget=total, mesh=mesh, axis_name=AXIS)
+
+    split = NamedSharding(mesh, jax.P(AXIS))
+    arguments = (
+        jax.ShapeDtypeStruct((num_units, 4), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct((8,), jnp.int32, sharding=split),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    program = quick_jit(climb).lower(*arguments).compile().as_text()
+    most = traffic(program, passes=search.MOST_PASSES, branches=False)
+    assert 0 < most.numbers <= 64
+    near_wrap = traffic(program, passes=search.MOST_PASSES)
+    assert near_wrap.numbers - most.numbers == search.MOST_PASSES + 1  # two numbers a pass
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        np.array([1e-30, 1e30]),
+        1 + np.arange(50) * 2.0**-23,
+        np.arange(9.0),
+        np.array([1.0]),
+        np.geomspace(1e-38, 3e38, 200),
+    ],
+    ids=("far apart", "next to each other", "few", "one", "everywhere"),
+)
+def test_a_search_ends_within_its_passes(keys):
+    """Steps, which interpolation likes least."""
+    keys = np.sort(search.to_key(jnp.asarray(keys, jnp.float32)))
+    calls = 0
+
+    def over(key):
+        nonlocal calls
+        calls += 1
+        return (jnp.searchsorted(keys, key) - room).astype(jnp.float32)
+
+    for room in {0, len(keys) // 3, len(keys) - 1}:
+        calls = 0
+        with jax.disable_jit():
+            at = search.largest(over, search.INF_KEY, ())
+        assert np.searchsorted(keys, at) <= room
+        assert np.searchsorted(keys, at + 1) > room or np.searchsorted(keys, at) == room
+        assert calls <= search.MOST_PASSES + 1

@@ -1,0 +1,283 @@
+"""What the stages exchange and compute on 1 to 8 devices, read from the compiled programs.
+
+    python -m experiments.benchmarks.sharded [--json OUT] [--quick]
+
+The devices are simulated and share the machine's cores, so nothing here is timed. A case is
+`<stage>_<scaling>_g<devices>`: `strong` keeps the whole problem, `weak` the part of each device.
+
+- `collective_bytes`: what one device receives in all collectives of the program; those in a search
+  count once for each of the most passes that it can make (`jbalance._search.MOST_PASSES`).
+- `flops`: of one device, as XLA counts them: the body of a loop once. Of attention over tiles those of
+  the tiles of the fullest device, and `flops_over_mean` over the mean device's.
+- `memory_bytes`: arguments, results and temporaries of one device.
+
+`ladder_n<units>_g8` has `scalars_per_solve`: what one device receives in one solve of a ladder under the
+budgets of 8 devices and one of all together, and `scalars_per_solve_near_2_32` where the costs of all
+steps sum to nearly 2^32 blocks, which takes two numbers a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from experiments.benchmarks import _collectives, _report
+from experiments.benchmarks._report import Bar, Row
+from jbalance import attention, importance, place, sharded
+from jbalance._search import MOST_PASSES
+
+DEVICES = (1, 2, 4, 8)
+AXIS = "device"
+UNITS, LADDER_UNITS = 1_000_000, (10_000, 1_000_000)
+COSTS = np.array([0, 2, 4, 8], np.int32)
+TOKENS, BLOCK, HEADS, KV_HEADS, HEAD_DIM, DENSITY = 8192, 128, 16, 8, 64, 0.5
+DOCUMENTS = 5
+LAYERS, REQUESTS, CACHE_BYTES = 4, 8, 2_000_000
+MOST_SCALARS = 64
+
+
+class Program(NamedTuple):
+    """A function of arrays of some shapes, and how they lie on the mesh."""
+
+    run: Callable[..., Any]
+    arguments: tuple[tuple[tuple[int, ...], Any, jax.P], ...]  # shape, dtype, where
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", max(DEVICES))
+    _report.main(__doc__ or "", measure)
+
+
+def measure(quick: bool) -> list[Row]:
+    rows = [row for size in LADDER_UNITS for row in _ladder_rows(size)]
+    devices = DEVICES[::3] if quick else DEVICES
+    for name, make in STAGES.items():
+        for scaling in ("strong", "weak"):
+            for number in devices if scaling == "strong" else devices[1:]:
+                rows += _stage_rows(f"{name}_{scaling}_g{number}", make, number, scaling)
+    return rows + [row for number in devices for row in _attention_rows(number)]
+
+
+def _mesh(number: int) -> Mesh:
+    devices = jax.devices()[:number]
+    return jax.make_mesh((number,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _compiled(program: Program, mesh: Mesh) -> Any:
+    """The program for arrays that lie where they belong already."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
+        for shape, dtype, where in program.arguments
+    ]
+    return jax.jit(program.run).lower(*shapes).compile()
+
+
+def _ladder_rows(units: int) -> Iterator[Row]:
+    number = max(DEVICES)
+    mesh = _mesh(number)
+    hlo = _compiled(_ladder(mesh, units), mesh).as_text()
+    case = f"ladder_n{units}_g{number}"
+    usual, most = (
+        _collectives.traffic(hlo, passes=MOST_PASSES, branches=branches).numbers
+        for branches in (False, True)
+    )
+    yield Row(case, "scalars_per_solve", usual, Bar(MOST_SCALARS))
+    yield Row(case, "scalars_per_solve_near_2_32", most)
+
+
+def _stage_rows(
+    case: str, make: Callable[..., Program], number: int, scaling: str
+) -> Iterator[Row]:
+    mesh = _mesh(number)
+    compiled = _compiled(make(mesh, number if scaling == "weak" else max(DEVICES)), mesh)
+    yield from _rows(case, compiled)
+
+
+def _rows(case: str, compiled: Any) -> Iterator[Row]:
+    sent = _collectives.traffic(compiled.as_text(), passes=MOST_PASSES, branches=False)
+    memory = compiled.memory_analysis()
+    yield Row(case, "collective_bytes", sent.bytes)
+    yield Row(case, "collectives", sent.collectives)
+    yield Row(case, "flops", compiled.cost_analysis()["flops"])
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    yield Row(case, "memory_bytes", total)
+
+
+def _ladder(mesh: Mesh, units: int) -> Program:
+    number, levels = mesh.shape[AXIS], COSTS.size
+
+    def run(values, budgets, total):
+        return sharded.ladder(values, COSTS, budgets, total_budget=total, mesh=mesh, axis_name=AXIS)
+
+    split = jax.P(AXIS)
+    return Program(
+        run,
+        (
+            ((units, levels), jnp.float32, split),
+            ((number,), jnp.int32, split),
+            ((), jnp.int32, jax.P()),
+        ),
+    )
+
+
+def _scaled_ladder(mesh: Mesh, parts: int) -> Program:
+    return _ladder(mesh, UNITS // max(DEVICES) * parts)
+
+
+def _of_units(call: Callable[..., Any]) -> Callable[[Mesh, int], Program]:
+    def make(mesh: Mesh, parts: int) -> Program:
+        units = UNITS // max(DEVICES) * parts
+        run = functools.partial(call, mesh=mesh, axis_name=AXIS)
+        return Program(run, (((units,), jnp.float32, jax.P(AXIS)),))
+
+    return make
+
+
+def _of_heads(call: Callable[..., Any]) -> Callable[[Mesh, int], Program]:
+    """q, k, v of so many key/value heads."""
+
+    def make(mesh: Mesh, parts: int) -> Program:
+        kv_heads = KV_HEADS // max(DEVICES) * parts
+        heads, where = kv_heads * HEADS // KV_HEADS, jax.P(None, None, AXIS)
+        shapes = [(1, TOKENS, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
+        run = functools.partial(call, mesh=mesh, heads=AXIS)
+        return Program(run, tuple((shape, jnp.float32, where) for shape in shapes))
+
+    return make
+
+
+def _choose(mesh: Mesh, parts: int) -> Program:
+    heads, blocks = HEADS // max(DEVICES) * parts, TOKENS // BLOCK
+
+    def run(value):
+        tiles = int(DENSITY * heads * blocks * (blocks + 1) / 2)
+        return sharded.choose(
+            value,
+            tiles,
+            mesh=mesh,
+            heads=AXIS,
+            num_queries=TOKENS,
+            num_keys=TOKENS,
+            block_q=BLOCK,
+            block_k=BLOCK,
+        )
+
+    return Program(run, (((1, heads, blocks, blocks), jnp.float32, jax.P(None, AXIS)),))
+
+
+def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
+    """One layer's attention of a decode step; of each request or of each head."""
+
+    def make(mesh: Mesh, parts: int) -> Program:
+        requests = REQUESTS // max(DEVICES) * parts if split == "requests" else REQUESTS
+        kv_heads = KV_HEADS // max(DEVICES) * parts if split == "heads" else KV_HEADS
+        heads = kv_heads * HEADS // KV_HEADS
+        cache = sharded.cache.create(
+            CACHE_BYTES,
+            LAYERS,
+            kv_heads,
+            HEAD_DIM,
+            mesh=mesh,
+            axis_name=AXIS,
+            split=split,
+            num_requests=requests,
+        )
+        ring = jax.tree.map(lambda x: x[0], cache.rings)
+
+        def run(q, k, v):
+            return sharded.cache.attend_step(cache, ring, 0, q, k, v)
+
+        where = jax.P(AXIS) if split == "requests" else jax.P(None, AXIS)
+        shapes = [(requests, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
+        return Program(run, tuple((shape, jnp.float32, where) for shape in shapes))
+
+    return make
+
+
+def _attention_rows(number: int) -> Iterator[Row]:
+    """Attention over half of the tiles of packed documents, heads or query blocks on the devices."""
+    mesh = _mesh(number)
+    rng = np.random.default_rng(0)
+    ends = np.sort(rng.choice(TOKENS, DOCUMENTS - 1, replace=False))
+    ids = np.searchsorted(ends, np.arange(TOKENS), side="right").astype(np.int32)
+    plan = attention.plan.intersection(
+        attention.plan.causal(TOKENS, TOKENS), attention.plan.segments(ids[None], ids[None])
+    )
+    tiles = np.asarray(plan.count)[0, 0]  # of each block of queries
+    ranks = np.asarray(place.causal_tiles(ids, number, BLOCK).device_of)
+    in_order = np.arange(tiles.size) * number // tiles.size
+    flops = 4 * BLOCK * BLOCK * HEAD_DIM * HEADS
+    whole = {"segment_ids": (ids[None], ids[None]), "causal": True}
+    block_at = np.asarray(sharded.block_order(ranks, number))
+    token = (block_at[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+    by_rank = {"causal": True, "segment_ids": (ids[None, token],) * 2, "block_at": block_at}
+    ways: dict[str, tuple[dict[str, Any], jax.P, np.ndarray]] = {
+        "heads": (
+            {"heads": AXIS} | whole,
+            jax.P(None, None, AXIS),
+            np.full(number, tiles.sum() / number),
+        ),
+        "queries_in_order": (
+            {"queries": AXIS} | whole,
+            jax.P(None, AXIS),
+            np.bincount(in_order, tiles),
+        ),
+        "queries_placed": (
+            {"queries": AXIS} | by_rank,
+            jax.P(None, AXIS),
+            np.bincount(ranks, tiles),
+        ),
+    }
+    for way, (options, where, load) in ways.items():
+        attend = functools.partial(sharded.attend, plan=plan, mesh=mesh, **options)
+
+        def loss(q, k, v, attend=attend):
+            return jnp.sum(attend(q, k, v).y)
+
+        shapes = [(1, TOKENS, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+        arguments = tuple((shape, jnp.float32, where) for shape in shapes)
+        for part, run in (
+            ("", lambda *x, attend=attend: attend(*x).y),
+            ("_gradient", jax.grad(loss, (0, 1, 2))),
+        ):
+            case = f"attention_{way}{part}_strong_g{number}"
+            compiled = _compiled(Program(run, arguments), mesh)
+            sent = _collectives.traffic(compiled.as_text(), passes=1)
+            yield Row(case, "collective_bytes", sent.bytes)
+            memory = compiled.memory_analysis()
+            yield Row(
+                case,
+                "memory_bytes",
+                memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                + memory.argument_size_in_bytes,
+            )
+            yield Row(case, "flops", float(load.max()) * flops * (3.5 if part else 1))
+            yield Row(case, "flops_over_mean", float(load.max() / load.mean()))
+
+
+STAGES: dict[str, Callable[[Mesh, int], Program]] = {
+    "pool": _of_units(functools.partial(sharded.pool)),
+    "shares": _of_units(sharded.shares),
+    "whole": _of_units(lambda w, **over: sharded.whole(w, 64_000_000, **over)),
+    "ladder": _scaled_ladder,
+    "token_importance": _of_heads(functools.partial(sharded.token_importance, importance.window)),
+    "tile_importance": _of_heads(
+        functools.partial(
+            sharded.tile_importance, importance.tile_sketch, block_q=BLOCK, block_k=BLOCK
+        )
+    ),
+    "choose": _choose,
+    "cache_requests": _cache_step("requests"),
+    "cache_heads": _cache_step("heads"),
+}
+
+
+if __name__ == "__main__":
+    main()

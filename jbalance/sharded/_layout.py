@@ -1,0 +1,136 @@
+"""Arrays onto a mesh: padded to what divides, laid out, and cut again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jbalance import checks
+
+
+class Padding(NamedTuple):
+    """What a number of units takes on devices that all hold as many."""
+
+    size: int  # with the padding
+    waste: float  # the part of it that is padding
+
+
+def padding(num_units: int, num_devices: int) -> Padding:
+    """The least number that divides by the devices, and how much of it is padding.
+
+    >>> padding(9, 8)
+    Padding(size=16, waste=0.4375)
+
+    Raises:
+      ValueError: a number below 1.
+    """
+    checks.at_least("num_units", num_units, 1, "at least one unit is needed")
+    checks.at_least("num_devices", num_devices, 1, "at least one device is needed")
+    size = -(-num_units // num_devices) * num_devices
+    return Padding(size, 1 - num_units / size)
+
+
+def axis_size(mesh: Mesh, name: str, axis_name: str | None) -> int:
+    """Devices along an axis of the mesh, 1 for None; `name` is that of the argument, for errors."""
+    if axis_name is None:
+        return 1
+    if axis_name not in mesh.shape:
+        raise ValueError(f"{name} is {axis_name!r}: the mesh has the axes {tuple(mesh.axis_names)}")
+    return mesh.shape[axis_name]
+
+
+def lay_out(x: jax.Array, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:
+    """x under jit with its axes on those of the mesh, be they of type Auto or Explicit."""
+    type_of = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def sharding(kind: AxisType) -> NamedSharding:
+        return NamedSharding(mesh, jax.P(*(n if n and type_of[n] == kind else None for n in spec)))
+
+    if AxisType.Explicit in type_of.values():
+        x = jax.sharding.reshard(x, sharding(AxisType.Explicit))
+    if AxisType.Auto in type_of.values():
+        x = lax.with_sharding_constraint(x, sharding(AxisType.Auto))
+    return x
+
+
+def shapes(tree: Any) -> Any:
+    """What `jax.eval_shape` needs of arrays, without where they lie."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def padded(x: jax.Array, sizes: Mapping[int, int], fill: Any = 0) -> jax.Array:
+    """x with axes filled up at their end to the sizes given for some."""
+    width = [(0, sizes.get(axis, n) - n) for axis, n in enumerate(x.shape)]
+    return jnp.pad(x, width, constant_values=fill) if any(w for _, w in width) else x
+
+
+def cut(x: jax.Array, mesh: Mesh, spec: Sequence[str | None], sizes: Mapping[int, int]) -> Any:
+    """x without the padding of some axes. What was padded comes to every device of its axis: as many
+    as before do not divide by them."""
+    sizes = {axis: n for axis, n in sizes.items() if x.shape[axis] != n}
+    if not sizes:
+        return x
+    x = lay_out(x, mesh, [None if axis in sizes else name for axis, name in enumerate(spec)])
+    for axis, n in sizes.items():
+        x = lax.slice_in_dim(x, 0, n, axis=axis)
+    return x
+
+
+class Dims(NamedTuple):
+    """What the axes of an array are: a letter each, `BTHD`. Axes of size 1 are shared, not split."""
+
+    letters: str
+
+    def spec(self, shape: Sequence[int], axis_of: Mapping[str, str | None]) -> list[str | None]:
+        """The mesh axis of each axis of an array of this shape."""
+        named = zip(self.letters, shape, strict=True)
+        return [axis_of.get(letter) if n > 1 else None for letter, n in named]
+
+
+def spread(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    axis_of: Mapping[str, str | None],
+    sizes: Mapping[str, int],
+    args: Any,
+    dims: Any,
+    out_dims: Any,
+) -> Any:
+    """`function` of every device's part of some arrays, under jit.
+
+    Args:
+      function: of a pytree like `args`.
+      mesh: of the devices.
+      axis_of: the mesh axis of each letter that is split.
+      sizes: what each letter that is split is filled up to; those that do not divide must be here.
+      args: a pytree of arrays.
+      dims: their `Dims`, a pytree of the same structure.
+      out_dims: those of the result. An axis that is split there must be longer than 1 in all.
+
+    Returns:
+      The result with all padding still in it.
+    """
+
+    def place(x, d):
+        target = {
+            axis: sizes[letter]
+            for axis, letter in enumerate(d.letters)
+            if letter in sizes and x.shape[axis] > 1
+        }
+        x = padded(x, target)
+        return lay_out(x, mesh, d.spec(x.shape, axis_of))
+
+    def is_dims(d):
+        return isinstance(d, Dims)
+
+    args = jax.tree.map(lambda d, x: place(x, d), dims, args, is_leaf=is_dims)
+    specs = jax.tree.map(lambda d, x: jax.P(*d.spec(x.shape, axis_of)), dims, args, is_leaf=is_dims)
+    outs = jax.tree.map(
+        lambda d: jax.P(*(axis_of.get(letter) for letter in d.letters)), out_dims, is_leaf=is_dims
+    )
+    return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=outs)(args)

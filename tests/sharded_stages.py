@@ -1,0 +1,281 @@
+"""Calls of `jbalance.sharded` over a mesh with the one axis "x", and what one device says to them.
+
+Shared by the tests on many devices and in many processes. Every number of units is odd, so that it
+divides by no number of devices but one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import allocate, attention, importance, place, sharded
+from jbalance import shares as share_rules
+from jbalance.cache import live
+
+AXIS = "x"
+U, M, BLOCK = 29, 4, 8
+B, T, K, GROUP, D, N = 3, 40, 3, 2, 8, 3
+H, NUM_BLOCKS = K * GROUP, T // BLOCK
+_rng = np.random.default_rng(3)
+
+
+def _normal(*shape):
+    return _rng.normal(size=shape).astype(np.float32)
+
+
+W = _rng.integers(0, 9, U).astype(np.float32)
+PRIOR = _rng.integers(0, 4, U).astype(np.float32)
+FEEDBACK = _rng.uniform(-1, 1, U).astype(np.float32)
+FLOOR = _rng.integers(0, 3, U).astype(np.int32)
+CAP = _rng.integers(3, 40, U).astype(np.int32)
+DEVICE_OF = _rng.integers(0, 3, U).astype(np.int32)
+VALUES = np.cumsum(_rng.integers(0, 5, (U, M)), axis=1).astype(np.float32)
+COSTS = np.array([1, 2, 4, 8], np.int32)
+Q, KEYS, V = _normal(B, T, H, D), _normal(B, T, K, D), _normal(B, T, K, D)
+TILE_VALUE = np.abs(_normal(B, H, NUM_BLOCKS, NUM_BLOCKS)).round(1)  # with ties
+CHOOSE = {"num_queries": T, "num_keys": T, "block_q": BLOCK, "block_k": BLOCK}
+NUM_TILES = np.array([60, 70, 80], np.int32)
+SEGMENTS = np.sort(_rng.integers(0, 2, (B, T)), axis=1).astype(np.int32)
+RELATIVE = _normal(H, 2 * T - 1)
+BIAS = _normal(1, 1, T, T)
+TASKS = np.abs(_normal(N, T))
+TASKS /= TASKS.sum(axis=0)
+# As many blocks on each of 1, 2, 4 or 8 ranks: packed documents for `block_at`.
+LONG = 64
+DOCUMENTS = np.repeat(np.arange(3), [10, 30, 24]).astype(np.int32)
+LONG_Q, LONG_K, LONG_V = _normal(B, LONG, H, D), _normal(B, LONG, K, D), _normal(B, LONG, K, D)
+LONG_RELATIVE, LONG_BIAS = _normal(H, 2 * LONG - 1), _normal(1, 1, LONG, LONG)
+LAYERS, PROMPT, STEPS, HEAD_DIM, RING = 2, 24, 5, 16, 4
+CACHE_BYTES = 30_000
+PAGES = 8
+
+
+class Stage(NamedTuple):
+    """A stage over a mesh, and on one device as if it had `num_devices`."""
+
+    over: Callable[[jax.sharding.Mesh], Any]
+    alone: Callable[[int], Any]
+
+
+def _units(mesh):
+    return {"mesh": mesh, "axis_name": AXIS}
+
+
+def _own_budgets(num_devices):
+    each = -(-U // num_devices)
+    return np.arange(U) // each, (each * (2 + np.arange(num_devices) % 3)).astype(np.int32)
+
+
+def _plan():
+    return attention.choose(TILE_VALUE, NUM_TILES, **CHOOSE)
+
+
+def _tiles(plan):
+    return {"mask": attention.plan.to_mask(plan), "count": plan.count, "dropped": plan.dropped}
+
+
+_MASKS = {"causal": True, "window": 30, "segment_ids": (SEGMENTS, SEGMENTS)}
+_BIASES = {"relative_bias": RELATIVE, "bias": BIAS}
+
+
+def _attend(mesh, **axes):
+    return sharded.attend(Q, KEYS, V, _plan(), mesh=mesh, **_MASKS, **_BIASES, **axes)
+
+
+def _attend_alone(_, **more):
+    return attention.attend(Q, KEYS, V, _plan(), **_MASKS, **_BIASES, **more)
+
+
+def _long_plan():
+    value = jnp.abs(jnp.asarray(LONG_BIAS[0, 0, ::8, ::8]))
+    return attention.choose(
+        jnp.broadcast_to(value, (B, H, 8, 8)),
+        150,
+        num_queries=LONG,
+        num_keys=LONG,
+        block_q=BLOCK,
+        block_k=BLOCK,
+    )
+
+
+def in_rank_order(num_ranks):
+    """`block_at` and the tokens in that order."""
+    ranks = place.causal_tiles(DOCUMENTS, num_ranks, BLOCK).device_of
+    block_at = sharded.block_order(ranks, num_ranks)
+    return block_at, (block_at[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+
+
+def _attend_documents(mesh):
+    block_at, token = in_rank_order(mesh.shape[AXIS])
+    ids = jnp.broadcast_to(jnp.asarray(DOCUMENTS)[token], (B, LONG))
+    return sharded.attend(
+        *(jnp.asarray(x)[:, token] for x in (LONG_Q, LONG_K, LONG_V)),
+        _long_plan(),
+        mesh=mesh,
+        queries=AXIS,
+        block_at=block_at,
+        causal=True,
+        segment_ids=(ids, ids),
+        relative_bias=LONG_RELATIVE,
+        bias=jnp.asarray(LONG_BIAS)[:, :, token][..., token],
+    )
+
+
+def _attend_documents_alone(num_ranks):
+    _, token = in_rank_order(num_ranks)
+    ids = jnp.broadcast_to(DOCUMENTS, (B, LONG))
+    out = attention.attend(
+        LONG_Q,
+        LONG_K,
+        LONG_V,
+        _long_plan(),
+        causal=True,
+        segment_ids=(ids, ids),
+        relative_bias=LONG_RELATIVE,
+        bias=LONG_BIAS,
+    )
+    return jax.tree.map(lambda x: x[:, token], out)
+
+
+# A decode: prompts enter, then a few tokens, so that rings are full and flushed.
+_PROMPT_K, _PROMPT_V = _normal(B, PROMPT, K, HEAD_DIM), _normal(B, PROMPT, K, HEAD_DIM)
+_PROMPT_W = np.abs(_normal(B, K, PROMPT))
+_STEP = _normal(STEPS, LAYERS, B, H + 2 * K, HEAD_DIM)
+_ADMIT = {"num_sinks": 2, "num_recent": 2}
+
+
+def _decode(cache, admit_layer, attend_step, end_step, requests=B, heads=slice(None), group=GROUP):
+    """y [STEPS, LAYERS, B, H, D] of a few tokens after the prompts."""
+    pages = jnp.full(requests, PAGES, jnp.int32)
+
+    def admit(i, cache):
+        request, layer = i // LAYERS, i % LAYERS
+        prompt = (jnp.asarray(x)[request] for x in (_PROMPT_K, _PROMPT_V))
+        k, v = (x[:, heads] for x in prompt)
+        w = jnp.asarray(_PROMPT_W)[request][heads]
+        return admit_layer(cache, request, layer, k, v, w, PAGES, **_ADMIT)[0]
+
+    def step(cache, x):
+        def one(_, at):
+            layer, ring, x = at
+            q = x[:, :H].reshape(B, K, group, -1)[:, heads].reshape(B, -1, HEAD_DIM)
+            k, v = x[:, H : H + K][:, heads], x[:, H + K :][:, heads]
+            y, ring = attend_step(cache, ring, layer, q, k, v)
+            return None, (y, ring)
+
+        _, (y, rings) = jax.lax.scan(one, None, (jnp.arange(LAYERS), cache.rings, x))
+        return end_step(cache, rings, pages)[0], y
+
+    cache = jax.lax.fori_loop(0, B * LAYERS, admit, cache)
+    _, y = jax.lax.scan(step, cache, jnp.asarray(_STEP))
+    return y
+
+
+def _mesh_decode(mesh, split):
+    cache = sharded.cache.create(
+        CACHE_BYTES,
+        LAYERS,
+        K,
+        HEAD_DIM,
+        mesh=mesh,
+        axis_name=AXIS,
+        split=split,
+        num_requests=B,
+        ring_tokens=RING,
+    )
+    stage = sharded.cache
+    return _decode(cache, stage.admit_layer, stage.attend_step, stage.end_step)
+
+
+def _live(requests, heads):
+    return live.create(
+        CACHE_BYTES, LAYERS, heads, HEAD_DIM, num_requests=requests, ring_tokens=RING
+    )
+
+
+def _decode_requests(_):
+    return _decode(_live(B, K), live.admit_layer, live.attend_step, live.end_step)
+
+
+def _decode_heads(num_devices):
+    """A cache of their own for the heads of each device."""
+    each = -(-K // num_devices)
+    parts = [
+        _decode(
+            _live(B, len(range(K)[first : first + each])),
+            live.admit_layer,
+            live.attend_step,
+            live.end_step,
+            heads=slice(first, first + each),
+        )
+        for first in range(0, K, each)
+    ]
+    return jnp.concatenate(parts, axis=3)
+
+
+STAGES: dict[str, Stage] = {
+    "pool": Stage(
+        lambda mesh: sharded.pool(W, PRIOR, 0.4, FEEDBACK, 0.2, **_units(mesh)),
+        lambda _: importance.pool(W, PRIOR, 0.4, FEEDBACK, 0.2),
+    ),
+    **{
+        f"shares, {name}": Stage(
+            lambda mesh, name=name: sharded.shares(W, name, **_units(mesh)),
+            lambda _, name=name: share_rules.SHARE_RULES[name](W),
+        )
+        for name in share_rules.SHARE_RULES
+    },
+    "shares of no weight": Stage(
+        lambda mesh: sharded.shares(0 * W, **_units(mesh)),
+        lambda _: share_rules.proportional(0 * W),
+    ),
+    "whole": Stage(
+        lambda mesh: sharded.whole(W, 300, FLOOR, CAP, **_units(mesh)),
+        lambda _: allocate.whole(W, 300, FLOOR, CAP),
+    ),
+    "ladder": Stage(
+        lambda mesh: sharded.ladder(
+            VALUES, COSTS, [50, 70, 90], DEVICE_OF, total_budget=150, **_units(mesh)
+        ),
+        lambda _: allocate.ladder(VALUES, COSTS, [50, 70, 90], DEVICE_OF, total_budget=150),
+    ),
+    "ladder of own budgets": Stage(
+        lambda mesh: sharded.ladder(
+            VALUES, COSTS, _own_budgets(mesh.shape[AXIS])[1], total_budget=60, **_units(mesh)
+        ),
+        lambda n: allocate.ladder(
+            VALUES, COSTS, _own_budgets(n)[1], _own_budgets(n)[0], total_budget=60
+        ),
+    ),
+    "importance of tokens": Stage(
+        lambda mesh: sharded.token_importance(
+            importance.key_norm, Q, KEYS, V, mesh=mesh, heads=AXIS
+        ),
+        lambda _: jax.vmap(importance.key_norm)(Q, KEYS, V),
+    ),
+    "importance of tiles": Stage(
+        lambda mesh: sharded.tile_importance(
+            importance.tile_error, Q, KEYS, V, mesh=mesh, batch=AXIS, block_q=BLOCK, block_k=BLOCK
+        ),
+        lambda _: importance.tile_error(Q, KEYS, V, block_q=BLOCK, block_k=BLOCK),
+    ),
+    "choice of tiles": Stage(
+        lambda mesh: _tiles(sharded.choose(TILE_VALUE, NUM_TILES, mesh=mesh, heads=AXIS, **CHOOSE)),
+        lambda _: _tiles(_plan()),
+    ),
+    "attention over examples": Stage(lambda mesh: _attend(mesh, batch=AXIS), _attend_alone),
+    "attention over heads": Stage(lambda mesh: _attend(mesh, heads=AXIS), _attend_alone),
+    "attention over queries": Stage(lambda mesh: _attend(mesh, queries=AXIS), _attend_alone),
+    "attention over tasks": Stage(
+        lambda mesh: _attend(mesh, tasks=AXIS, shares=TASKS),
+        lambda _: _attend_alone(_, shares=TASKS),
+    ),
+    "attention over documents": Stage(_attend_documents, _attend_documents_alone),
+    "cache of requests": Stage(lambda mesh: _mesh_decode(mesh, "requests"), _decode_requests),
+    "cache of heads": Stage(lambda mesh: _mesh_decode(mesh, "heads"), _decode_heads),
+}
