@@ -1,6 +1,8 @@
 """Fit a real model's attention into given device memory.
 
 python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (about 2 minutes on 2 cores)
+python -m experiments.kv_budget run --device-memory 2MiB,1MiB,1MiB,1MiB --processes 2 --save DIR
+python -m experiments.kv_budget resume --state DIR --device-memory 3MiB,3MiB   (on other devices)
 python -m experiments.kv_budget stream --device-memory 1MiB --new-tokens 2000   (a long decode)
 python -m experiments.kv_budget cases --out FILE.npz              (real texts for `score`)
 python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy ladder --json OUT
@@ -9,15 +11,13 @@ python -m experiments.kv_budget score --cases FILE.npz --budget 0.25 --policy la
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
+from experiments.kv_budget import guard, processes
 
-from jbalance.resources import parse_bytes
+# JAX is imported by the jobs: a guard does without.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,21 +25,31 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     try:
+        if options.job in ("run", "resume"):
+            processes.check_options(options)
+            if options.processes > 1 and not guard.guarded():
+                return _many(options, arguments)
         if options.job == "run":
             _run(options, shlex.join(["python", "-m", "experiments.kv_budget", *arguments]))
         else:
-            {"score": _score, "cases": _cases, "stream": _stream}[options.job](options)
+            jobs = {"score": _score, "cases": _cases, "stream": _stream, "resume": _resume}
+            jobs[options.job](options)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _many(options: argparse.Namespace, arguments: list[str]) -> int:
+    """This process is the one that starts the others, or one of them: a guard."""
+    if options.coordinator is None:
+        return processes.launch(arguments, options.processes)
+    return guard.run(arguments, options.coordinator, options.process_id, options.processes)
+
+
 def _run(options: argparse.Namespace, command: str) -> None:
     memory = tuple(_memory(part) for part in options.device_memory.split(","))
-    # Simulated devices where there is no accelerator. A caller that has used JAX already keeps its own.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", len(memory))
+    processes.join(options, len(memory))
 
     from experiments.kv_budget import report, run
     from experiments.models import load_gguf, smollm2_path
@@ -58,6 +68,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
         continuation_tokens=options.continuation_tokens,
         new_tokens=options.new_tokens,
         policies=tuple(policies),
+        save=options.save,
     )
     steps = run.steps_of(settings)
     _, model, tokenizer = load_gguf(smollm2_path())
@@ -69,9 +80,29 @@ def _run(options: argparse.Namespace, command: str) -> None:
             bar.advance(task)
 
         result = run.run(settings, model, tokenizer, step)
+    digest = processes.agree(run.outcome(result))
+    print(f"digest of the tokens and figures: {digest}")
+    if options.process_id:
+        return  # one process writes the report
     report.write(result, path)
     report.print_table(result)
     print(f"report: {path / 'report.html'}, {path / 'report.json'}")
+
+
+def _resume(options: argparse.Namespace) -> None:
+    memory = [_memory(part) for part in options.device_memory.split(",")]
+    processes.join(options, len(memory))
+
+    from experiments.kv_budget import resume
+    from experiments.models import load_gguf, smollm2_path
+
+    _, model, tokenizer = load_gguf(smollm2_path())
+    result = resume.resume(Path(options.state), model, memory)
+    digest = processes.agree(result)
+    result["text"] = tokenizer.decode(result["tokens"])
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    print(f"digest of the tokens and bytes: {digest}")
 
 
 def _stream(options: argparse.Namespace) -> None:
@@ -112,6 +143,8 @@ def _text(options: argparse.Namespace) -> str:
 
 
 def _memory(text: str) -> int:
+    from jbalance.resources import parse_bytes
+
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -144,6 +177,8 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _cases(options: argparse.Namespace) -> None:
+    import numpy as np
+
     from experiments.kv_budget import data, evaluate
     from experiments.models import load_gguf, smollm2_path
 
@@ -177,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
+    run.add_argument(
+        "--save", help="folder for the last policy's state when half of the new tokens are there"
+    )
+    processes.add_options(run)
+    resume = jobs.add_parser("resume", help="a saved decode goes on, on any devices")
+    resume.add_argument("--state", required=True, help="folder of run --save")
+    resume.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")
+    processes.add_options(resume)
     stream = jobs.add_parser("stream", help="a prompt and a long decode at constant bytes")
     stream.add_argument("--device-memory", required=True, help="of one device: 1MiB")
     stream.add_argument("--text", help="a UTF-8 text file; default: a text from a package")

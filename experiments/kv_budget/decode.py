@@ -1,11 +1,14 @@
-"""The model over reduced caches that lie on their own devices.
+"""The model over reduced caches that lie on their own devices, of one process or of many.
 
-Each layer runs on the first device; the queries of its key/value heads go to the devices that hold
-them, attention runs there, and only its output comes back.
+Every process runs the layers themselves on its first device, all alike. The queries of a layer's
+key/value heads go to the devices that hold them, and attention runs there. Each device's output has
+zeros for the heads that others hold, so that one sum over all devices puts the layer together: x + 0
+is exact, and every process sees the same bits, however many devices there are.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.kv_budget.measure import NUM_SINKS, Measured
 from experiments.kv_budget.policies import Plan, Room
@@ -69,6 +73,20 @@ class DeviceCache:
         return self.context.nbytes + self.tail_keys.nbytes + self.tail_values.nbytes
 
 
+Caches = list[DeviceCache | None]
+"""What each device holds [G]; None of those of other processes."""
+
+
+def live_bytes(caches: Caches) -> np.ndarray:
+    """Bytes that stay resident on each device [G]; 0 for those of other processes."""
+    return np.array([0 if held is None else held.nbytes for held in caches], np.int64)
+
+
+def is_local(device: jax.Device) -> bool:
+    """Whether the device is of this process."""
+    return device.process_index == jax.process_index()
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where each layer's heads are: static, made once from the placement."""
@@ -94,10 +112,16 @@ def place_caches(
     devices: Sequence[jax.Device],
     tail_tokens: int = 0,
     dtype: jnp.dtype = jnp.bfloat16,
-) -> list[DeviceCache]:
-    """Gather the kept entries of each device's units and move them there, with room for a tail."""
-    caches = []
+) -> Caches:
+    """Gather the kept entries of each device's units and move them there, with room for a tail.
+
+    Every process has measured and planned alike, and fills its own devices.
+    """
+    caches: Caches = []
     for d, device in enumerate(devices):
+        if not is_local(device):
+            caches.append(None)
+            continue
         units = np.flatnonzero(plan.device_of == d)
         shape = (units.size, tail_tokens, measured.k.shape[-1])
         tails = (jnp.zeros(shape, dtype, device=device) for _ in range(2))
@@ -156,6 +180,7 @@ class Decoder:
     def __init__(self, model: Llama, devices: Sequence[jax.Device]) -> None:
         self.config = model.config
         self.devices = list(devices)
+        self._mesh = Mesh(np.array(self.devices), ("devices",))
         graph, state = nnx.split(model)
         layers = [nnx.split(model.layer(i)) for i in range(model.config.num_layers)]
         self._layers = [layer_state for _, layer_state in layers]
@@ -165,23 +190,30 @@ class Decoder:
         self._qkv = functools.partial(_qkv, layers[0][0])
         self._finish = functools.partial(_finish, layers[0][0])
 
+    def alone(self) -> Decoder:
+        """The same model on this process's first device alone."""
+        one = copy.copy(self)
+        one.devices = [next(filter(is_local, self.devices))]
+        return one
+
     def forward(
         self,
         tokens: np.ndarray,
         position: int,
-        caches: list[DeviceCache],
+        caches: Caches,
         layout: Layout,
         tail: int,
-    ) -> tuple[jax.Array, list[DeviceCache]]:
+    ) -> tuple[jax.Array, Caches]:
         """Logits [T, V] of new tokens [T] at position, position + 1, ..., after `tail` earlier new ones.
 
         The new tokens see the kept context, the tail and each other causally. Where the caches have
-        room (R > 0) they are added to it; the returned caches take the place of the given ones.
+        room (R > 0) they are added to it; the returned caches take the place of the given ones. All
+        processes call it alike.
 
         Raises:
           ValueError: if the room is used but too small for them.
         """
-        room = caches[0].tail_keys.shape[1]
+        room = next(held for held in caches if held is not None).tail_keys.shape[1]
         if room and tail + len(tokens) > room:
             raise ValueError(
                 f"tokens: {tail + len(tokens)} new tokens exceed the {room} that room was kept for"
@@ -197,32 +229,68 @@ class Decoder:
 
     def _attend_devices(self, layer, q, k, v, caches, layout, tail):
         """Attention [K, ...] over what the devices hold, and the caches with the new tokens added."""
-        outputs, order, updated = [], [], []
-        for d, device in enumerate(self.devices):
-            heads = layout.heads(layer, d)
-            if heads.size == 0:
-                updated.append(caches[d])
-                continue
-            slots = layout.slot_of[layer, heads]
-            local = jax.device_put(_of_heads(q, k, v, heads), device)
-            part, kept = _attend_held(*local, slots=slots, held=caches[d], tail=tail)
-            updated.append(kept)
-            outputs.append(jax.device_put(part, self.devices[0]))
-            order.append(heads)
-        back = np.argsort(np.concatenate(order))
-        return _join(outputs, back), updated
+        outputs, updated = [], []
+        for d, (device, held) in enumerate(zip(self.devices, caches, strict=True)):
+            if held is not None:
+                heads = layout.heads(layer, d)
+                output, held = _attend_device(
+                    q, k, v, heads, device, layout.slot_of[layer], held, tail
+                )
+                outputs.append(output)
+            updated.append(held)
+        return self._sum(outputs), updated
+
+    def _sum(self, outputs: list[jax.Array]) -> Partial:
+        """One collective: the sum of all devices' outputs [1, K, ...], on this process's first."""
+        if len(self.devices) > 1:
+            shape = (len(self.devices), *outputs[0].shape[1:])
+            sharding = NamedSharding(self._mesh, jax.P("devices"))
+            # The CPU's collectives wait in threads that attention may need: the one after the other.
+            outputs = self._ready(outputs)
+            spread = jax.make_array_from_single_device_arrays(shape, sharding, outputs)
+            outputs = self._ready([_over_devices(self._mesh)(spread).addressable_data(0)])
+        return _apart(outputs[0])
+
+    def _ready(self, x):
+        return jax.block_until_ready(x) if self.devices[0].platform == "cpu" else x
+
+
+def _attend_device(q, k, v, heads, device, slot_of, held, tail) -> tuple[jax.Array, DeviceCache]:
+    """Attention [1, K, ...] of the heads that a device holds, zeros for others; and its cache."""
+    tokens, kv_heads, group, dim = q.shape
+    if heads.size == 0:
+        shape = (1, kv_heads, tokens * group, dim + 1)
+        return jnp.zeros(shape, jnp.float32, device=device), held
+    local = jax.device_put(_of_heads(q, k, v, heads), device)
+    part, held = _attend_held(*local, slots=slot_of[heads], held=held, tail=tail)
+    return _among_all(part, heads, kv_heads), held
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _among_all(part: Partial, heads, kv_heads: int) -> jax.Array:
+    """[1, K, ..., D + 1]: y and lse of some heads in one array, zeros for those of other devices."""
+    both = jnp.concatenate([part.y, part.lse[..., None]], axis=-1)
+    return jnp.zeros((1, kv_heads, *both.shape[1:]), both.dtype).at[0, heads].set(both)
+
+
+@jax.jit
+def _apart(both: jax.Array) -> Partial:
+    """y and lse of all heads, from their sum over the devices or from the only one."""
+    both = both.reshape(both.shape[-3:])
+    return Partial(both[..., :-1], both[..., -1])
+
+
+@functools.cache
+def _over_devices(mesh: Mesh):
+    """The sum over the devices of what each has, the same on all."""
+    total = functools.partial(jax.lax.psum, axis_name="devices")
+    return jax.jit(jax.shard_map(total, mesh=mesh, in_specs=jax.P("devices"), out_specs=jax.P()))
 
 
 @jax.jit
 def _of_heads(q, k, v, heads):
     """[n, T, ...] of some key/value heads, from [T, K, ...]."""
     return tuple(jnp.moveaxis(x[:, heads], 0, 1) for x in (q, k, v))
-
-
-@jax.jit
-def _join(parts: list[Partial], back) -> Partial:
-    """[K, ...] in the order of the heads, from the parts of the devices."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
 
 
 def _attend_held(q, k, v, *, slots, held: DeviceCache, tail) -> tuple[Partial, DeviceCache]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.kv_budget.data import Case
-from experiments.kv_budget.decode import Decoder, DeviceCache, Layout, place_caches
+from experiments.kv_budget.decode import Caches, Decoder, Layout, live_bytes, place_caches
 from experiments.kv_budget.measure import Measured
 from experiments.kv_budget.policies import Plan
 from experiments.models import Llama
@@ -28,9 +28,7 @@ class Quality(NamedTuple):
     top1: float  # how often both have the same most likely token
 
 
-def log_probs(
-    decoder: Decoder, plan: Plan, caches: list[DeviceCache], tokens: np.ndarray
-) -> jax.Array:
+def log_probs(decoder: Decoder, plan: Plan, caches: Caches, tokens: np.ndarray) -> jax.Array:
     """Log-probabilities [T, V] after each of the tokens [T] that follow the context."""
     layout = Layout.of(plan.device_of, plan.kept.shape[:2])
     logits, _ = decoder.forward(tokens, plan.kept.shape[2], caches, layout, 0)
@@ -38,7 +36,8 @@ def log_probs(
 
 
 def reference(decoder: Decoder, measured: Measured, tokens: np.ndarray) -> jax.Array:
-    """Log-probabilities [T, V] over the full cache in float32, on the first device."""
+    """Log-probabilities [T, V] over the full cache in float32, on each process's first device."""
+    decoder = decoder.alone()
     layers, heads, _ = measured.w.shape
     device_of = np.zeros(layers * heads, np.int32)
     plan = Plan(np.zeros(measured.w.shape, np.int8), (16,), device_of, None)
@@ -62,7 +61,7 @@ def quality(reduced: jax.Array, full: jax.Array, labels: np.ndarray) -> Quality:
 def answers(
     decoder: Decoder,
     plan: Plan,
-    caches: list[DeviceCache],
+    caches: Caches,
     query: np.ndarray,
     answer: np.ndarray,
 ) -> bool:
@@ -89,33 +88,59 @@ def answers_with_everything(model: Llama) -> Callable[[Case], bool]:
     return accept
 
 
+class Progress(NamedTuple):
+    """Greedy decoding so far: all that goes on from here."""
+
+    caches: Caches
+    layout: Layout
+    context_tokens: int
+    tail_tokens: int  # that the caches hold behind the context
+    tokens: tuple[int, ...]  # generated; the last one is not in the caches yet
+
+    def fed(self, decoder: Decoder, new: np.ndarray) -> Progress:
+        """After new tokens, with the one that is most likely after them."""
+        position = self.context_tokens + self.tail_tokens
+        logits, caches = decoder.forward(new, position, self.caches, self.layout, self.tail_tokens)
+        tokens = (*self.tokens, int(jnp.argmax(logits[-1])))
+        tail = self.tail_tokens + len(new)
+        return Progress(caches, self.layout, self.context_tokens, tail, tokens)
+
+    def next(self, decoder: Decoder) -> Progress:
+        """After one more token."""
+        return self.fed(decoder, np.array([self.tokens[-1]], np.int32))
+
+
 class Generation(NamedTuple):
     """Greedy decoding, token by token."""
 
     tokens: np.ndarray
     tokens_per_s: float
-    caches: list[DeviceCache]
+    most_bytes: np.ndarray  # [G] that each device held after any step; 0 for other processes'
 
 
 def generate(
-    decoder: Decoder, plan: Plan, caches: list[DeviceCache], query: np.ndarray, steps: int
+    decoder: Decoder,
+    plan: Plan,
+    caches: Caches,
+    query: np.ndarray,
+    steps: int,
+    at_half: Callable[[Progress], object] = lambda progress: None,
 ) -> Generation:
     """The question, then `steps` greedy tokens, over the caches and into their room.
 
-    The first token after the question is not timed: it compiles.
+    `at_half` is called when half of them are there. The first token after the question is not timed:
+    it compiles.
     """
     layout = Layout.of(plan.device_of, plan.kept.shape[:2])
-    position, tail = plan.kept.shape[2], len(query)
-    logits, caches = decoder.forward(query, position, caches, layout, 0)
-    found = [int(jnp.argmax(logits[-1]))]
-    start = time.perf_counter()
-    for step in range(steps - 1):
-        new = np.array([found[-1]], np.int32)
-        logits, caches = decoder.forward(new, position + tail, caches, layout, tail)
-        found.append(int(jnp.argmax(logits[-1])))
-        tail += 1
-        if step == 0:
-            start = time.perf_counter()
-    seconds = time.perf_counter() - start
+    progress = Progress(caches, layout, plan.kept.shape[2], 0, ()).fed(decoder, query)
+    most, seconds = live_bytes(progress.caches), 0.0
+    while len(progress.tokens) < steps:
+        start = time.perf_counter()
+        progress = progress.next(decoder)
+        if len(progress.tokens) > 2:
+            seconds += time.perf_counter() - start
+        most = np.maximum(most, live_bytes(progress.caches))
+        if len(progress.tokens) == steps // 2:
+            at_half(progress)
     rate = (steps - 2) / seconds if steps > 2 else 0.0
-    return Generation(np.asarray(found, np.int32), rate, caches)
+    return Generation(np.array(progress.tokens, np.int32), rate, most)

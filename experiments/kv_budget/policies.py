@@ -23,6 +23,7 @@ from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
 
 LADDER_BITS = (8, 4, 3)
+_PACKINGS = 4  # of one price's pages into the devices, before each gets its own price
 
 
 class Counts(NamedTuple):
@@ -197,6 +198,16 @@ def policy_of(name: str) -> AnyPolicy:
     return checks.choice("policy", name, POLICIES)
 
 
+class Evenness(NamedTuple):
+    """How even the devices' parts are."""
+
+    layer_time: float  # tokens that the fullest device of each layer reads, summed over the layers
+    layer_time_bound: float  # that no placement within the budgets beats
+    memory_over_even: (
+        float  # of the fullest device, by which its part of its budget exceeds the mean
+    )
+
+
 class Plan(NamedTuple):
     """Which tokens stay, at how many bits, and where."""
 
@@ -206,6 +217,7 @@ class Plan(NamedTuple):
     price: np.ndarray | None  # [G] value that one more byte would save, if it has prices
     room: Room | None = None  # of a plan in pages
     remainder: bool = False  # whether something stays of evicted tokens
+    evenness: Evenness | None = None  # of a plan within budgets
 
     @property
     def kept(self) -> np.ndarray:
@@ -221,7 +233,11 @@ class Plan(NamedTuple):
 def make_plan(
     policy: AnyPolicy, measured: Measured, budgets_bytes: list[int], tail_tokens: int = 0
 ) -> Plan:
-    """Place the units on the devices, and spend each device's bytes on its own.
+    """Place the units on the devices, each layer's time and each device's memory even.
+
+    Bytes are given as if the memory were one, at one price. Where the units with their pages, or a few
+    pages less, fit into the devices so, that is the plan; else each device's bytes are spent on its own
+    units.
 
     Args:
       policy: who gets how much.
@@ -250,8 +266,8 @@ def _plan_entries(policy: Policy, measured: Measured, budgets: np.ndarray, tail:
     at_most = _entries(int(budgets.sum()), units, tail, head_dim, "the budget")
     on_one = np.zeros(units, np.int32)
     demand = policy.rule(measured, np.array([min(at_most, units * tokens)]), on_one).entries
-    loads = jnp.asarray(demand + tail, jnp.float32)
-    device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
+    entry, wanted = kv_entry_bytes(head_dim), (demand + tail).reshape(layers, heads)
+    device_of = place_units(wanted, wanted * entry + 4, budgets - 4)
     number = np.bincount(device_of, minlength=budgets.size)
     fits = [
         _entries(int(size), int(n), tail, head_dim, f"--device-memory[{d}]")
@@ -263,8 +279,30 @@ def _plan_entries(policy: Policy, measured: Measured, budgets: np.ndarray, tail:
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(tokens)[None, None], axis=-1)
     evicted = rank >= chosen.entries.reshape(layers, heads, 1)
-    price = None if chosen.price is None else chosen.price / kv_entry_bytes(head_dim)
-    return Plan(evicted.astype(np.int8), (16,), device_of, price)
+    price = None if chosen.price is None else chosen.price / entry
+    held = (chosen.entries + tail).reshape(layers, heads)
+    even = _evenness(held, held * entry + 4, device_of, budgets)
+    return Plan(evicted.astype(np.int8), (16,), device_of, price, evenness=even)
+
+
+def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:
+    """device_of [U] of units [L, K] by the tokens that attention reads of them and their bytes."""
+    placed = place.over_layers(
+        tokens.astype(np.float32), size_bytes.astype(np.float32), room_bytes.astype(np.float32)
+    )
+    return np.asarray(placed.device_of).reshape(-1)
+
+
+def _evenness(tokens, size_bytes, device_of, budgets) -> Evenness:
+    """Of units [L, K] on their devices."""
+    time = np.zeros((len(tokens), budgets.size))
+    np.add.at(time, (np.arange(len(tokens))[:, None], device_of.reshape(tokens.shape)), tokens)
+    bound = place.over_layers_bound(
+        tokens.astype(np.float32), size_bytes.astype(np.float32), budgets.astype(np.float32)
+    )
+    held = np.bincount(device_of, size_bytes.reshape(-1), budgets.size)
+    over = (held / budgets).max() / (held.sum() / budgets.sum()) - 1
+    return Evenness(float(time.max(axis=1).sum()), float(bound), float(over))
 
 
 def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, tail: int) -> Plan:
@@ -278,23 +316,46 @@ def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, ta
         max(int(budgets.sum()) - units * beside, 1), units, head_dim, policy.bits
     )
 
-    def solve(budgets: np.ndarray, device_of: np.ndarray) -> tuple[Levels, Room]:
+    def room_of(budgets: np.ndarray, device_of: np.ndarray) -> Room:
         number = np.bincount(device_of, minlength=budgets.size)
         fits = [
             _pages_within(int(size), int(n), tail, beside, head_dim, policy.bits, page_bytes, d)
             for d, (size, n) in enumerate(zip(budgets, number, strict=True))
         ]
-        room = Room(np.array(fits), page_bytes, device_of, head_dim)
-        return policy.rule(measured, policy.bits, room), room
+        return Room(np.array(fits), page_bytes, device_of, head_dim)
 
-    # Placed as if the memory were one, so that the devices' prices come out alike.
-    demand, _ = solve(budgets.sum(keepdims=True), np.zeros(units, np.int32))
-    sizes = np.array([*(pages.token_bytes(head_dim, b) for b in policy.bits), 0])
-    loads = jnp.asarray(sizes[demand.level].sum(axis=1) + beside, jnp.float32)
-    device_of = np.asarray(place.pack(loads, budgets.size, budgets).device_of)
-    chosen, room = solve(budgets, device_of)
+    def sizes_of(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pages [U], and tokens and bytes [L, K], of units with tokens at levels [U, S]."""
+        need = _pages_of(level, room, policy.bits)
+        size = need * (page_bytes + 4) + beside + 8 * len(policy.bits)  # its part of the tables too
+        tokens = (level < len(policy.bits)).sum(axis=1) + tail
+        return need, tokens.reshape(shape[:2]), size.reshape(shape[:2])
+
+    room = pool = room_of(budgets.sum(keepdims=True), np.zeros(units, np.int32))
+    chosen = policy.rule(measured, policy.bits, pool)
+    for _ in range(_PACKINGS if budgets.size > 1 else 0):
+        need, tokens, size = sizes_of(chosen.level)
+        room = room_of(budgets, place_units(tokens, size, budgets - 4))
+        if (np.bincount(room.device_of, need, budgets.size) <= room.num_pages).all():
+            if chosen.price is not None:
+                chosen = Levels(chosen.level, chosen.price.repeat(budgets.size))
+            break
+        # Pages do not divide: the devices together hold some fewer than one of their bytes.
+        fewer = np.minimum(room.num_pages.sum(), pool.num_pages - 1)
+        pool = pool._replace(num_pages=fewer)
+        chosen = policy.rule(measured, policy.bits, pool)
+    else:
+        chosen = policy.rule(measured, policy.bits, room)
+    _, tokens, size = sizes_of(chosen.level)
+    even = _evenness(tokens, size, room.device_of, budgets)
     level = chosen.level.reshape(shape)
-    return Plan(level, policy.bits, device_of, chosen.price, room, policy.remainder)
+    return Plan(level, policy.bits, room.device_of, chosen.price, room, policy.remainder, even)
+
+
+def _pages_of(level: np.ndarray, room: Room, bits: tuple[int, ...]) -> np.ndarray:
+    """Pages [U] that units take with their tokens at levels [U, S]."""
+    counts = (level[..., None] == np.arange(len(bits))).sum(axis=1)
+    return np.sum(-(-counts // np.array(room.page_tokens(bits))), axis=1)
 
 
 def key_mean_bytes(head_dim: int) -> int:

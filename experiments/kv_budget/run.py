@@ -8,15 +8,23 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.kv_budget import data, evaluate, measure
+from experiments.kv_budget import data, evaluate, measure, processes, state
 from experiments.kv_budget.data import Case
-from experiments.kv_budget.decode import Decoder, DeviceCache, place_caches
+from experiments.kv_budget.decode import (
+    Caches,
+    Decoder,
+    DeviceCache,
+    is_local,
+    live_bytes,
+    place_caches,
+)
 from experiments.kv_budget.policies import AnyPolicy, Plan, everything, make_plan, policy_of
 from experiments.models import Llama
 from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
@@ -42,6 +50,7 @@ class Settings:
     continuation_tokens: int
     new_tokens: int
     policies: tuple[str, ...]
+    save: str | None = None  # folder for the last policy's state, half of the new tokens generated
 
     def __post_init__(self) -> None:
         """ValueError for what can be seen without the model."""
@@ -56,6 +65,8 @@ class Settings:
             raise ValueError(f"--continuation-tokens is {self.continuation_tokens}: at least 1")
         if self.question == "":
             raise ValueError("--question is empty: leave it out to ask for the pass key")
+        if self.save is not None:
+            state.check_folder(Path(self.save))
         measure.check_length("--context-tokens: the context", self.context_tokens)
 
 
@@ -87,7 +98,8 @@ def run(
       ValueError: a text too short, a budget too small, an unknown policy, too few devices.
     """
     policies = [policy_of(name) for name in settings.policies]
-    budgets = device_budgets(_devices(len(settings.memory_bytes)), 1.0, settings.memory_bytes)
+    devices = devices_for(len(settings.memory_bytes))
+    budgets = device_budgets(devices, 1.0, settings.memory_bytes)
     case = data.cut(
         tokenizer,
         settings.text,
@@ -97,7 +109,7 @@ def run(
     query = case.query
     if settings.question is not None:
         query = data.encode(tokenizer, settings.question)
-    decoder = Decoder(model, jax.devices()[: len(budgets)])
+    decoder = Decoder(model, devices)
 
     prefilled: dict[str, measure.Measured] = {}
     for scorer in dict.fromkeys(policy.scorer for policy in policies):
@@ -119,7 +131,8 @@ def run(
     rows, plans = [], {}
     for policy in policies:
         step(f"policy {policy.name}")
-        row, plans[policy.name] = _policy_row(job, policy, prefilled[policy.scorer])
+        save = settings.save if policy is policies[-1] else None
+        row, plans[policy.name] = _policy_row(job, policy, prefilled[policy.scorer], save)
         rows.append(row)
     step("quality against bytes")
     curve = _curve(job, policies, prefilled, rows)
@@ -129,39 +142,65 @@ def run(
     return report
 
 
+def outcome(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What of a report must be the same on every process: all but times."""
+    return [
+        {name: row[name] for name in ("policy", "answer_tokens", "kl", "nll", "top1", "devices")}
+        for row in report["policies"]
+    ]
+
+
 def steps_of(settings: Settings) -> int:
     """How many times `run` calls `step`."""
     scorers = {policy_of(name).scorer for name in settings.policies}
     return len(scorers) + len(settings.policies) + 2
 
 
-def _devices(number: int) -> list[jax.Device]:
-    if len(jax.devices()) < number:
+def devices_for(number: int) -> list[jax.Device]:
+    """The first devices of all processes.
+
+    Raises:
+      ValueError: if there are fewer, or a process would have none.
+    """
+    devices = jax.devices()
+    if len(devices) < number:
         raise ValueError(
-            f"--device-memory has {number} entries, but there are {len(jax.devices())} devices: "
+            f"--device-memory has {number} entries, but there are {len(devices)} devices: "
             f"give at most one entry each"
         )
-    return jax.devices()[:number]
+    if not any(map(is_local, devices[:number])):
+        raise ValueError(
+            f"--device-memory has {number} entries, which leaves process {jax.process_index()} without "
+            f"a device: give one entry for each of the {len(devices)} devices"
+        )
+    return devices[:number]
 
 
-def _policy_row(job: Job, policy: AnyPolicy, measured: measure.Measured) -> tuple[dict, Plan]:
-    """Everything that the report says of one policy."""
+def _policy_row(
+    job: Job, policy: AnyPolicy, measured: measure.Measured, save: str | None
+) -> tuple[dict, Plan]:
+    """Everything that the report says of one policy; its state is saved on the way if asked for."""
     make_plan(policy, measured, job.budgets, job.tail_tokens)  # compiles; the next one is timed
     start = time.perf_counter()
     plan = make_plan(policy, measured, job.budgets, job.tail_tokens)
     seconds = time.perf_counter() - start
     caches = place_caches(measured, plan, job.decoder.devices, job.tail_tokens)
-    live = [held.nbytes for held in caches]
-    entries = [held.context.num_entries for held in caches]
+    live = processes.total(live_bytes(caches))
+    entries = np.bincount(plan.device_of, plan.entries, minlength=live.size)
     reduced = evaluate.log_probs(
-        job.decoder, plan, [_without_room(held) for held in caches], job.case.continuation[:-1]
+        job.decoder, plan, _without_room(caches), job.case.continuation[:-1]
     )
     quality = evaluate.quality(reduced, job.full, job.case.continuation[1:])
-    generated = evaluate.generate(job.decoder, plan, caches, job.query, job.new_tokens)
-    after = [held.nbytes for held in generated.caches]
-    within = all(b <= size for b, size in zip(np.maximum(live, after), job.budgets, strict=True))
+
+    def at_half(progress: evaluate.Progress) -> None:
+        if save is not None:
+            state.save(Path(save), job.decoder, progress, job.new_tokens)
+
+    generated = evaluate.generate(job.decoder, plan, caches, job.query, job.new_tokens, at_half)
+    most = np.maximum(live, processes.total(generated.most_bytes))
+    within = bool((most <= job.budgets).all())
     if not within and policy.rule is not everything:
-        raise RuntimeError(f"{policy.name} holds {live} bytes, the budgets are {job.budgets}")
+        raise RuntimeError(f"{policy.name} holds {most} bytes, the budgets are {job.budgets}")
     price = [None] * len(live) if plan.price is None else plan.price.tolist()
     found = generated.tokens[: len(job.case.answer)]
     row = {
@@ -169,24 +208,31 @@ def _policy_row(job: Job, policy: AnyPolicy, measured: measure.Measured) -> tupl
         **quality._asdict(),
         "perplexity": float(np.exp(quality.nll)),
         "passkey_exact": bool((found == job.case.answer).all()) if job.passkey else None,
+        "answer_tokens": generated.tokens.tolist(),
         "answer_text": job.tokenizer.decode(generated.tokens.tolist()),
         "plan_s": seconds,
         "tokens_per_s": generated.tokens_per_s,
-        "cache_bytes": int(sum(live)),
+        "cache_bytes": int(most.sum()),
         "budget_bytes": int(sum(job.budgets)),
-        "within_budget": bool(within),
+        "within_budget": within,
         "entries": plan.entries.reshape(plan.kept.shape[:2]).tolist(),
+        "evenness": None if plan.evenness is None else plan.evenness._asdict(),
         "devices": [
-            {"budget_bytes": b, "live_bytes": n, "entries": e, "price_per_byte": p}
-            for b, n, e, p in zip(job.budgets, live, entries, price, strict=True)
+            {"budget_bytes": b, "live_bytes": int(n), "entries": int(e), "price_per_byte": p}
+            for b, n, e, p in zip(job.budgets, most, entries, price, strict=True)
         ],
     }
     return row, plan
 
 
-def _without_room(held: DeviceCache) -> DeviceCache:
+def _without_room(caches: Caches) -> Caches:
     """The same kept entries without a tail: for text that is only judged, not appended."""
-    return DeviceCache(held.context, held.tail_keys[:, :0], held.tail_values[:, :0])
+    return [
+        None
+        if held is None
+        else DeviceCache(held.context, held.tail_keys[:, :0], held.tail_values[:, :0])
+        for held in caches
+    ]
 
 
 def _curve(job, policies, prefilled, rows) -> list[dict[str, Any]]:
@@ -195,22 +241,22 @@ def _curve(job, policies, prefilled, rows) -> list[dict[str, Any]]:
         {"policy": row["policy"], "cache_bytes": row["cache_bytes"], "kl": row["kl"]}
         for row in rows
     ]
-    full_bytes = _full_bytes(job)
+    full_bytes, decoder = _full_bytes(job), job.decoder.alone()
     for policy in policies:
         for scale in CURVE_SCALES if policy.name in CURVE_POLICIES else ():
-            budgets = [int(size * scale) for size in job.budgets]
-            if sum(budgets) >= full_bytes:
+            budget = int(sum(job.budgets) * scale)
+            if budget >= full_bytes:
                 continue
             measured = prefilled[policy.scorer]
             try:
-                plan = make_plan(policy, measured, budgets, job.tail_tokens)
+                plan = make_plan(policy, measured, [budget], job.tail_tokens)
             except ValueError:  # half of a small budget may not hold the tails: no point there
                 continue
-            caches = place_caches(measured, plan, job.decoder.devices)
-            reduced = evaluate.log_probs(job.decoder, plan, caches, job.case.continuation[:-1])
+            caches = place_caches(measured, plan, decoder.devices)
+            reduced = evaluate.log_probs(decoder, plan, caches, job.case.continuation[:-1])
             kl = evaluate.quality(reduced, job.full, job.case.continuation[1:]).kl
             tails = plan.entries.size * job.tail_tokens * 4 * measured.k.shape[-1]
-            size = sum(held.nbytes for held in caches) + tails
+            size = int(live_bytes(caches).sum()) + tails
             points.append({"policy": policy.name, "cache_bytes": size, "kl": kl})
     return sorted(points, key=lambda p: (p["policy"], p["cache_bytes"]))
 

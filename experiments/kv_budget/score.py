@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments.kv_budget import evaluate, measure
-from experiments.kv_budget.decode import Decoder, place_caches
+from experiments.kv_budget.decode import Decoder, live_bytes, place_caches
 from experiments.kv_budget.policies import AnyPolicy, everything, make_plan, policy_of
 from experiments.models import Llama
 from jbalance.resources import kv_entry_bytes
@@ -120,7 +120,7 @@ def _score_context(decoder, measured, policies: list[AnyPolicy], budgets, kind, 
             budget_bytes = int(budget * full_bytes)
             plan = make_plan(policy, measured, [budget_bytes])
             caches = place_caches(measured, plan, decoder.devices)
-            resident = sum(held.nbytes for held in caches)
+            resident = int(live_bytes(caches).sum())
             if resident > budget_bytes and policy.rule is not everything:
                 raise RuntimeError(f"{policy.name} holds {resident} of {budget_bytes} bytes")
             if kind == "lm":

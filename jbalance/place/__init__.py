@@ -6,6 +6,7 @@ from jbalance.place.bound import bound
 from jbalance.place.causal import causal_tiles, visible_keys
 from jbalance.place.contiguous import contiguous
 from jbalance.place.drift import rebalance, rebalance_replicas
+from jbalance.place.over_layers import over_layers, over_layers_bound
 from jbalance.place.pack import pack
 from jbalance.place.replicate import replicate
 from jbalance.place.step_time import step_time
@@ -22,6 +23,8 @@ __all__ = [
     "bound",
     "causal_tiles",
     "contiguous",
+    "over_layers",
+    "over_layers_bound",
     "pack",
     "rebalance",
     "rebalance_replicas",
