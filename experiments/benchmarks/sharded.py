@@ -40,13 +40,14 @@ TOKENS, BLOCK, HEADS, KV_HEADS, HEAD_DIM, DENSITY = 8192, 128, 16, 8, 64, 0.5
 DOCUMENTS = 5
 LAYERS, REQUESTS, CACHE_BYTES = 4, 8, 2_000_000
 MOST_SCALARS = 64
+GRADIENT_FLOPS = 3.5  # of the forward pass: that once more, and five products for two
 
 
 class Program(NamedTuple):
-    """A function of arrays of some shapes, and how they lie on the mesh."""
+    """A function, and pytrees of the shapes and shardings of what it is called with."""
 
     run: Callable[..., Any]
-    arguments: tuple[tuple[tuple[int, ...], Any, jax.P], ...]  # shape, dtype, where
+    arguments: tuple[Any, ...]
 
 
 def main() -> None:
@@ -61,7 +62,10 @@ def measure(quick: bool) -> list[Row]:
         for scaling in ("strong", "weak"):
             for number in devices if scaling == "strong" else devices[1:]:
                 rows += _stage_rows(f"{name}_{scaling}_g{number}", make, number, scaling)
-    return rows + [row for number in devices for row in _attention_rows(number)]
+    for scaling in ("strong", "weak"):
+        for number in devices if scaling == "strong" else devices[1:]:
+            rows += _attention_rows(number, scaling)
+    return rows
 
 
 def _mesh(number: int) -> Mesh:
@@ -69,19 +73,19 @@ def _mesh(number: int) -> Mesh:
     return jax.make_mesh((number,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def _compiled(program: Program, mesh: Mesh) -> Any:
-    """The program for arrays that lie where they belong already."""
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
-        for shape, dtype, where in program.arguments
-    ]
-    return jax.jit(program.run).lower(*shapes).compile()
+def _array(mesh: Mesh, shape: tuple[int, ...], where: jax.P, dtype: Any = jnp.float32) -> Any:
+    """One that lies where it belongs already."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
+
+
+def _compiled(program: Program) -> Any:
+    return jax.jit(program.run).lower(*program.arguments).compile()
 
 
 def _ladder_rows(units: int) -> Iterator[Row]:
     number = max(DEVICES)
     mesh = _mesh(number)
-    hlo = _compiled(_ladder(mesh, units), mesh).as_text()
+    hlo = _compiled(_ladder(mesh, units)).as_text()
     case = f"ladder_n{units}_g{number}"
     usual, most = (
         _collectives.traffic(hlo, passes=MOST_PASSES, branches=branches).numbers
@@ -95,8 +99,8 @@ def _stage_rows(
     case: str, make: Callable[..., Program], number: int, scaling: str
 ) -> Iterator[Row]:
     mesh = _mesh(number)
-    compiled = _compiled(make(mesh, number if scaling == "weak" else max(DEVICES)), mesh)
-    yield from _rows(case, compiled)
+    parts = number if scaling == "weak" else max(DEVICES)
+    yield from _rows(case, _compiled(make(mesh, parts)))
 
 
 def _rows(case: str, compiled: Any) -> Iterator[Row]:
@@ -116,14 +120,9 @@ def _ladder(mesh: Mesh, units: int) -> Program:
         return sharded.ladder(values, COSTS, budgets, total_budget=total, mesh=mesh, axis_name=AXIS)
 
     split = jax.P(AXIS)
-    return Program(
-        run,
-        (
-            ((units, levels), jnp.float32, split),
-            ((number,), jnp.int32, split),
-            ((), jnp.int32, jax.P()),
-        ),
-    )
+    values = _array(mesh, (units, levels), split)
+    budgets = _array(mesh, (number,), split, jnp.int32)
+    return Program(run, (values, budgets, _array(mesh, (), jax.P(), jnp.int32)))
 
 
 def _scaled_ladder(mesh: Mesh, parts: int) -> Program:
@@ -134,7 +133,7 @@ def _of_units(call: Callable[..., Any]) -> Callable[[Mesh, int], Program]:
     def make(mesh: Mesh, parts: int) -> Program:
         units = UNITS // max(DEVICES) * parts
         run = functools.partial(call, mesh=mesh, axis_name=AXIS)
-        return Program(run, (((units,), jnp.float32, jax.P(AXIS)),))
+        return Program(run, (_array(mesh, (units,), jax.P(AXIS)),))
 
     return make
 
@@ -147,7 +146,7 @@ def _of_heads(call: Callable[..., Any]) -> Callable[[Mesh, int], Program]:
         heads, where = kv_heads * HEADS // KV_HEADS, jax.P(None, None, AXIS)
         shapes = [(1, TOKENS, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
         run = functools.partial(call, mesh=mesh, heads=AXIS)
-        return Program(run, tuple((shape, jnp.float32, where) for shape in shapes))
+        return Program(run, tuple(_array(mesh, shape, where) for shape in shapes))
 
     return make
 
@@ -168,7 +167,7 @@ def _choose(mesh: Mesh, parts: int) -> Program:
             block_k=BLOCK,
         )
 
-    return Program(run, (((1, heads, blocks, blocks), jnp.float32, jax.P(None, AXIS)),))
+    return Program(run, (_array(mesh, (1, heads, blocks, blocks), jax.P(None, AXIS)),))
 
 
 def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
@@ -190,80 +189,79 @@ def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
         )
         ring = jax.tree.map(lambda x: x[0], cache.rings)
 
-        def run(q, k, v):
+        def run(cache, ring, q, k, v):
             return sharded.cache.attend_step(cache, ring, 0, q, k, v)
 
+        held = jax.tree.map(lambda x: _array(mesh, x.shape, jax.P(AXIS), x.dtype), (cache, ring))
         where = jax.P(AXIS) if split == "requests" else jax.P(None, AXIS)
         shapes = [(requests, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
-        return Program(run, tuple((shape, jnp.float32, where) for shape in shapes))
+        return Program(run, (*held, *(_array(mesh, shape, where) for shape in shapes)))
 
     return make
 
 
-def _attention_rows(number: int) -> Iterator[Row]:
-    """Attention over half of the tiles of packed documents, heads or query blocks on the devices."""
-    mesh = _mesh(number)
-    rng = np.random.default_rng(0)
-    ends = np.sort(rng.choice(TOKENS, DOCUMENTS - 1, replace=False))
-    ids = np.searchsorted(ends, np.arange(TOKENS), side="right").astype(np.int32)
-    plan = attention.plan.intersection(
-        attention.plan.causal(TOKENS, TOKENS), attention.plan.segments(ids[None], ids[None])
-    )
-    tiles = np.asarray(plan.count)[0, 0]  # of each block of queries
-    ranks = np.asarray(place.causal_tiles(ids, number, BLOCK).device_of)
-    in_order = np.arange(tiles.size) * number // tiles.size
-    flops = 4 * BLOCK * BLOCK * HEAD_DIM * HEADS
-    whole = {"segment_ids": (ids[None], ids[None]), "causal": True}
-    block_at = np.asarray(sharded.block_order(ranks, number))
-    token = (block_at[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-    by_rank = {"causal": True, "segment_ids": (ids[None, token],) * 2, "block_at": block_at}
-    ways: dict[str, tuple[dict[str, Any], jax.P, np.ndarray]] = {
-        "heads": (
-            {"heads": AXIS} | whole,
-            jax.P(None, None, AXIS),
-            np.full(number, tiles.sum() / number),
-        ),
-        "queries_in_order": (
-            {"queries": AXIS} | whole,
-            jax.P(None, AXIS),
-            np.bincount(in_order, tiles),
-        ),
-        "queries_placed": (
-            {"queries": AXIS} | by_rank,
-            jax.P(None, AXIS),
-            np.bincount(ranks, tiles),
-        ),
-    }
-    for way, (options, where, load) in ways.items():
-        attend = functools.partial(sharded.attend, plan=plan, mesh=mesh, **options)
+def _attention_rows(number: int, scaling: str) -> Iterator[Row]:
+    """Attention within packed documents, heads or blocks of queries on the devices."""
+    mesh, part = _mesh(number), number / max(DEVICES) if scaling == "weak" else 1
+    for way, axis in (("heads", 2), ("queries_in_order", 1), ("queries_placed", 1)):
+        by_heads = way == "heads"
+        heads = int(HEADS * part) if by_heads else HEADS
+        tokens = TOKENS if by_heads else int(TOKENS * part)
+        ids = _documents(tokens)
+        plan = attention.plan.intersection(
+            attention.plan.causal(tokens, tokens), attention.plan.segments(ids[None], ids[None])
+        )
+        tiles = np.asarray(plan.count)[0, 0]  # of each block of queries
+        options: dict[str, Any] = {"heads" if by_heads else "queries": AXIS}
+        load = np.full(number, tiles.sum() / number)
+        if way == "queries_in_order":
+            load = np.bincount(np.arange(tiles.size) * number // tiles.size, tiles)
+        elif way == "queries_placed":
+            # By what the blocks cost, as many blocks on each device.
+            each = tiles.size // number
+            placed = place.pack(tiles.astype(np.float32), number, max_count=each)
+            load, block_at = np.asarray(placed.load), sharded.block_order(placed.device_of, number)
+            ids = ids.reshape(-1, BLOCK)[np.asarray(block_at)].reshape(-1)
+            options["block_at"] = block_at
+        attend = functools.partial(
+            sharded.attend,
+            plan=plan,
+            mesh=mesh,
+            causal=True,
+            segment_ids=(ids[None], ids[None]),
+            **options,
+        )
 
         def loss(q, k, v, attend=attend):
             return jnp.sum(attend(q, k, v).y)
 
-        shapes = [(1, TOKENS, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
-        arguments = tuple((shape, jnp.float32, where) for shape in shapes)
-        for part, run in (
-            ("", lambda *x, attend=attend: attend(*x).y),
-            ("_gradient", jax.grad(loss, (0, 1, 2))),
+        where = jax.P(*(AXIS if i == axis else None for i in range(3)))
+        shapes = [(1, tokens, n, HEAD_DIM) for n in (heads, *[heads * KV_HEADS // HEADS] * 2)]
+        arguments = tuple(_array(mesh, shape, where) for shape in shapes)
+        flops = 4 * BLOCK * BLOCK * HEAD_DIM * heads * float(load.max())
+        for name, run, times in (
+            (way, attend, 1.0),
+            (f"{way}_gradient", jax.grad(loss, (0, 1, 2)), GRADIENT_FLOPS),
         ):
-            case = f"attention_{way}{part}_strong_g{number}"
-            compiled = _compiled(Program(run, arguments), mesh)
-            sent = _collectives.traffic(compiled.as_text(), passes=1)
-            yield Row(case, "collective_bytes", sent.bytes)
-            memory = compiled.memory_analysis()
-            yield Row(
-                case,
-                "memory_bytes",
-                memory.temp_size_in_bytes
-                + memory.output_size_in_bytes
-                + memory.argument_size_in_bytes,
+            rows = _rows(
+                f"attention_{name}_{scaling}_g{number}", _compiled(Program(run, arguments))
             )
-            yield Row(case, "flops", float(load.max()) * flops * (3.5 if part else 1))
-            yield Row(case, "flops_over_mean", float(load.max() / load.mean()))
+            counted = {"flops": flops * times, "flops_over_mean": float(load.max() / load.mean())}
+            for row in rows:
+                if row.metric not in counted:
+                    yield row
+            yield from (Row(row.case, metric, x) for metric, x in counted.items())
+
+
+def _documents(tokens: int) -> Any:
+    """[tokens] the document of each token."""
+    rng = np.random.default_rng(0)
+    ends = np.sort(rng.choice(tokens, DOCUMENTS - 1, replace=False))
+    return np.searchsorted(ends, np.arange(tokens), side="right").astype(np.int32)
 
 
 STAGES: dict[str, Callable[[Mesh, int], Program]] = {
-    "pool": _of_units(functools.partial(sharded.pool)),
+    "pool": _of_units(lambda w, **over: sharded.pool(w, w, 0.5, **over)),
     "shares": _of_units(sharded.shares),
     "whole": _of_units(lambda w, **over: sharded.whole(w, 64_000_000, **over)),
     "ladder": _scaled_ladder,

@@ -204,8 +204,9 @@ def attend(
 
     Causal blocks of queries see the more keys the later they come, so that ranks in the order of the
     sequence wait for the last one. `block_at` lets the tokens lie on the devices in another order:
-    `place.causal_tiles` says which block goes where, `block_order` in which order that is, and
-    everything by token (q, k, v, segment_ids, the keys of bias and shares) comes in that order; plan and
+    `place.pack` of what the blocks cost (the counts of a plan; `place.causal_tiles` where all is
+    computed) says which block goes where, `block_order` in which order that is, and everything by
+    token (q, k, v, segment_ids, the keys of bias and shares) comes in that order; plan and
     relative_bias stay in that of the sequence.
 
     Args:

@@ -53,7 +53,8 @@ def pool(
       w' [U] float32.
 
     Raises:
-      ValueError: shapes; a w that is concrete and negative or NaN.
+      ValueError: shapes; a w that is concrete and negative or NaN; beta without a prior, eta without
+        feedback.
     """
     given = {"w": w, "prior": prior, "feedback": feedback}
     units = {name: x for name, x in given.items() if x is not None}
@@ -61,7 +62,13 @@ def pool(
         checks.rank(name, x, 1, "[U]")
         checks.same_length(name, x, "w", w)
     checks.non_negative("w", w)
-    return _over_units(_pool, units, {"beta": beta, "eta": eta}, {}, mesh, axis_name, _UNIT)
+    common = {}
+    for name, x, of in (("beta", beta, "prior"), ("eta", eta, "feedback")):
+        if of in units:
+            common[name] = x
+        elif not (checks.is_concrete(x) and float(x) == 0):  # type: ignore[arg-type]
+            raise ValueError(f"{name} is {x} but {of} is None: give {of}, or {name}=0")
+    return _over_units(_pool, units, common, {}, mesh, axis_name, _UNIT)
 
 
 def _pool(arguments, where, axis_name):
@@ -115,20 +122,19 @@ def whole(
     Args, Returns, Raises: those of `allocate.whole`; values are checked where they are concrete.
     """
     check_whole(w, budget, floor, cap, device_of)
-    units = {"w": w, "floor": _each(floor, w), "cap": _each(cap, w)}
+    units, common = {"w": w}, {"budget": budget}
     units |= {} if device_of is None else {"device_of": device_of}
+    for name, x in (("floor", floor), ("cap", cap)):
+        (units if np.ndim(x) else common)[name] = x
     kinds = _kinds(Whole, amount=_UNIT, price=_ALL, binding=_UNIT, slack=_ALL, status=_ALL)
-    out = _over_units(_whole, units, {"budget": budget}, {}, mesh, axis_name, kinds)
+    out = _over_units(_whole, units, common, {}, mesh, axis_name, kinds)
     check_whole_feasible(out, w, budget, floor, device_of)
     return out
 
 
-def _each(x, w):
-    return jnp.broadcast_to(jnp.asarray(x, jnp.int32), np.shape(w))
-
-
 def _whole(arguments, where, axis_name):
-    del where  # padding has a cap of 0
+    if where is not None:
+        arguments |= {name: jnp.where(where, arguments[name], 0) for name in ("floor", "cap")}
     return allocate.whole(**arguments, axis_name=axis_name)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from sharded_cases import CASES, COMMON, UNITS, assert_same
-from worker import NAMES
+from sharded_stages import STAGES
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,13 +24,47 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("devices_each", [1, 2])
-def test_two_processes(tmp_path, devices_each):
+NAMES = (
+    "webster on devices",
+    "largest remainder",
+    "ladder, devices and total",
+    "balancer",
+    "ladder of own budgets",
+    "choice of tiles",
+    "attention over queries",
+)
+
+
+def test_two_processes(tmp_path):
+    assert_as_one(tmp_path, 2, NAMES)
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_device(tmp_path):
+    assert_as_one(tmp_path, 1, NAMES)
+
+
+@pytest.mark.slow
+def test_two_processes_do_all(tmp_path):
+    assert_as_one(tmp_path, 2, (*CASES, *STAGES))
+
+
+def assert_as_one(tmp_path, devices_each, names):
+    """Two processes of so many devices each get what one device gets."""
     port = str(free_port())
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "worker.py", port, "2", str(i), str(devices_each), out],
+            [
+                sys.executable,
+                HERE / "worker.py",
+                port,
+                "2",
+                str(i),
+                str(devices_each),
+                out,
+                ";".join(names),
+            ],
             cwd=HERE.parents[1],
             env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
             stdout=subprocess.PIPE,
@@ -41,20 +75,23 @@ def test_two_processes(tmp_path, devices_each):
     ]
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=300)
+            said, _ = process.communicate(timeout=900)
             assert process.returncode == 0, said[-3000:]
     finally:
         for process in processes:
             process.kill()
 
     wanted = {}
-    for name in NAMES:
-        alone = jax.jit(partial(CASES[name], axis=None))
-        wanted[name] = jax.tree.leaves(alone(UNITS, COMMON))
+    for name in names:
+        if name in STAGES:
+            alone = jax.jit(partial(STAGES[name].alone, 2 * devices_each))()
+        else:
+            alone = jax.jit(partial(CASES[name], axis=None))(UNITS, COMMON)
+        wanted[name] = jax.tree.leaves(alone)
     for output in outputs:
         with np.load(output) as seen:
             assert int(seen["processes"]) == 2
             assert int(seen["devices"]) == 2 * devices_each
             for name, leaves in wanted.items():
                 got = [seen[f"{name}/{i}"] for i in range(len(leaves))]
-                assert_same(got, leaves)
+                assert_same(got, leaves, rtol=1e-5)

@@ -1,6 +1,7 @@
-"""One of several processes that share a problem: python worker.py PORT PROCESSES ID DEVICES OUT.
+"""One of several processes that share a problem: python worker.py PORT PROCESSES ID DEVICES OUT NAMES.
 
-Runs `sharded_cases.CASES` over all devices of all processes and writes what this process sees.
+Runs the named ones of `sharded_cases.CASES` and `sharded_stages.STAGES` (separated by ";") over all
+devices of all processes, and writes what this process sees.
 """
 
 from __future__ import annotations
@@ -12,16 +13,8 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NAMES = (
-    "water_fill with segments",
-    "webster on devices",
-    "largest remainder",
-    "ladder, devices and total",
-    "balancer",
-)
 
-
-def main(port: str, processes: str, process_id: str, devices: str, out: str) -> None:
+def main(port: str, processes: str, process_id: str, devices: str, out: str, names: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -30,6 +23,7 @@ def main(port: str, processes: str, process_id: str, devices: str, out: str) -> 
     from jax.experimental import multihost_utils
     from jax.sharding import AxisType, NamedSharding
     from sharded_cases import CASES, COMMON, UNITS, U
+    from sharded_stages import AXIS, STAGES
 
     mesh = jax.make_mesh((jax.device_count(),), ("units",), axis_types=(AxisType.Auto,))
 
@@ -40,8 +34,18 @@ def main(port: str, processes: str, process_id: str, devices: str, out: str) -> 
 
     units = {name: placed(x, jax.P("units")) for name, x in UNITS.items()}
     common = {name: placed(x, jax.P()) for name, x in COMMON.items()}
+
+    def gathered(leaf):
+        whole = multihost_utils.process_allgather(leaf, tiled=True) if leaf.shape else leaf
+        return np.asarray(whole)
+
     seen = {}
-    for name in NAMES:
+    stages_mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    for name in names.split(";"):
+        if name in STAGES:
+            leaves = jax.tree.leaves(jax.jit(lambda f=STAGES[name].over: f(stages_mesh))())
+            seen |= {f"{name}/{i}": gathered(leaf) for i, leaf in enumerate(leaves)}
+            continue
         shapes = jax.eval_shape(lambda u, c, f=CASES[name]: f(u, c, None), UNITS, COMMON)
         specs = jax.tree.map(lambda x: jax.P("units") if x.shape[:1] == (U,) else jax.P(), shapes)
         run = jax.shard_map(
@@ -51,9 +55,7 @@ def main(port: str, processes: str, process_id: str, devices: str, out: str) -> 
             out_specs=specs,
         )
         leaves = jax.tree.leaves(jax.jit(run)(units, common))
-        for i, leaf in enumerate(leaves):
-            whole = multihost_utils.process_allgather(leaf, tiled=True) if leaf.shape else leaf
-            seen[f"{name}/{i}"] = np.asarray(whole)
+        seen |= {f"{name}/{i}": gathered(leaf) for i, leaf in enumerate(leaves)}
     np.savez(out, processes=jax.process_count(), devices=jax.device_count(), **seen)
     jax.distributed.shutdown()
 
