@@ -181,8 +181,12 @@ class _Guard:
     async def _meet(self) -> None:
         """The other guards: process 0's is where all meet."""
         if self.me == 0:
-            server = await asyncio.start_server(self._greet, *self.address)
-            async with server:
+            guests = set()  # or their tasks would be collected
+
+            def greet(reader, writer):
+                guests.add(asyncio.ensure_future(self._greet(reader, writer)))
+
+            async with await asyncio.start_server(greet, *self.address):
                 await asyncio.sleep(JOIN_S)
                 missing = set(range(1, self.processes)) - self.lines.keys() - self.done
                 if missing:
