@@ -4,7 +4,7 @@ The stages in the order in which data flows through them.
 """
 
 from jbalance import importance, resources, shares, allocate, place, rescale  # noqa: I001
-from jbalance import audit, sharded, tasks
+from jbalance import audit, tasks
 from jbalance.improve import Improved, Round, improve
 from jbalance.balance import Balance, BalanceState, balancer
 from jbalance.types import (
@@ -47,8 +47,6 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "improve",
     "Improved",
     "Round",
-    # the stages over a mesh
-    "sharded",
     # tasks of one step, and who got what
     "tasks",
     "audit",

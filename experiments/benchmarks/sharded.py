@@ -5,10 +5,11 @@
 The devices are simulated and share the machine's cores, so nothing here is timed. A case is
 `<stage>_<scaling>_g<devices>`: `strong` keeps the whole problem, `weak` the part of each device.
 
-- `collective_bytes`: what one device receives in all collectives of the program; those in a search
-  count once for each of the most passes that it can make (`jbalance._search.MOST_PASSES`).
-- `flops`: of one device, as XLA counts them: the body of a loop once. Of attention over tiles those of
-  the tiles of the fullest device, and `flops_over_mean` over the mean device's.
+- `collective_bytes`, `collectives`: the results of all collectives of the program on one device; those
+  in a search count once for each of the most passes that it can make (`jbalance._search.MOST_PASSES`).
+- `flops`: of one device, as XLA counts them: the body of a loop once, so that they compare over devices
+  but not with a clock. Of attention over tiles those of the tiles of the fullest device, and
+  `flops_over_mean` over the mean device's.
 - `memory_bytes`: arguments, results and temporaries of one device.
 
 `ladder_n<units>_g8` has `scalars_per_solve`: what one device receives in one solve of a ladder under the
@@ -38,7 +39,7 @@ UNITS, LADDER_UNITS = 1_000_000, (10_000, 1_000_000)
 COSTS = np.array([0, 2, 4, 8], np.int32)
 TOKENS, BLOCK, HEADS, KV_HEADS, HEAD_DIM, DENSITY = 8192, 128, 16, 8, 64, 0.5
 DOCUMENTS = 5
-LAYERS, REQUESTS, CACHE_BYTES = 4, 8, 2_000_000
+LAYERS, REQUESTS, PART_BYTES, RING_TOKENS = 4, 8, 2_000_000, 64
 MOST_SCALARS = 64
 GRADIENT_FLOPS = 3.5  # of the forward pass: that once more, and five products for two
 
@@ -178,7 +179,7 @@ def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
         kv_heads = KV_HEADS // max(DEVICES) * parts if split == "heads" else KV_HEADS
         heads = kv_heads * HEADS // KV_HEADS
         cache = sharded.cache.create(
-            CACHE_BYTES,
+            PART_BYTES * parts // mesh.shape[AXIS],
             LAYERS,
             kv_heads,
             HEAD_DIM,
@@ -186,6 +187,7 @@ def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
             axis_name=AXIS,
             split=split,
             num_requests=requests,
+            ring_tokens=RING_TOKENS,
         )
         ring = jax.tree.map(lambda x: x[0], cache.rings)
 
