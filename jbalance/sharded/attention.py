@@ -102,7 +102,8 @@ def _scores(q, k, v, scorer, options, by_example, mesh, batch, heads):
     want = jax.eval_shape(
         run, *shapes((q, k, v))
     )  # its errors, of the shapes that the caller knows
-    sizes = _sizes(mesh, batch, heads, q.shape[0], q.shape[2], k.shape[2])
+    num_heads = q.shape[2], k.shape[2]
+    sizes = _sizes(mesh, batch, heads, q.shape[0], *num_heads, whole_groups=by_example)
     axis_of = {"B": batch, "H": heads, "K": heads}
     letters = "BKS" if by_example else "BHIJ"
     dims = _Q, _KV, _KV
@@ -464,13 +465,19 @@ def _part(args, lists, first, offset, plan, rules):
     return attention.attend(plan=own, offset=offset, **args, **rules)
 
 
-def _sizes(mesh, batch, heads, num_examples, num_heads, num_kv_heads):
-    """What examples and heads are filled up to; the heads that share keys stay together."""
-    size = padding(num_kv_heads, axis_size(mesh, "heads", heads)).size
+def _sizes(mesh, batch, heads, num_examples, num_heads, num_kv_heads, whole_groups=False):
+    """What examples and heads are filled up to.
+
+    Query heads that share keys stay together, unless all do: then every device has the one key/value
+    head, and `whole_groups` says whether the query heads must stay together even so.
+    """
+    num_devices = axis_size(mesh, "heads", heads)
+    unit = 1 if num_kv_heads == 1 and not whole_groups else num_heads // num_kv_heads
+    size = padding(num_heads // unit, num_devices).size
     return {
         "B": padding(num_examples, axis_size(mesh, "batch", batch)).size,
         "K": size,
-        "H": num_heads // num_kv_heads * size,
+        "H": size * unit,
     }
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from sharded_cases import assert_same
 from sharded_stages import AXIS, STAGES
 
-from jbalance import attention, sharded
+from jbalance import attention, importance, sharded
 
 # Halves the time to compile; the test of two processes compiles with all effort.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -97,6 +97,18 @@ def test_gradients_of_documents_out_of_order():
 
     got, want = (quick_jit(jax.grad(f, argnums=(0, 1, 2)))(*operands) for f in (over, alone))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_one_key_value_head_is_shared_by_all_devices():
+    mesh, (q, k, v) = (
+        mesh_of(4, AxisType.Auto),
+        (stages.Q, stages.KEYS[:, :, :1], stages.V[:, :, :1]),
+    )
+    plan, over = stages._plan(), {"mesh": mesh, "heads": AXIS}
+    run = quick_jit(lambda: sharded.attend(q, k, v, plan, causal=True, **over))
+    assert_same(run(), attention.attend(q, k, v, plan, causal=True), rtol=1e-5)
+    w = sharded.token_importance(importance.window, q, k, v, **over)
+    assert_same(w, jax.vmap(importance.window)(q, k, v), rtol=1e-5)
 
 
 def test_what_divides_stays_where_it_is():
