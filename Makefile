@@ -46,6 +46,7 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.multitask --json out/bench_multitask.json
 	$(BIN)/python -m experiments.benchmarks.training --json out/bench_training.json
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
+	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv out data build dist *.egg-info
