@@ -44,7 +44,8 @@ def _many(options: argparse.Namespace, arguments: list[str]) -> int:
     """This process is the one that starts the others, or one of them: a guard."""
     if options.coordinator is None:
         return processes.launch(arguments, options.processes)
-    return guard.run(arguments, options.coordinator, options.process_id, options.processes)
+    command = [sys.executable, "-m", "experiments.kv_budget", *arguments]
+    return guard.run(command, options.coordinator, options.process_id, options.processes)
 
 
 def _run(options: argparse.Namespace, command: str) -> None:

@@ -45,11 +45,11 @@ def beat() -> None:
     threading.Thread(target=forever, daemon=True).start()
 
 
-def run(arguments: list[str], coordinator: str, process_id: int, processes: int) -> int:
-    """Runs this program with `arguments` as the worker, guarded; the exit code for the launcher.
+def run(command: list[str], coordinator: str, process_id: int, processes: int) -> int:
+    """Runs a command as the worker, guarded; the exit code for the launcher.
 
     Args:
-      arguments: of the command line.
+      command: the program and its arguments; it must call `beat`.
       coordinator: HOST:PORT of process 0; the guards use PORT + 1.
       process_id: of this process, 0 to processes - 1.
       processes: of the job.
@@ -59,7 +59,7 @@ def run(arguments: list[str], coordinator: str, process_id: int, processes: int)
     """
 
     async def guard():
-        return await _Guard(coordinator, process_id, processes).run(arguments)
+        return await _Guard(coordinator, process_id, processes).run(command)
 
     return asyncio.run(guard())
 
@@ -89,8 +89,8 @@ class _Guard:
             with contextlib.suppress(OSError):
                 writer.write(line.encode() + b"\n")
 
-    async def run(self, arguments: list[str]) -> int:
-        worker, pipe = await self._start(arguments)
+    async def run(self, command: list[str]) -> int:
+        worker, pipe = await self._start(command)
         tasks = [self._meet(), self._watch(pipe), self._beats()]
         running = [asyncio.ensure_future(task) for task in tasks]
         code = await self._outcome(worker)
@@ -98,10 +98,9 @@ class _Guard:
             task.cancel()
         return code
 
-    async def _start(self, arguments):
+    async def _start(self, command):
         """The worker, and the end of the pipe that it writes to."""
         read, write = os.pipe()
-        command = [sys.executable, "-m", "experiments.kv_budget", *arguments]
         worker = await asyncio.create_subprocess_exec(
             *command, env=os.environ | {PIPE: str(write)}, pass_fds=[write]
         )

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from experiments.kv_budget import page
 from experiments.kv_budget.rows import DEVICE_COLUMNS, POLICY_COLUMNS, device_rows, policy_rows
-from experiments.kv_budget.wording import Report, clean, label, verdict
+from experiments.kv_budget.wording import Report, clean, evenness, label, verdict
 
 _LOG_WIDTH = 100  # of the tables where the output is not a terminal
 _WIDE = 98  # what the policies' ten columns need; in a narrower terminal they are two tables
@@ -53,7 +53,8 @@ def print_table(report: Report, console: Console | None = None) -> None:
         rows = [[row[i] for i in part] for row in policy_rows(report)]
         _print(console, title, [POLICY_COLUMNS[i] for i in part], rows, dim)
     _print(console, "The devices", DEVICE_COLUMNS, device_rows(report), set())
-    console.print(_text(f"(over): more than the budget. {verdict(report)}", console))
+    words = f"(over): more than the budget. {verdict(report)} {evenness(report)}"
+    console.print(_text(words.strip(), console))
 
 
 @contextmanager

@@ -92,5 +92,18 @@ def verdict(report: Report) -> str:
     )
 
 
+def evenness(report: Report) -> str:
+    """One sentence about the chosen plan's devices; empty where there is one, or no budget."""
+    chosen = chosen_policy(report)
+    even = chosen.get("evenness")
+    if not even or len(report["devices"]) == 1:
+        return ""
+    time = even["layer_time"] / even["layer_time_bound"]
+    return (
+        f"The layers of {label(chosen['policy'])} take {time:.3f} times a time that no placement beats, "
+        f"and its fullest device holds {percent(even['memory_over_even'])} more than its share."
+    )
+
+
 def _positive(value: float | None) -> bool:
     return value is not None and math.isfinite(value) and value > 0

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
+from small_model import make_context, make_model
 
 from experiments.kv_budget import measure
-from experiments.models import Llama, LlamaConfig, load_gguf, smollm2_path
-
-SIZE = 200
+from experiments.models import load_gguf, smollm2_path
 
 
 @pytest.fixture(scope="session")
@@ -26,22 +23,12 @@ def loaded_once(smollm2, monkeypatch):
 
 @pytest.fixture(scope="session")
 def small_model():
-    config = LlamaConfig(
-        vocab_size=61,
-        num_layers=4,
-        embed_dim=20,
-        hidden_dim=28,
-        num_heads=6,
-        num_kv_heads=3,
-        head_dim=8,
-        max_positions=512,
-    )
-    return Llama(config, rngs=nnx.Rngs(0))
+    return make_model()
 
 
 @pytest.fixture(scope="session")
 def context():
-    return np.random.default_rng(0).integers(0, 61, SIZE).astype(np.int32)
+    return make_context()
 
 
 @pytest.fixture(scope="session")
