@@ -17,7 +17,8 @@ import numpy as np
 
 from experiments.kv_budget import measure
 from experiments.kv_budget.measure import Measured
-from jbalance import allocate, cache, checks, place, shares
+from experiments.kv_budget.placing import Evenness, evenness, place_units
+from jbalance import allocate, cache, checks, shares
 from jbalance.cache import live, pages, remainder, worth
 from jbalance.importance import TOKEN_SCORERS
 from jbalance.resources import kv_entry_bytes
@@ -198,16 +199,6 @@ def policy_of(name: str) -> AnyPolicy:
     return checks.choice("policy", name, POLICIES)
 
 
-class Evenness(NamedTuple):
-    """How even the devices' parts are."""
-
-    layer_time: float  # tokens that the fullest device of each layer reads, summed over the layers
-    layer_time_bound: float  # that no placement within the budgets beats
-    memory_over_even: (
-        float  # of the fullest device, by which its part of its budget exceeds the mean
-    )
-
-
 class Plan(NamedTuple):
     """Which tokens stay, at how many bits, and where."""
 
@@ -217,7 +208,7 @@ class Plan(NamedTuple):
     price: np.ndarray | None  # [G] value that one more byte would save, if it has prices
     room: Room | None = None  # of a plan in pages
     remainder: bool = False  # whether something stays of evicted tokens
-    evenness: Evenness | None = None  # of a plan within budgets
+    evenness: Evenness | None = None  # of a plan within the budgets of several devices
 
     @property
     def kept(self) -> np.ndarray:
@@ -281,28 +272,8 @@ def _plan_entries(policy: Policy, measured: Measured, budgets: np.ndarray, tail:
     evicted = rank >= chosen.entries.reshape(layers, heads, 1)
     price = None if chosen.price is None else chosen.price / entry
     held = (chosen.entries + tail).reshape(layers, heads)
-    even = _evenness(held, held * entry + 4, device_of, budgets)
+    even = evenness(held, held * entry + 4, device_of, budgets)
     return Plan(evicted.astype(np.int8), (16,), device_of, price, evenness=even)
-
-
-def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:
-    """device_of [U] of units [L, K] by the tokens that attention reads of them and their bytes."""
-    placed = place.over_layers(
-        tokens.astype(np.float32), size_bytes.astype(np.float32), room_bytes.astype(np.float32)
-    )
-    return np.asarray(placed.device_of).reshape(-1)
-
-
-def _evenness(tokens, size_bytes, device_of, budgets) -> Evenness:
-    """Of units [L, K] on their devices."""
-    time = np.zeros((len(tokens), budgets.size))
-    np.add.at(time, (np.arange(len(tokens))[:, None], device_of.reshape(tokens.shape)), tokens)
-    bound = place.over_layers_bound(
-        tokens.astype(np.float32), size_bytes.astype(np.float32), budgets.astype(np.float32)
-    )
-    held = np.bincount(device_of, size_bytes.reshape(-1), budgets.size)
-    over = (held / budgets).max() / (held.sum() / budgets.sum()) - 1
-    return Evenness(float(time.max(axis=1).sum()), float(bound), float(over))
 
 
 def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, tail: int) -> Plan:
@@ -347,7 +318,7 @@ def _plan_pages(policy: PagedPolicy, measured: Measured, budgets: np.ndarray, ta
     else:
         chosen = policy.rule(measured, policy.bits, room)
     _, tokens, size = sizes_of(chosen.level)
-    even = _evenness(tokens, size, room.device_of, budgets)
+    even = evenness(tokens, size, room.device_of, budgets)
     level = chosen.level.reshape(shape)
     return Plan(level, policy.bits, room.device_of, chosen.price, room, policy.remainder, even)
 

@@ -29,7 +29,7 @@ from experiments.kv_budget.decode import (
     is_local,
 )
 from experiments.kv_budget.evaluate import Progress
-from experiments.kv_budget.policies import place_units
+from experiments.kv_budget.placing import place_units
 from jbalance.cache import RaggedCache, remainder
 from jbalance.cache.pages import Arena
 

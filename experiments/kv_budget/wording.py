@@ -93,10 +93,10 @@ def verdict(report: Report) -> str:
 
 
 def evenness(report: Report) -> str:
-    """One sentence about the chosen plan's devices; empty where there is one, or no budget."""
+    """One sentence about the chosen plan on several devices; empty where there is one, or no budget."""
     chosen = chosen_policy(report)
     even = chosen.get("evenness")
-    if not even or len(report["devices"]) == 1:
+    if even is None:
         return ""
     time = even["layer_time"] / even["layer_time_bound"]
     return (

@@ -213,48 +213,56 @@ def _best_step(units: _Units, device_of, num_layers: int, free):
     """The unit a to move, where to, and the unit b that takes its place; U for none."""
     num_units, num_devices = units.load.shape[0], units.per_speed.shape[0]
     devices = jnp.arange(num_devices)
-    loads = _times(units, device_of, num_layers)
-    times = loads * units.per_speed
     held = jax.ops.segment_sum(units.memory, device_of, num_devices)
-    before = jnp.max(times, axis=1)
     costs = _uneven(units, held, devices)
-    here = device_of == devices[:, None]  # [G, U]
-
-    # A move of u from p to d changes two devices of its layer; the others' fullest is one of three.
-    top, who = lax.top_k(times[units.layer], min(3, num_devices))
-    there = devices[None, :, None]
-    other = (who[:, None] != device_of[:, None, None]) & (who[:, None] != there)
-    rest = jnp.max(jnp.where(other, top[:, None], 0), axis=-1)  # [U, G]
-    left = (loads[units.layer, device_of] - units.load) * units.per_speed[device_of]
-    joined = (loads[units.layer] + units.load[:, None]) * units.per_speed
-    slower = jnp.maximum(jnp.maximum(rest, left[:, None]), joined) - before[units.layer][:, None]
-    slower = jnp.where(here.T, 0, slower)
+    move, pair = _slower(units, device_of, num_layers)
 
     def memory_cost(shift, p, q):
         """Of so much memory from p to q."""
-        p_after = _uneven(units, held[p] - shift, p)
-        return p_after + _uneven(units, held[q] + shift, q) - costs[p] - costs[q]
+        after = _uneven(units, held[p] - shift, p) + _uneven(units, held[q] + shift, q)
+        return after - costs[p] - costs[q]
 
-    move = slower + memory_cost(units.memory[:, None], device_of[:, None], devices[None])
-    move = jnp.where(here.T | ~free[:, None], jnp.inf, move)
-    # Exchanges of units of different layers: two moves. Of the same: one move of the difference.
     mine, yours = device_of[:, None], device_of[None]
-    pair = slower[:, device_of] + slower[:, device_of].T
-    shift = units.load[:, None] - units.load[None]
-    p_time = (loads[units.layer, device_of][:, None] - shift) * units.per_speed[mine]
-    q_time = (loads[units.layer][:, device_of] + shift) * units.per_speed[yours]
-    same = jnp.maximum(jnp.maximum(rest[:, device_of], p_time), q_time)
-    same -= before[units.layer][:, None]
-    pair = jnp.where(units.layer[:, None] == units.layer[None], same, pair)
+    move += memory_cost(units.memory[:, None], mine, devices[None])
     pair += memory_cost(units.memory[:, None] - units.memory[None], mine, yours)
-    allowed = (mine != yours) & free[:, None] & free[None]
-    after = jnp.concatenate([jnp.where(allowed, pair, jnp.inf), move], axis=1)
+    move = jnp.where((mine != devices) & free[:, None], move, jnp.inf)
+    pair = jnp.where((mine != yours) & free[:, None] & free, pair, jnp.inf)
+    after = jnp.concatenate([pair, move], axis=1)
     best = first_least(after)
     a, b = best // after.shape[1], best % after.shape[1]
     found = jnp.min(after) < jnp.inf
     to = jnp.where(b < num_units, device_of[jnp.minimum(b, num_units - 1)], b - num_units)
-    to = jnp.where(found, to, device_of[a])
-    return a, jnp.where(found & (b < num_units), b, num_units), to
+    return (
+        a,
+        jnp.where(found & (b < num_units), b, num_units),
+        jnp.where(found, to, device_of[a]),
+    )
+
+
+def _slower(units: _Units, device_of, num_layers: int):
+    """Time that the layers take more after moves [U, G] and after exchanges [U, U]."""
+    devices = jnp.arange(units.per_speed.shape[0])
+    loads = _times(units, device_of, num_layers)
+    before = jnp.max(loads * units.per_speed, axis=1)[units.layer][:, None]
+    # Two devices of a layer change; the fullest of the others is one of its three fullest.
+    top, who = lax.top_k((loads * units.per_speed)[units.layer], min(3, devices.size))
+    mine, other = device_of[:, None], who[:, None]
+    is_other = (other != mine[..., None]) & (other != devices[None, :, None])
+    rest = jnp.max(jnp.where(is_other, top[:, None], 0), axis=-1)  # [U, G]
+
+    def after(shift, q, rest):
+        """Of layers of which so much load has gone from each unit's device to q."""
+        left = (loads[units.layer[:, None], mine] - shift) * units.per_speed[mine]
+        joined = (jnp.take_along_axis(loads[units.layer], q, axis=1) + shift) * units.per_speed[q]
+        return jnp.maximum(jnp.maximum(rest, left), joined)
+
+    everywhere = jnp.broadcast_to(devices, rest.shape)
+    move = jnp.where(mine == devices, 0, after(units.load[:, None], everywhere, rest) - before)
+    # Units of different layers: two moves. Of the same: one, of the difference.
+    yours = jnp.broadcast_to(device_of, (device_of.size, device_of.size))
+    same = after(units.load[:, None] - units.load, yours, rest[:, device_of]) - before
+    apart = move[:, device_of] + move[:, device_of].T
+    return move, jnp.where(units.layer[:, None] == units.layer, same, apart)
 
 
 def _uneven(units: _Units, held, device):
