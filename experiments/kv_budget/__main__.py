@@ -214,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
     run.add_argument(
-        "--save", help="folder for the last policy's state when half of the new tokens are there"
+        "--save",
+        help="folder, the same for all processes: the last policy's state, half of the tokens there",
     )
     processes.add_options(run)
     resume = jobs.add_parser("resume", help="a saved decode goes on, on any devices")

@@ -179,18 +179,27 @@ class _Guard:
 
     async def _meet(self) -> None:
         """The other guards: process 0's is where all meet."""
-        if self.me == 0:
-            guests = set()  # or their tasks would be collected
+        await (self._visit() if self.me else self._host())
 
-            def greet(reader, writer):
-                guests.add(asyncio.ensure_future(self._greet(reader, writer)))
+    async def _host(self) -> None:
+        guests = set()  # or their tasks would be collected
 
-            async with await asyncio.start_server(greet, *self.address):
-                await asyncio.sleep(JOIN_S)
-                missing = set(range(1, self.processes)) - self.lines.keys() - self.done
-                if missing:
-                    self._missing(min(missing))
-                await asyncio.Event().wait()
+        def greet(reader, writer):
+            guests.add(asyncio.ensure_future(self._greet(reader, writer)))
+
+        try:
+            server = await asyncio.start_server(greet, *self.address)
+        except OSError as error:
+            self.fail(f"{self.name(0)} cannot listen for the others' guards: {error}")
+            return
+        async with server:
+            await asyncio.sleep(JOIN_S)
+            missing = set(range(1, self.processes)) - self.lines.keys()
+            if missing:
+                self._missing(min(missing))
+            await asyncio.Event().wait()
+
+    async def _visit(self) -> None:
         until = time.monotonic() + JOIN_S
         while time.monotonic() < until:
             with contextlib.suppress(OSError):

@@ -70,6 +70,15 @@ def test_a_process_that_never_comes_is_named(monkeypatch, capfd):
     assert "process 1 of 2 did not come within 1 s" in capfd.readouterr().err
 
 
+def test_a_port_that_is_taken_is_named(capfd):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        coordinator = f"127.0.0.1:{other.getsockname()[1] - 1}"
+        assert guard.run([sys.executable, "-S", "-c", LONG], coordinator, 0, 2) == 1
+    assert "process 0 of 2 cannot listen" in capfd.readouterr().err
+
+
 def test_strangers_on_the_port_are_ignored():
     port = processes._free_ports()
     done = []
