@@ -84,7 +84,8 @@ def train(
             "tiles of a layer, `ladder over layers` for those of all layers.",
         ],
         "compare": [[COMPARED, arm] for arm in arms if arm != COMPARED],
-        "command": f"python -m experiments.train_budget --steps {steps}",
+        "command": f"python -m experiments.train_budget --steps {steps} --seeds "
+        + ",".join(map(str, seeds)),
         "settings": {"steps": steps, "tokens": tokens, "density": density},
     }
 

@@ -26,7 +26,7 @@ from jbalance import checks
 from jbalance.cache import KVCache, live
 from jbalance.cache.live import Ring
 from jbalance.cache.rebalance import Report
-from jbalance.sharded._layout import axis_size, lay_out, padded, padding
+from jbalance.sharded._layout import axis_size, cut, lay_out, padded, padding
 
 _SPLITS = ("requests", "heads")
 
@@ -217,7 +217,8 @@ def attend_step(
     y, ring = run(cache.parts, ring, _active(cache, active), *parts)
     y = jnp.moveaxis(y, 0, axis)
     y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
-    return lax.slice_in_dim(y, 0, q.shape[axis], axis=axis), ring
+    spec = [cache.axis_name if i == axis else None for i in range(y.ndim)]
+    return cut(y, cache.mesh, spec, {axis: q.shape[axis]}), ring
 
 
 def end_step(
