@@ -137,6 +137,7 @@ def test_attention_is_over_all_tokens_when_nothing_must_go():
     assert not cache.remainder.count.any()
 
 
+@pytest.mark.slow
 def test_attention_is_over_what_stays_of_tokens_too():
     rng, cache = np.random.default_rng(0), create(BUDGET, L, K, D)
     for layer in range(L):

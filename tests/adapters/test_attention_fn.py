@@ -122,7 +122,7 @@ def nnx_losses(attention_fn, dropout):
     return np.array(losses)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize(("train", "stock"), [(linen_losses, linen_stock), (nnx_losses, nnx_stock)])
 def test_training_is_the_same_for_200_steps(train, stock, dropout):
     want, got = train(stock, dropout), train(OURS, dropout)

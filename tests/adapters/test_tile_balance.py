@@ -104,7 +104,8 @@ def test_steps_with_changing_budgets_are_traced_once_and_keep_each():
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [False, True])
 def test_linen_budgets_move_between_layers_too(scanned):
     model, mask = Linen(scanned), linen.make_causal_mask(jnp.zeros((B, T)))
     variables = jax.jit(model.init)(jax.random.key(0), inputs(0), mask)

@@ -44,6 +44,7 @@ def trained(start, policy, density):
     return np.array(losses), np.array(tiles), len(step.traces)
 
 
+@pytest.mark.slow
 def test_all_tiles_train_as_dense_attention_does(start):
     want, _, _ = trained(start, "dense", 1.0)
     got, _, _ = trained(start, "ladder", 1.0)
@@ -83,6 +84,7 @@ def test_a_truncated_model_has_the_first_layers(start):
     np.testing.assert_allclose(short(ids), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays(start):
     graph, layers, *rest = nnx.split(nnx.merge(*start), nnx.PathContains("layers"), ...)
     plan_of = training.policy_plan("ladder", 0.5)

@@ -28,6 +28,7 @@ def cases(path, **changes):
     return str(path)
 
 
+@pytest.mark.slow
 def test_score_writes_what_was_promised(small_model, tmp_path):
     given = score.read_cases(cases(tmp_path / "c.npz"), 61)
     results = score.score(small_model, given, ["ladder", "full"], [0.5, 0.3])

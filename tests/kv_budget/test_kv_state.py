@@ -76,6 +76,7 @@ def test_what_was_saved_is_what_is_restored(small_model, saved):
         np.testing.assert_array_equal(np.float32(got), want)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_named(small_model, saved):
     folder, *_ = saved("ladder-eviction-only")
     decoder = Decoder(small_model, jax.devices()[:2])
@@ -118,6 +119,7 @@ def forget(folder, name):
     path.write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_another_model_is_named(small_model, saved):
     config = dataclasses.replace(small_model.config, embed_dim=24)
     other = Decoder(Llama(config, rngs=nnx.Rngs(0)), jax.devices()[:1])

@@ -33,6 +33,7 @@ def decode(streamer, cache, tokens, start, allowance=None):
     return jnp.stack(rows), cache
 
 
+@pytest.mark.slow
 def test_an_ample_cache_decodes_as_the_model_does(small_model, streamer, context):
     cache = streamer.create(BUDGET, ring_tokens=8)
     last, cache = streamer.prefill(cache, context, allowance_pages=cache.arena.num_pages)
@@ -123,6 +124,7 @@ def _arena_of(arena, num_pages, page_bytes):
     return pages.empty(num_pages, arena.count.shape[0], arena.head_dim, arena.bits, page_bytes)
 
 
+@pytest.mark.slow
 def test_a_cache_saved_while_decoding_goes_on_bit_for_bit(streamer, context, tmp_path):
     cache = streamer.create(24_000, ring_tokens=8)
     _, cache = streamer.prefill(cache, context, allowance_pages=cache.arena.num_pages)
@@ -145,6 +147,7 @@ def test_bad_input_is_named(streamer, context):
         streamer.prefill(cache, context[:5], allowance_pages=3)
 
 
+@pytest.mark.slow
 def test_a_long_decode_is_reported(small_model, context):
     counted = []
     result = stream.stream(

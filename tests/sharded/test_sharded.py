@@ -32,7 +32,9 @@ def on_one_device(name):
     return quick_jit(partial(CASES[name], axis=None))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow), 8]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_on_any_number_of_devices(name, size):
     want = on_one_device(name)(UNITS, COMMON)
