@@ -176,6 +176,7 @@ def of_parts(cache, layer, q, k, v):
     return np.concatenate(out), np.array(gained)
 
 
+@pytest.mark.slow
 def test_a_shortfall_while_decoding_loses_tokens_to_the_remainder():
     rng, cache = np.random.default_rng(0), create(BUDGET, L, K, D)
     cache, _ = prefill(cache, 0, 0, *prompt(0), 200, PROMPT)

@@ -81,8 +81,8 @@ def assert_close(got: Partial, want: Partial, atol=1e-5):
         (64, (16, 8, 4, 3, 2), 1024, 3),
         (64, (2,), 16384, 1),
         (64, (4, 16), 5000, 9),
-        (16, (1, 3, 8), 256, 4),
-        (128, (16, 8, 4, 3, 2), 2048, 2),
+        pytest.param(16, (1, 3, 8), 256, 4, marks=pytest.mark.slow),
+        pytest.param(128, (16, 8, 4, 3, 2), 2048, 2, marks=pytest.mark.slow),
         (24, (3, 2), 999, 5),
     ],
 )

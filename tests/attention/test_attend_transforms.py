@@ -97,7 +97,7 @@ def test_scan_over_layers_and_remat():
     assert_near(got, want, 1e-3)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
 def test_heads_or_query_blocks_split_over_devices(size):
     floats, rest = problem(CASE, 0)
     args = *(floats[name] for name in ("q", "k", "v", "bias")), rest["plan"]

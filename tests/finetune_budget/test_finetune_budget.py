@@ -52,6 +52,7 @@ def test_all_tiles_train_as_dense_attention_does(start):
     assert want[-1] < want[0]
 
 
+@pytest.mark.slow
 def test_half_of_the_tiles_are_computed_and_new_plans_trace_nothing(start):
     _, all_tiles, _ = trained(start, "ladder", 1.0)
     losses, tiles, traces = trained(start, "ladder", 0.5)

@@ -63,6 +63,7 @@ def test_reconstruction_with_all_keys_is_its_definition(reach, shift):
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_reconstruction_from_samples_is_close_to_that_from_all_keys():
     q, k, v = draw(size=512)
     few, every = (importance.reconstruction(q, k, v, samples=n) for n in (128, 512))

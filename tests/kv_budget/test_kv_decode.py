@@ -41,9 +41,9 @@ def masked_logits(model, context, kept, new):
 @pytest.mark.parametrize(
     ("name", "budgets"),
     [
-        ("ladder-eviction-only", [20_000]),
+        pytest.param("ladder-eviction-only", [20_000], marks=pytest.mark.slow),
         ("ladder-eviction-only", [9_000, 6_000, 4_000, 3_000]),
-        ("uniform", [16_000, 8_000]),
+        pytest.param("uniform", [16_000, 8_000], marks=pytest.mark.slow),
         ("full", [1, 1]),
     ],
 )
@@ -57,9 +57,8 @@ def test_logits_equal_the_masked_model(small_model, context, measured, name, bud
     np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "budgets", [[24_000], pytest.param([16_000, 8_000], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("budgets", [[24_000], [16_000, 8_000]])
+@pytest.mark.slow
 def test_paged_logits_equal_dense_attention_over_what_is_decoded(
     small_model, context, monkeypatch, budgets
 ):

@@ -25,7 +25,6 @@ def free_port() -> int:
 
 
 NAMES = (
-    "webster on devices",
     "largest remainder",
     "ladder, devices and total",
     "balancer",

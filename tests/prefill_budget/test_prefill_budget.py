@@ -41,6 +41,7 @@ def test_all_tiles_are_dense_attention(tokens):
         np.testing.assert_allclose(attention.attend(q, k, v, plan, causal=True).y, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_ladder_loses_less_than_the_others(tokens):
     q, k, v = tokens
     dense = attention.attend(q, k, v, policies.dense(q, k, v, 1.0), causal=True).y

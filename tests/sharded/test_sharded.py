@@ -32,9 +32,7 @@ def on_one_device(name):
     return quick_jit(partial(CASES[name], axis=None))
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_on_any_number_of_devices(name, size):
     want = on_one_device(name)(UNITS, COMMON)
@@ -44,6 +42,7 @@ def test_the_same_on_any_number_of_devices(name, size):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_problem_of_its_own_on_each_device(name):
     """Without axis_name a shard's data is its whole problem: as many answers as devices."""
 
