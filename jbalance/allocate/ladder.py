@@ -107,9 +107,7 @@ def check_inputs(values, costs, budgets, device_of, total_budget) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("axis_name", "split_budgets"))
-def _solve(
-    values, costs, budgets, device_of, total_budget, axis_name, split_budgets=False
-) -> Allocation:
+def _solve(values, costs, budgets, device_of, total_budget, axis_name, split_budgets) -> Allocation:
     values = jnp.asarray(values, jnp.float32)
     costs = jnp.asarray(costs, jnp.uint32)
     negative = jnp.any(jnp.asarray(budgets) < 0)

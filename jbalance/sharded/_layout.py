@@ -63,10 +63,10 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
-def padded(x: jax.Array, sizes: Mapping[int, int], fill: Any = 0) -> jax.Array:
-    """x with axes filled up at their end to the sizes given for some."""
+def padded(x: jax.Array, sizes: Mapping[int, int]) -> jax.Array:
+    """x with zeros at the end of axes, to the sizes given for some."""
     width = [(0, sizes.get(axis, n) - n) for axis, n in enumerate(x.shape)]
-    return jnp.pad(x, width, constant_values=fill) if any(w for _, w in width) else x
+    return jnp.pad(x, width) if any(w for _, w in width) else x
 
 
 def cut(x: jax.Array, mesh: Mesh, spec: Sequence[str | None], sizes: Mapping[int, int]) -> Any:
@@ -99,21 +99,23 @@ def spread(
     sizes: Mapping[str, int],
     args: Any,
     dims: Any,
-    out_dims: Any,
-) -> Any:
+    out_dims: tuple[Dims, ...],
+    out_shapes: tuple[tuple[int, ...], ...],
+) -> tuple[jax.Array, ...]:
     """`function` of every device's part of some arrays, under jit.
 
     Args:
-      function: of a pytree like `args`.
+      function: of a pytree like `args`, with a tuple of results.
       mesh: of the devices.
       axis_of: the mesh axis of each letter that is split.
       sizes: what each letter that is split is filled up to; those that do not divide must be here.
       args: a pytree of arrays.
       dims: their `Dims`, a pytree of the same structure.
-      out_dims: those of the result. An axis that is split there must be longer than 1 in all.
+      out_dims: those of its results.
+      out_shapes: their shapes, without padding.
 
     Returns:
-      The result with all padding still in it.
+      The results, a tuple of arrays.
     """
 
     def place(x, d):
@@ -130,7 +132,8 @@ def spread(
 
     args = jax.tree.map(lambda d, x: place(x, d), dims, args, is_leaf=is_dims)
     specs = jax.tree.map(lambda d, x: jax.P(*d.spec(x.shape, axis_of)), dims, args, is_leaf=is_dims)
-    outs = jax.tree.map(
-        lambda d: jax.P(*(axis_of.get(letter) for letter in d.letters)), out_dims, is_leaf=is_dims
-    )
-    return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=outs)(args)
+    outs = [[axis_of.get(letter) for letter in d.letters] for d in out_dims]
+    out_specs = tuple(jax.P(*out) for out in outs)
+    results = jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(args)
+    parts = zip(results, outs, out_shapes, strict=True)
+    return tuple(cut(x, mesh, out, dict(enumerate(shape))) for x, out, shape in parts)

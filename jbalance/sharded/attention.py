@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jbalance import attention, checks
 from jbalance.attention import Partial, TilePlan
 from jbalance.attention import choose as choose_tiles
-from jbalance.sharded._layout import Dims, axis_size, cut, padding, shapes, spread
+from jbalance.sharded._layout import Dims, axis_size, padding, shapes, spread
 
 _Q, _KV = Dims("BTHD"), Dims("BSKD")
 
@@ -99,16 +99,16 @@ def _scores(q, k, v, scorer, options, by_example, mesh, batch, heads):
         checks.rank(name, x, 4, hint)
     run = functools.partial(scorer, **dict(options))
     run = jax.vmap(run) if by_example else run
-    want = jax.eval_shape(
-        run, *shapes((q, k, v))
-    )  # its errors, of the shapes that the caller knows
+    # Its errors, of the shapes that the caller knows.
+    want = jax.eval_shape(run, *shapes((q, k, v)))
     num_heads = q.shape[2], k.shape[2]
     sizes = _sizes(mesh, batch, heads, q.shape[0], *num_heads, whole_groups=by_example)
     axis_of = {"B": batch, "H": heads, "K": heads}
-    letters = "BKS" if by_example else "BHIJ"
-    dims = _Q, _KV, _KV
-    out = spread(lambda x: run(*x), mesh, axis_of, sizes, (q, k, v), dims, Dims(letters))
-    return _cut(out, mesh, axis_of, letters, want.shape)
+    dims, out_dims = (_Q, _KV, _KV), (Dims("BKS" if by_example else "BHIJ"),)
+    (out,) = spread(
+        lambda x: (run(*x),), mesh, axis_of, sizes, (q, k, v), dims, out_dims, (want.shape,)
+    )
+    return out
 
 
 def choose(
@@ -158,7 +158,6 @@ def _choose(value, num_tiles, options, mesh, batch, heads):
         plan = run(value, num_tiles, where=there, axis_name=heads)
         return tuple(getattr(plan, name) for name in lists)
 
-    letters = "BHIC", "BHI", "BHI"
     out = spread(
         of_device,
         mesh,
@@ -166,13 +165,10 @@ def _choose(value, num_tiles, options, mesh, batch, heads):
         sizes,
         (value, jnp.broadcast_to(jnp.asarray(num_tiles, jnp.int32), value.shape[:1]), there),
         (Dims("BHIJ"), Dims("B"), Dims("H")),
-        tuple(map(Dims, letters)),
+        (Dims("BHIC"), Dims("BHI"), Dims("BHI")),
+        tuple(getattr(want, name).shape for name in lists),
     )
-    cut_out = {
-        name: _cut(x, mesh, axis_of, d, getattr(want, name).shape)
-        for name, x, d in zip(lists, out, letters, strict=True)
-    }
-    return dataclasses.replace(want, **cut_out)
+    return dataclasses.replace(want, **dict(zip(lists, out, strict=True)))
 
 
 def attend(
@@ -249,10 +245,6 @@ def attend(
         "shares": shares,
     }
     given = {name: x for name, x in given.items() if x is not None}
-    # Its errors, of the shapes that the caller knows.
-    want = jax.eval_shape(
-        lambda a, plan: attention.attend(plan=plan, **a, **rules), *shapes((given, plan))
-    )
     num_ranks = axis_size(mesh, "queries", queries)
     if block_at is not None:
         _check_block_at(block_at, plan, num_ranks)
@@ -268,7 +260,6 @@ def attend(
         mesh=mesh,
         axes=(batch, heads, queries, tasks),
         rules=tuple(rules.items()),
-        out_shapes=tuple(x.shape for x in want),
     )
 
 
@@ -283,11 +274,7 @@ def block_order(device_of: jax.Array, num_ranks: int) -> jax.Array:
       ValueError: a number of blocks that does not divide; ranks that do not have as many blocks each.
     """
     num_blocks = np.shape(device_of)[0]
-    if num_blocks % num_ranks:
-        raise ValueError(
-            f"device_of has {num_blocks} blocks for {num_ranks} ranks: their number must divide, fill "
-            f"the sequence up to {padding(num_blocks, num_ranks).size} blocks"
-        )
+    _check_divides("device_of", num_blocks, num_ranks)
     if checks.is_concrete(device_of):
         count = np.bincount(np.asarray(device_of), minlength=num_ranks)
         if (count != num_blocks // num_ranks).any():
@@ -309,15 +296,23 @@ def _check_block_at(block_at, plan, num_ranks):
             f"block_at is given for {plan.num_queries} queries and {plan.num_keys} keys in blocks of "
             f"{plan.block_q}: it needs as many keys as queries, and whole blocks"
         )
+    _check_divides("block_at", num_blocks, num_ranks)
+
+
+def _check_divides(name, num_blocks, num_ranks):
     if num_blocks % num_ranks:
         raise ValueError(
-            f"block_at has {num_blocks} blocks for {num_ranks} ranks: their number must divide, fill "
-            f"the sequence up to {padding(num_blocks, num_ranks).size} blocks"
+            f"{name} has {num_blocks} blocks for {num_ranks} ranks: their number must divide, fill the "
+            f"sequence up to {padding(num_blocks, num_ranks).size} blocks"
         )
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axes", "rules", "out_shapes"))
-def _attend(given, plan, block_at, offset, *, mesh, axes, rules, out_shapes):
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "rules"))
+def _attend(given, plan, block_at, offset, *, mesh, axes, rules):
+    # Its errors, of the shapes that the caller knows.
+    want = jax.eval_shape(
+        lambda a, plan: attention.attend(plan=plan, **a, **dict(rules)), *shapes((given, plan))
+    )
     batch, heads, queries, tasks = axes
     axis_of = {"B": batch, "H": heads, "K": heads, "N": tasks} | dict.fromkeys("TSI", queries)
     q, k = given["q"], given["k"]
@@ -350,11 +345,9 @@ def _attend(given, plan, block_at, offset, *, mesh, axes, rules, out_shapes):
     if offset is not None:
         args["offset"], dims["offset"] = jnp.asarray(offset, jnp.int32), Dims("")
     local = functools.partial(_local, plan=plan, queries=queries, tasks=tasks, rules=dict(rules))
-    by_task = "shares" in given
-    letters = "BTNHD" if by_task else "BTHD", "BTH"
-    result = spread(local, mesh, axis_of, sizes, args, dims, tuple(map(Dims, letters)))
-    parts = zip(result, letters, out_shapes, strict=True)
-    return Partial(*(_cut(x, mesh, axis_of, d, shape) for x, d, shape in parts))
+    out_dims = Dims("BTNHD" if "shares" in given else "BTHD"), Dims("BTH")
+    out_shapes = want.y.shape, want.lse.shape
+    return Partial(*spread(local, mesh, axis_of, sizes, args, dims, out_dims, out_shapes))
 
 
 def _local(args, *, plan, queries, tasks, rules):
@@ -479,9 +472,3 @@ def _sizes(mesh, batch, heads, num_examples, num_heads, num_kv_heads, whole_grou
         "K": size,
         "H": size * unit,
     }
-
-
-def _cut(x, mesh, axis_of, letters, shape):
-    """x without its padding."""
-    spec = [axis_of.get(letter) for letter in letters]
-    return cut(x, mesh, spec, dict(enumerate(shape)))
