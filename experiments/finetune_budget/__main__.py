@@ -31,6 +31,7 @@ from rich.table import Table
 
 from experiments.benchmarks import _report
 from experiments.finetune_budget import training
+from experiments.harness import optimisers
 from experiments.kv_budget import data
 from experiments.models import Llama, load_gguf, smollm2_path
 from experiments.prefill_budget.policies import BLOCK_Q, POLICIES
@@ -115,7 +116,7 @@ def train(
 
 
 def _optimiser(steps: int) -> Any:
-    return training.adamw(steps, PEAK_RATE)
+    return optimisers.adamw(steps, PEAK_RATE)
 
 
 def _train_one(

@@ -76,12 +76,6 @@ def make_step(
     return Step(optimiser.init, train, jax.jit(lambda *x: loss_of(*x)[0]), traces)
 
 
-def adamw(steps: int, peak: float) -> optax.GradientTransformation:
-    """AdamW with warm-up over a tenth of the steps, cosine decay, gradients clipped to length 1."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
-
-
 def pieces(
     tokenizer: Tokenizer, names: list[str], tokens: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

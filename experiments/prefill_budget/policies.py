@@ -37,7 +37,25 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
 def window(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The first key block and the latest ones, the same part of every query block's."""
     seen = causal_tiles(q.shape[1])
-    number, at = _each(seen, density), np.arange(seen.shape[1])
+    return _latest(_each(seen, density), seen, q)
+
+
+def sliding_window(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
+    """The first key block and the latest ones, as many for every query block that has so many."""
+    seen = causal_tiles(q.shape[1])
+    _least(seen, density)
+    total, widths = tiles_of(q.shape[1], density), np.arange(1, seen.shape[1] + 1)[:, None]
+    number = np.minimum(widths, seen.sum(axis=1))  # by width
+    width = np.searchsorted(number.sum(axis=1), total, side="right") - 1
+    number = number[width]
+    # What is left is less than one more for each of those that have more.
+    number[number.size - (total - number.sum()) :] += 1
+    return _latest(number, seen, q)
+
+
+def _latest(number: np.ndarray, seen: np.ndarray, q: jax.Array) -> TilePlan:
+    """Of `number` [I] tiles for each query block, one for the first keys."""
+    at = np.arange(seen.shape[1])
     latest = at >= (seen.sum(axis=1) - (number - 1))[:, None]
     return _plan(((at == 0) | latest) & seen, q)
 
@@ -82,6 +100,7 @@ def _of_most(value: jax.Array, q: jax.Array, density: float) -> TilePlan:
 POLICIES: dict[str, Policy] = {
     "dense": dense,
     "window": window,
+    "sliding-window": sliding_window,
     "uniform": uniform,
     "ladder": ladder,
     "ladder-sketch": ladder_sketch,
@@ -100,24 +119,30 @@ def sampled_mass(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _each(seen: np.ndarray, density: float) -> np.ndarray:
-    """[I] tiles of each query block, together `tiles_of`, each at least those that it must have.
-
-    Raises:
-      ValueError: if these alone are more.
-    """
+    """[I] tiles of each query block, together `tiles_of`, each at least those that it must have."""
     total, wanted = int(density * seen.sum()), density * seen.sum(axis=1)
-    least = np.minimum(seen.sum(axis=1), BLOCK_Q // BLOCK_K + 1)
-    if least.sum() > total:
-        raise ValueError(
-            f"--density is {density}: {total} tiles, but their own and the first keys alone take "
-            f"{least.sum()}; more --tokens or a higher density would fit"
-        )
+    least = _least(seen, density)
     number = np.maximum(np.floor(wanted).astype(int), least)
     while number.sum() != total:  # the largest remainders first, never below the least
         step = np.sign(total - number.sum())
         free = number < seen.sum(axis=1) if step > 0 else number > least
         number[np.argmax(np.where(free, step * (wanted - number), -np.inf))] += step
     return number
+
+
+def _least(seen: np.ndarray, density: float) -> np.ndarray:
+    """[I] tiles that each query block must have: its own and the first keys.
+
+    Raises:
+      ValueError: if these alone are more than there are to be.
+    """
+    least, total = np.minimum(seen.sum(axis=1), BLOCK_Q // BLOCK_K + 1), int(density * seen.sum())
+    if least.sum() > total:
+        raise ValueError(
+            f"--density is {density}: {total} tiles, but their own and the first keys alone take "
+            f"{least.sum()}; more --tokens or a higher density would fit"
+        )
+    return least
 
 
 def _plan(mask: jax.Array | np.ndarray, q: jax.Array) -> TilePlan:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from experiments.harness.tokens import byte_level_bpe
 from experiments.text_classification import features
 from jbalance import allocate, shares
 
@@ -19,16 +20,7 @@ MOST_TOKENS = 64  # of a text
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE in lower case, from these texts alone."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return byte_level_bpe(texts, VOCABULARY, lower_case=True)
 
 
 def with_dropout(tokenizer: Tokenizer, part: float) -> Tokenizer:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 from optax import projections
 
+from experiments.harness import optimisers
 from experiments.text_classification.tokens import MOST_TOKENS, Packed
 from jbalance import attention
 
@@ -104,11 +105,7 @@ def make_step(
     """Training by AdamW, warm-up and cosine; adversarial as Miyato et al. (arXiv:1605.07725)."""
     traces: list[int] = []
     graph, _ = nnx.split(Classifier(config, nnx.Rngs(0)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, weight_decay=regularisation.weight_decay),
-    )
+    optimiser = optimisers.adamw(steps, peak, weight_decay=regularisation.weight_decay)
     dropout = nnx.Dropout(regularisation.dropout)
 
     def of_embedded(parameters: Any, x: Array, batch: Packed, key: Array | None) -> Array:

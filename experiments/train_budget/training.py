@@ -1,4 +1,4 @@
-"""One run: a decoder of Flax's own modules, balanced in place, and what it loses on held-out text."""
+"""One run: a language model, balanced in place, and what it loses on held-out text."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from experiments.harness import logs
+from experiments.harness import logs, optimisers
+from experiments.harness.tokens import byte_level_bpe
 from experiments.kv_budget import data
-from experiments.models.decoder import Decoder, DecoderConfig, num_parameters
+from experiments.models.decoder import num_parameters
 from experiments.prefill_budget.policies import BLOCK_K, BLOCK_Q, POLICIES
+from experiments.train_budget.model import Config, LanguageModel
 from jbalance import adapters
 
 TEXTS = ("lcet10", "plrabn12", "alice29", "hamlet", "lear")
 VOCABULARY, HELD_OUT, HELD_OUT_PIECES = 2048, 0.1, 64
-PEAK_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 100, 0.1
+PEAK_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.05, 0.1
 LOGGED = 20  # steps between two points of the training curve
+# The part of the steps, before the others, in which every arm computes all tiles: what a head will look
+# for nobody knows before it has learnt some of it, and it learns nothing from keys that it does not see.
+DENSE_START = 0.1
 
 
-def _dense(model: Decoder, density: float) -> None:
+def _dense(model: LanguageModel, density: float) -> None:
     adapters.balance_nnx(model, adapters.attention_fn())
 
 
-def _swap(policy: str) -> Callable[[Decoder, float], None]:
-    def swap(model: Decoder, density: float) -> None:
+def _swap(policy: str) -> Callable[[LanguageModel, float], None]:
+    def swap(model: LanguageModel, density: float) -> None:
         def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> Any:
             return POLICIES[policy](*jax.lax.stop_gradient((q, k, v)), density)
 
@@ -39,14 +44,15 @@ def _swap(policy: str) -> Callable[[Decoder, float], None]:
     return swap
 
 
-def _balanced(rule: str, model: Decoder, density: float) -> adapters.NnxBalance:
+def _balanced(rule: str, model: LanguageModel, density: float) -> adapters.NnxBalance:
     tiles, balancer = adapters.Tiles(BLOCK_Q, BLOCK_K), adapters.TileBalancer(rule)
     return adapters.NnxBalance(model, density, tiles, balancer)
 
 
-ARMS: dict[str, Callable[[Decoder, float], adapters.NnxBalance | None]] = {
+ARMS: dict[str, Callable[[LanguageModel, float], adapters.NnxBalance | None]] = {
     "dense": _dense,
-    "window": _swap("window"),  # and the first keys
+    "window": _swap("window"),  # and the first keys, the same part of every query block
+    "sliding window": _swap("sliding-window"),  # of the same width for every query block
     "uniform": _swap("uniform"),  # most attention, the same part of every query block and head
     "ladder": functools.partial(_balanced, "uniform"),  # one price in a layer, the layers alike
     "ladder over layers": functools.partial(_balanced, "priced"),  # one price for all layers
@@ -65,14 +71,7 @@ def texts() -> tuple[np.ndarray, np.ndarray, Tokenizer]:
         text = data.text_of(name)
         cut = int(len(text) * (1 - HELD_OUT))
         parts.append((text[:cut], text[cut:]))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([own for own, _ in parts], trainer)
+    tokenizer = byte_level_bpe((own for own, _ in parts), VOCABULARY, prefix_space=False)
     own, held = (
         np.concatenate([data.encode(tokenizer, text) for text in side])
         for side in zip(*parts, strict=True)
@@ -84,6 +83,8 @@ def train(
     arm: str, seed: int, steps: int, tokens: int, density: float, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Train one arm from the seed's parameters on the seed's pieces, the same for every arm.
+
+    The first `DENSE_START` of the steps are over all tiles; then the arm's attention takes over.
 
     Args:
       arm: a name in `ARMS`.
@@ -97,17 +98,15 @@ def train(
       Losses per token on held-out pieces, and what was computed.
     """
     own, held, _ = texts()
-    model = Decoder(DecoderConfig(VOCABULARY, tokens), rngs=nnx.Rngs(seed))
-    balance = ARMS[arm](model, density)
-    rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(WARM_UP, steps // 2), steps)
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=WEIGHT_DECAY)
-    )
-    optimiser = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    model = LanguageModel(Config(VOCABULARY), rngs=nnx.Rngs(seed))
+    _dense(model, density)
+    balance = None
+    adamw = optimisers.adamw(steps, PEAK_RATE, weight_decay=WEIGHT_DECAY, warm_up=WARM_UP)
+    optimiser = nnx.Optimizer(model, adamw, wrt=nnx.Param)
     traces: list[int] = []
 
     @nnx.jit
-    def step(model: Decoder, optimiser: Any, balance: Any, ids: jax.Array) -> jax.Array:
+    def step(model: LanguageModel, optimiser: Any, balance: Any, ids: jax.Array) -> jax.Array:
         traces.append(1)
         loss, gradient = nnx.value_and_grad(lambda model: _losses(model, ids).mean())(model)
         optimiser.update(model, gradient)
@@ -118,6 +117,8 @@ def train(
     rng = np.random.default_rng(seed)
     with logs.writer("train_budget", arm, seed) as writer:
         for i in range(steps):
+            if i == int(DENSE_START * steps):
+                balance = ARMS[arm](model, density)
             start = rng.integers(0, len(own) - tokens)
             piece = jnp.asarray(own[None, start : start + tokens + 1])
             loss = step(model, optimiser, balance, piece)
@@ -136,6 +137,6 @@ def train(
     return {"figures": figures, "parameters": num_parameters(model), "layer_shares": shares}
 
 
-def _losses(model: Decoder, ids: jax.Array) -> jax.Array:
+def _losses(model: LanguageModel, ids: jax.Array) -> jax.Array:
     """[B, T]."""
     return optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), ids[:, 1:])

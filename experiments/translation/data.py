@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polib
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from experiments.harness import packages
+from experiments.harness.tokens import byte_level_bpe
 
 LANGUAGES = ("de", "fr")
 PACKAGES = {language: f"libreoffice-l10n-{language}" for language in LANGUAGES}
@@ -94,18 +95,9 @@ def split(
 
 def train_tokenizer(pairs: list[Pair], vocabulary: int = VOCABULARY) -> Tokenizer:
     """Byte-level BPE of all languages together, from these strings alone."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>", "<end>", *(f"<{language}>" for language in LANGUAGES)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = (text for pair in pairs for text in (pair.english, *pair.translations))
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    special = ["<pad>", "<end>", *(f"<{language}>" for language in LANGUAGES)]
+    return byte_level_bpe(texts, vocabulary, special=special)
 
 
 class Encoded(NamedTuple):

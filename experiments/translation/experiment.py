@@ -15,7 +15,7 @@ import sacrebleu
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.harness import logs
+from experiments.harness import logs, optimisers
 from experiments.translation import data, decode, memory, tiles, training
 from experiments.translation.data import LANGUAGES, MOST_TOKENS, Batch, Sizes, Split
 from experiments.translation.model import Config, Translator
@@ -26,6 +26,7 @@ MODELS = Path("out/translation")  # parameters of the runs, for pictures
 CHECKED = 200  # steps between looks at the validation pairs
 BASE_STEPS, BASE_RATE = 3500, 2.5e-3
 PEAK_RATE = 2e-3  # of an arm
+B2 = 0.98
 _PRODUCTS = 7  # of a tile, forward and backward
 
 
@@ -135,7 +136,7 @@ def start(material: Material, steps: int, advance: Callable[[], None]) -> Start:
         return Start(load(name, 0, parameters), steps)
     batches = train_batches(material, 1000, steps)
     most = training.most_tiles([*batches, *material.validation], material.config.heads, 1.0)
-    optimiser = training.adamw(steps, BASE_RATE)
+    optimiser = optimisers.adamw(steps, BASE_RATE, b2=B2)
     step = training.make_step(graph, "full", most, multitask.mean(), optimiser)
     state = step.init(parameters)
     with logs.writer(EXPERIMENT, "base", 0) as log:
@@ -206,7 +207,7 @@ def run(
 @functools.cache  # seeds share a program
 def _step(arm: str, config: Config, most: tuple[tuple[str, int], ...], steps: int) -> training.Step:
     graph, _ = nnx.split(Translator(config, nnx.Rngs(0)))
-    optimiser = training.adamw(steps, PEAK_RATE)
+    optimiser = optimisers.adamw(steps, PEAK_RATE, b2=B2)
     return training.make_step(graph, ARMS[arm].tiles, dict(most), ARMS[arm].weighing(), optimiser)
 
 

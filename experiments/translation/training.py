@@ -169,11 +169,3 @@ def make_step(
 def stacked(batches: list[Batch]) -> Batch:
     """One batch of each task along a first axis."""
     return jax.tree.map(lambda *x: np.stack(x), *batches)
-
-
-def adamw(steps: int, peak: float) -> optax.GradientTransformation:
-    """AdamW with warm-up over a tenth of the steps, then a cosine; gradients clipped to length 1."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
-    )

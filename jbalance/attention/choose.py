@@ -36,7 +36,9 @@ def choose(
     bisection on the bits, exact, ties by index. Before it, each query block has the tiles of its own
     positions and the first key block, where much of the attention rests that has nowhere to go; and of
     the part of its tiles that an even division would give it, `floor`, its own best ones: a value is
-    an estimate, and a query block that gets nothing is lost.
+    an estimate, and a query block that gets nothing is lost. If causal, the tile of the key just before
+    a block's own positions comes before all others, whatever its value: without it the block's first
+    queries see hardly more than themselves, and a sample of queries seldom has these.
 
     Args:
       value: [B, H, I, J] float >= 0 of computing each tile, such as `importance.tile_error`.
@@ -70,7 +72,7 @@ def choose(
     checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
     checks.whole("num_tiles", num_tiles)
     checks.in_range("floor", floor, 0, 1)
-    seen, always = _structure(num_queries, num_keys, block_q, block_k, causal)
+    seen, always, before = _structure(num_queries, num_keys, block_q, block_k, causal)
     batch, heads = np.shape(value)[:2]
     num_heads: Any = heads
     if where is not None and np.shape(where) != (heads,):
@@ -90,7 +92,7 @@ def choose(
     checkify.debug_check(
         jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
     )
-    value = jnp.asarray(value, jnp.float32)
+    value = jnp.where(before, jnp.inf, jnp.asarray(value, jnp.float32))
     part = floor * total / (num_heads * seen.sum())
     even = jnp.floor(part[:, None] * seen.sum(axis=1)).astype(jnp.int32)  # [B, I]
     more = jnp.maximum(even - always.sum(axis=1), 0)[:, None]
@@ -118,15 +120,17 @@ def candidates(
     Returns:
       [I, J] bool each: their sums are the most and the fewest tiles that a head can have.
     """
-    return _structure(num_queries, num_keys, block_q, block_k, causal)
+    seen, always, _ = _structure(num_queries, num_keys, block_q, block_k, causal)
+    return seen, always
 
 
 def _structure(num_queries, num_keys, block_q, block_k, causal):
-    """[I, J] bool: tiles in which something is seen, and those that are always computed."""
+    """[I, J] bool: tiles in which something is seen, that are always computed, and that come first."""
     first, last, keys, key_ends = plans.positions(num_queries, num_keys, block_q, block_k)
     seen = keys <= last if causal else np.ones((first.size, keys.size), bool)
     own = (keys <= last) & (key_ends >= first)
-    return seen, seen & (own | (keys == 0))
+    before = (keys < first) & (key_ends >= first - 1) & causal
+    return seen, seen & (own | (keys == 0)), before
 
 
 def _largest(value, open_, number, axis_name=None):

@@ -14,12 +14,13 @@ ROWS, COLUMNS = 7, 15
 
 
 def structure(causal=True):
-    """[ROWS, COLUMNS]: candidates, and those that are always there, token by token."""
+    """[ROWS, COLUMNS]: candidates, those that are always there, and those that come first."""
     t, s = np.arange(T)[:, None] + S - T, np.arange(S)
     seen = s <= t if causal else np.ones((T, S), bool)
     own = (s == t) | (s < BK) & seen
-    tiles = np.zeros((2, ROWS, COLUMNS), bool)
-    for which, mask in enumerate((seen, own)):
+    before = (s == t - 1) & seen & causal
+    tiles = np.zeros((3, ROWS, COLUMNS), bool)
+    for which, mask in enumerate((seen, own, before)):
         for i in range(ROWS):
             for j in range(COLUMNS):
                 tiles[which, i, j] = mask[i * BQ : (i + 1) * BQ, j * BK : (j + 1) * BK].any()
@@ -33,7 +34,7 @@ def test_the_best_tiles_are_chosen_and_no_other(seed, part, causal, floor):
     value = rng.choice([0, 1, 2.5, 1e-20, 3e10], (1, H, ROWS, COLUMNS)).astype(np.float32)
     value = np.where(rng.random(value.shape) < 0.7, rng.exponential(size=value.shape), value)
     value = value.astype(np.float32)
-    seen, own = structure(causal)
+    seen, own, before = structure(causal)
     number = max(int(part * H * seen.sum()), H * own.sum())
     plan = choose(value, number, causal=causal, floor=floor, **SIZES)
     mask = np.asarray(to_mask(plan))[0]
@@ -42,6 +43,7 @@ def test_the_best_tiles_are_chosen_and_no_other(seed, part, causal, floor):
     assert mask[:, own].all()
     even = np.floor(np.float32(floor * number / (H * seen.sum())) * seen.sum(axis=1))
     assert (mask.sum(axis=2) >= np.minimum(even, seen.sum(axis=1)) - 1e-3).all()
+    value = np.where(before, np.inf, value)
     # Of those above its floor, none that is out is worth more than one that is in.
     left = value[0][seen & ~mask]
     for h, i in np.ndindex(H, ROWS):
@@ -51,8 +53,9 @@ def test_the_best_tiles_are_chosen_and_no_other(seed, part, causal, floor):
 
 
 def test_of_equal_values_the_first_tiles_are_taken():
-    seen, own = structure()
+    seen, own, before = structure()
     value = np.ones((1, H, ROWS, COLUMNS), np.float32)
+    own |= before
     plan = choose(value, H * own.sum() + 10, floor=0.0, **SIZES)
     taken = (np.asarray(to_mask(plan))[0] & ~own).reshape(-1)
     candidates = np.flatnonzero(np.broadcast_to(seen & ~own, (H, ROWS, COLUMNS)).reshape(-1))

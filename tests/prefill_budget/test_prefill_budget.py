@@ -21,7 +21,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("density", [0.5, 0.25])
-@pytest.mark.parametrize("name", ["window", "uniform", "ladder"])
+@pytest.mark.parametrize("name", ["window", "sliding-window", "uniform", "ladder"])
 def test_every_policy_has_the_same_number_of_tiles_and_causal_ones_only(tokens, name, density):
     plan = jax.jit(policies.POLICIES[name], static_argnums=3)(*tokens, density)
     mask = np.asarray(attention.to_mask(plan))
@@ -33,10 +33,17 @@ def test_every_policy_has_the_same_number_of_tiles_and_causal_ones_only(tokens, 
     assert mask[..., 0].all()
 
 
+def test_a_sliding_window_is_as_wide_for_every_query_block_that_has_so_many(tokens):
+    plan = policies.sliding_window(*tokens, 0.5)
+    width = np.asarray(attention.to_mask(plan))[0, 0].sum(axis=1)
+    seen = policies.causal_tiles(SIZE).sum(axis=1)
+    assert (width[width < seen] >= width.max() - 1).all()
+
+
 def test_all_tiles_are_dense_attention(tokens):
     q, k, v = tokens
     want = attention.attend(q, k, v, policies.dense(q, k, v, 1.0), causal=True).y
-    for name in ("window", "uniform", "ladder"):
+    for name in ("window", "sliding-window", "uniform", "ladder"):
         plan = policies.POLICIES[name](q, k, v, 1.0)
         np.testing.assert_allclose(attention.attend(q, k, v, plan, causal=True).y, want, atol=1e-6)
 
@@ -54,7 +61,7 @@ def test_the_ladder_loses_less_than_the_others(tokens):
 
 def test_a_density_below_what_every_query_block_must_have_is_refused(tokens):
     q, k, v = (x[:, :512] for x in tokens)
-    for name in ("window", "uniform", "ladder"):
+    for name in ("window", "sliding-window", "uniform", "ladder"):
         with pytest.raises(ValueError, match=r"is 0\.1|num_tiles is"):
             policies.POLICIES[name](q, k, v, 0.1)
 

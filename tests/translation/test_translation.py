@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.harness import optimisers
 from experiments.translation import data, decode, experiment, maps, memory, tiles, training
 from experiments.translation.__main__ import main
 from experiments.translation.data import END, FIRST_LANGUAGE, LANGUAGES, Pair, Sizes
@@ -36,7 +37,7 @@ def step_of(arm, weighing=multitask.mean):
     both = training.stacked([batch(0, "de"), batch(1, "fr")])
     graph, parameters = nnx.split(Translator(CONFIG, nnx.Rngs(0)))
     most = training.most_tiles([both], CONFIG.heads, tiles.part_of(arm))
-    step = training.make_step(graph, arm, most, weighing(), training.adamw(40, 1e-2))
+    step = training.make_step(graph, arm, most, weighing(), optimisers.adamw(40, 1e-2, b2=0.98))
     return graph, parameters, step
 
 
