@@ -8,14 +8,10 @@ over any number of devices: what does not divide is filled up with such as weigh
 
 from jbalance.sharded import cache
 from jbalance.sharded._layout import Padding, padding
-from jbalance.sharded.attention import (
-    attend,
-    block_order,
-    choose,
-    tile_importance,
-    token_importance,
-)
+from jbalance.sharded.attention import attend, block_order
 from jbalance.sharded.cache import MeshCache
+from jbalance.sharded.choose import choose
+from jbalance.sharded.importance import tile_importance, token_importance
 from jbalance.sharded.units import ladder, pool, shares, whole
 
 __all__ = [  # noqa: RUF022  (pipeline order)

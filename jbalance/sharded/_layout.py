@@ -44,6 +44,30 @@ def axis_size(mesh: Mesh, name: str, axis_name: str | None) -> int:
     return mesh.shape[axis_name]
 
 
+def sizes_of(
+    mesh: Mesh,
+    batch: str | None,
+    heads: str | None,
+    num_examples: int,
+    num_heads: int,
+    num_kv_heads: int,
+    whole_groups: bool = False,
+) -> dict[str, int]:
+    """What examples and heads are filled up to.
+
+    Query heads that share keys stay together, unless all do: then every device has the one key/value
+    head, and `whole_groups` says whether the query heads must stay together even so.
+    """
+    num_devices = axis_size(mesh, "heads", heads)
+    unit = 1 if num_kv_heads == 1 and not whole_groups else num_heads // num_kv_heads
+    size = padding(num_heads // unit, num_devices).size
+    return {
+        "B": padding(num_examples, axis_size(mesh, "batch", batch)).size,
+        "K": size,
+        "H": size * unit,
+    }
+
+
 def lay_out(x: jax.Array, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:
     """x under jit with its axes on those of the mesh, be they of type Auto or Explicit."""
     type_of = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

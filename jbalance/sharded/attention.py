@@ -1,4 +1,4 @@
-"""Importance of tokens and tiles, the choice of tiles, and attention over them, on a mesh.
+"""Attention over tiles on a mesh.
 
 Examples go over one mesh axis (data parallel), heads over another (tensor parallel; those that share
 keys stay together), blocks of queries over a third (context parallel), tasks over a fourth: any of
@@ -9,9 +9,7 @@ result with an axis that did not divide is the same on all devices along it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,153 +20,9 @@ from jax.sharding import Mesh
 
 from jbalance import attention, checks
 from jbalance.attention import Partial, TilePlan
-from jbalance.attention import choose as choose_tiles
-from jbalance.sharded._layout import Dims, axis_size, padding, shapes, spread
+from jbalance.sharded._layout import Dims, axis_size, padding, shapes, sizes_of, spread
 
 _Q, _KV = Dims("BTHD"), Dims("BSKD")
-
-
-def token_importance(
-    scorer: Callable[..., jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    mesh: Mesh,
-    batch: str | None = None,
-    heads: str | None = None,
-) -> jax.Array:
-    """A scorer of `importance.TOKEN_SCORERS` for a batch over a mesh; nothing is exchanged.
-
-    Args:
-      scorer: q [T, H, D], k and v [S, K, D] -> [K, S]. A new function compiles anew.
-      q: [B, T, H, D].
-      k: [B, S, K, D].
-      v: [B, S, K, D].
-      mesh: of the devices.
-      batch: the mesh axis that examples are split over, or None.
-      heads: that of key/value heads, with the query heads that share them.
-
-    Returns:
-      [B, K, S].
-
-    Raises:
-      ValueError: shapes; an axis that the mesh does not have.
-    """
-    return _scores(q, k, v, scorer, (), True, mesh, batch, heads)
-
-
-def tile_importance(
-    scorer: Callable[..., jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    mesh: Mesh,
-    batch: str | None = None,
-    heads: str | None = None,
-    **options: Any,
-) -> jax.Array:
-    """`importance.tile_error` or `tile_sketch` over a mesh; nothing is exchanged.
-
-    Args:
-      scorer: one of the two.
-      q: [B, T, H, D].
-      k: [B, S, K, D].
-      v: [B, S, K, D].
-      mesh: of the devices.
-      batch: the mesh axis that examples are split over, or None.
-      heads: that of key/value heads, with the query heads that share them.
-      **options: of the scorer: block_q, block_k, ...
-
-    Returns:
-      [B, H, I, J].
-
-    Raises:
-      ValueError: shapes; an axis that the mesh does not have.
-    """
-    return _scores(q, k, v, scorer, tuple(options.items()), False, mesh, batch, heads)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("scorer", "options", "by_example", "mesh", "batch", "heads")
-)
-def _scores(q, k, v, scorer, options, by_example, mesh, batch, heads):
-    """[B, K, S] of a scorer of one example, or [B, H, I, J] of one of a batch."""
-    for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]")):
-        checks.rank(name, x, 4, hint)
-    run = functools.partial(scorer, **dict(options))
-    run = jax.vmap(run) if by_example else run
-    # Its errors, of the shapes that the caller knows.
-    want = jax.eval_shape(run, *shapes((q, k, v)))
-    num_heads = q.shape[2], k.shape[2]
-    sizes = _sizes(mesh, batch, heads, q.shape[0], *num_heads, whole_groups=by_example)
-    axis_of = {"B": batch, "H": heads, "K": heads}
-    dims, out_dims = (_Q, _KV, _KV), (Dims("BKS" if by_example else "BHIJ"),)
-    (out,) = spread(
-        lambda x: (run(*x),), mesh, axis_of, sizes, (q, k, v), dims, out_dims, (want.shape,)
-    )
-    return out
-
-
-def choose(
-    value: jax.Array,
-    num_tiles: jax.Array | int,
-    *,
-    mesh: Mesh,
-    batch: str | None = None,
-    heads: str | None = None,
-    **options: Any,
-) -> TilePlan:
-    """`attention.choose` over a mesh: one price for the tiles of all heads of an example.
-
-    Over heads a pass of the search exchanges one scalar an example; over examples nothing is.
-
-    Args:
-      value: [B, H, I, J] of computing each tile.
-      num_tiles: [] or [B] int, for all heads and query blocks of an example.
-      mesh: of the devices.
-      batch: the mesh axis that examples are split over, or None.
-      heads: that of query heads.
-      **options: those of `attention.choose`: num_queries, num_keys, block_q, block_k, ...
-
-    Returns:
-      The plan of one device: the same tiles.
-
-    Raises:
-      ValueError: those of `attention.choose`; an axis that the mesh does not have.
-    """
-    if checks.is_concrete(num_tiles):  # too few for any values
-        jax.eval_shape(lambda x: choose_tiles(x, num_tiles, **options), shapes(value))
-    return _choose(value, num_tiles, tuple(options.items()), mesh, batch, heads)
-
-
-@functools.partial(jax.jit, static_argnames=("options", "mesh", "batch", "heads"))
-def _choose(value, num_tiles, options, mesh, batch, heads):
-    run: Any = functools.partial(choose_tiles, **dict(options))
-    want = jax.eval_shape(run, *shapes((value, num_tiles)))
-    num_heads = value.shape[1]
-    sizes = _sizes(mesh, batch, heads, value.shape[0], num_heads, num_heads)
-    axis_of = {"B": batch, "H": heads}
-    there = jnp.arange(sizes["H"]) < num_heads
-    lists = ("blocks", "count", "dropped")
-
-    def of_device(args):
-        value, num_tiles, there = args
-        plan = run(value, num_tiles, where=there, axis_name=heads)
-        return tuple(getattr(plan, name) for name in lists)
-
-    out = spread(
-        of_device,
-        mesh,
-        axis_of,
-        sizes,
-        (value, jnp.broadcast_to(jnp.asarray(num_tiles, jnp.int32), value.shape[:1]), there),
-        (Dims("BHIJ"), Dims("B"), Dims("H")),
-        (Dims("BHIC"), Dims("BHI"), Dims("BHI")),
-        tuple(getattr(want, name).shape for name in lists),
-    )
-    return dataclasses.replace(want, **dict(zip(lists, out, strict=True)))
 
 
 def attend(
@@ -316,7 +170,7 @@ def _attend(given, plan, block_at, offset, *, mesh, axes, rules):
     batch, heads, queries, tasks = axes
     axis_of = {"B": batch, "H": heads, "K": heads, "N": tasks} | dict.fromkeys("TSI", queries)
     q, k = given["q"], given["k"]
-    sizes = _sizes(mesh, batch, heads, q.shape[0], q.shape[2], k.shape[2])
+    sizes = sizes_of(mesh, batch, heads, q.shape[0], q.shape[2], k.shape[2])
     num_ranks = axis_size(mesh, "queries", queries)
     if queries is not None:
         sizes["I"] = padding(plan.num_query_blocks, num_ranks).size
@@ -456,19 +310,3 @@ def _part(args, lists, first, offset, plan, rules):
         block_k=plan.block_k,
     )
     return attention.attend(plan=own, offset=offset, **args, **rules)
-
-
-def _sizes(mesh, batch, heads, num_examples, num_heads, num_kv_heads, whole_groups=False):
-    """What examples and heads are filled up to.
-
-    Query heads that share keys stay together, unless all do: then every device has the one key/value
-    head, and `whole_groups` says whether the query heads must stay together even so.
-    """
-    num_devices = axis_size(mesh, "heads", heads)
-    unit = 1 if num_kv_heads == 1 and not whole_groups else num_heads // num_kv_heads
-    size = padding(num_heads // unit, num_devices).size
-    return {
-        "B": padding(num_examples, axis_size(mesh, "batch", batch)).size,
-        "K": size,
-        "H": size * unit,
-    }
