@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,6 @@ TEXTS = ("lcet10", "plrabn12", "alice29", "hamlet", "lear")
 VOCABULARY, HELD_OUT, HELD_OUT_PIECES = 2048, 0.1, 64
 PEAK_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 0.05, 0.1
 LOGGED = 20  # steps between two points of the training curve
-# The part of the steps, before the others, in which every arm computes all tiles: what a head will look
-# for nobody knows before it has learnt some of it, and it learns nothing from keys that it does not see.
-DENSE_START = 0.1
 
 
 def _dense(model: LanguageModel, density: float) -> None:
@@ -79,30 +76,76 @@ def texts() -> tuple[np.ndarray, np.ndarray, Tokenizer]:
     return own, held, tokenizer
 
 
-def train(
-    arm: str, seed: int, steps: int, tokens: int, density: float, advance: Callable[[], None]
-) -> dict[str, Any]:
+class Settings(NamedTuple):
+    """What all runs share."""
+
+    steps: int  # of one piece each
+    tokens: int  # of a piece
+    density: float  # part of the causal tiles
+    dense_start: float  # part of the steps, before the others, over all tiles
+
+
+def train(arm: str, seed: int, settings: Settings, advance: Callable[[], None]) -> dict[str, Any]:
     """Train one arm from the seed's parameters on the seed's pieces, the same for every arm.
 
-    The first `DENSE_START` of the steps are over all tiles; then the arm's attention takes over.
+    The steps over all tiles come first, once for all arms of a seed that are trained one after the
+    other; then the arm's attention takes over, in training and on what is held out.
 
     Args:
       arm: a name in `ARMS`.
       seed: of parameters and pieces.
-      steps: of one piece each.
-      tokens: of a piece.
-      density: part of the causal tiles.
+      settings: of all runs.
       advance: called after each step.
 
     Returns:
       Losses per token on held-out pieces, and what was computed.
     """
-    own, held, _ = texts()
+    _, held, _ = texts()
+    tokens, dense_steps = settings.tokens, int(settings.dense_start * settings.steps)
+    begun, traces, curve = _begin(seed, settings)
+    for _ in range(dense_steps):
+        advance()
+    model, optimiser = nnx.clone(begun)
+    balance = ARMS[arm](model, settings.density)
+    own_steps = range(dense_steps, settings.steps)
+    own_traces, own_curve = _continue(model, optimiser, balance, seed, settings, own_steps, advance)
+    with logs.writer("train_budget", arm, seed) as writer:
+        for i, loss in curve + own_curve:
+            writer.add_scalar("loss", loss, i)
+    losses = nnx.jit(_losses)
+    starts = np.linspace(0, len(held) - tokens - 1, HELD_OUT_PIECES).astype(int)
+    each = np.stack([losses(model, jnp.asarray(held[None, s : s + tokens + 1]))[0] for s in starts])
+    shares = [round(float(x.share), 3) for x in adapters.budgets_of(model)]
+    figures = {
+        "held_out": float(each.mean()),
+        "held_out_second_half": float(each[:, tokens // 2 :].mean()),
+        "traces": traces + own_traces,
+    }
+    return {"figures": figures, "parameters": num_parameters(model), "layer_shares": shares}
+
+
+@functools.lru_cache(maxsize=1)
+def _begin(seed: int, settings: Settings) -> tuple[Any, int, list[tuple[int, float]]]:
+    """Model and optimiser after the steps over all tiles; traces, and the curve."""
     model = LanguageModel(Config(VOCABULARY), rngs=nnx.Rngs(seed))
-    _dense(model, density)
-    balance = None
-    adamw = optimisers.adamw(steps, PEAK_RATE, weight_decay=WEIGHT_DECAY, warm_up=WARM_UP)
+    _dense(model, 1.0)
+    adamw = optimisers.adamw(settings.steps, PEAK_RATE, weight_decay=WEIGHT_DECAY, warm_up=WARM_UP)
     optimiser = nnx.Optimizer(model, adamw, wrt=nnx.Param)
+    steps = range(int(settings.dense_start * settings.steps))
+    return (model, optimiser), *_continue(model, optimiser, None, seed, settings, steps)
+
+
+def _continue(
+    model: LanguageModel,
+    optimiser: Any,
+    balance: adapters.NnxBalance | None,
+    seed: int,
+    settings: Settings,
+    steps: range,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[int, list[tuple[int, float]]]:
+    """Train in place through some of the steps; how often they were traced, and the curve."""
+    own, _, _ = texts()
     traces: list[int] = []
 
     @nnx.jit
@@ -115,26 +158,15 @@ def train(
         return loss
 
     rng = np.random.default_rng(seed)
-    with logs.writer("train_budget", arm, seed) as writer:
-        for i in range(steps):
-            if i == int(DENSE_START * steps):
-                balance = ARMS[arm](model, density)
-            start = rng.integers(0, len(own) - tokens)
-            piece = jnp.asarray(own[None, start : start + tokens + 1])
-            loss = step(model, optimiser, balance, piece)
-            if i % LOGGED == 0:
-                writer.add_scalar("loss", float(loss), i)
-            advance()
-    losses = nnx.jit(_losses)
-    starts = np.linspace(0, len(held) - tokens - 1, HELD_OUT_PIECES).astype(int)
-    each = np.stack([losses(model, jnp.asarray(held[None, s : s + tokens + 1]))[0] for s in starts])
-    shares = [round(float(x.share), 3) for x in adapters.budgets_of(model)]
-    figures = {
-        "held_out": float(each.mean()),
-        "held_out_second_half": float(each[:, tokens // 2 :].mean()),
-        "traces": len(traces),
-    }
-    return {"figures": figures, "parameters": num_parameters(model), "layer_shares": shares}
+    starts = [rng.integers(0, len(own) - settings.tokens) for _ in range(settings.steps)]
+    curve = []
+    for i in steps:
+        piece = jnp.asarray(own[None, starts[i] : starts[i] + settings.tokens + 1])
+        loss = step(model, optimiser, balance, piece)
+        if i % LOGGED == 0:
+            curve.append((i, float(loss)))
+        advance()
+    return len(traces), curve
 
 
 def _losses(model: LanguageModel, ids: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ def test_the_end_of_every_text_is_held_out():
 @pytest.mark.parametrize("arm", training.ARMS)
 def test_an_arm_learns_and_compiles_twice_with_its_dense_start(arm):
     steps = []
-    out = training.train(arm, 0, 12, TOKENS, 0.5, lambda: steps.append(1))
+    settings = training.Settings(12, TOKENS, 0.5, 0.5)
+    out = training.train(arm, 0, settings, lambda: steps.append(1))
     assert len(steps) == 12
     assert out["parameters"] > 2_000_000
     assert out["figures"]["traces"] == 2
@@ -36,6 +37,7 @@ def test_an_arm_learns_and_compiles_twice_with_its_dense_start(arm):
         (["--density", "0"], "--density is 0.0"),
         (["--tokens", "100"], "--tokens is 100"),
         (["--steps", "1"], "--steps is 1"),
+        (["--dense-start", "2"], "--dense-start is 2.0"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, tmp_path, arguments, message):
