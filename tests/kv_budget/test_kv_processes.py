@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small_decode
+from together import ROOT, run_together
 
 from experiments.kv_budget import evaluate, measure, processes
 from experiments.kv_budget.__main__ import main
@@ -19,7 +20,6 @@ from experiments.kv_budget.decode import Decoder, place_caches
 from experiments.kv_budget.policies import make_plan, policy_of
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 TEXT = str(ROOT / "LICENSE")
 CLEAN = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "KV_BUDGET_PIPE")}
 
@@ -55,25 +55,12 @@ def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
     coordinator = f"localhost:{processes._free_ports()}"
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     read, write = os.pipe()  # as below a guard that never ends
-    started = [
-        subprocess.Popen(
-            [sys.executable, HERE / "small_decode.py", coordinator, str(i), out],
-            cwd=ROOT,
-            env=CLEAN | {"KV_BUDGET_PIPE": str(write), "PYTHONPATH": str(ROOT)},
-            pass_fds=[write],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i, out in enumerate(outputs)
-    ]
+    program = [sys.executable, HERE / "small_decode.py", coordinator]
+    environment = CLEAN | {"KV_BUDGET_PIPE": str(write), "PYTHONPATH": str(ROOT)}
+    commands = [[*program, str(i), out] for i, out in enumerate(outputs)]
     try:
-        for process in started:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said[-3000:]
+        run_together(commands, 300, env=environment, pass_fds=[write])
     finally:
-        for process in started:
-            process.kill()
         os.close(read)
         os.close(write)
     for out in outputs:

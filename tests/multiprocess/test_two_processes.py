@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from sharded_cases import CASES, COMMON, UNITS, assert_same
 from sharded_stages import STAGES
+from together import run_together
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,33 +52,15 @@ def assert_as_one(tmp_path, devices_each, names):
     """Two processes of so many devices each get what one device gets."""
     port = str(free_port())
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                HERE / "worker.py",
-                port,
-                "2",
-                str(i),
-                str(devices_each),
-                out,
-                ";".join(names),
-            ],
-            cwd=HERE.parents[1],
-            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i, out in enumerate(outputs)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    program = [sys.executable, HERE / "worker.py", port, "2"]
+    run_together(
+        [
+            [*program, str(i), str(devices_each), out, ";".join(names)]
+            for i, out in enumerate(outputs)
+        ],
+        900,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )
 
     wanted = {}
     for name in names:
