@@ -129,7 +129,9 @@ class NnxBalance(nnx.Module):
         balance.update(model)                # or update(model, density), which may be a traced value
 
     Each layer computes its tiles of most value, chosen in every call from its own queries and keys; how
-    many that are, `update` decides from what the layers saw. Nothing compiles anew.
+    many that are, `update` decides from what the layers saw. Nothing compiles anew. A block of queries
+    has one choice, so which keys a query sees depends a little on the queries behind it in its block:
+    likelihoods of an autoregressive model are strictly its own only with all tiles.
 
     Args:
       model: an nnx module with `nnx.MultiHeadAttention` in it, whose `attention_fn` is replaced.
