@@ -20,7 +20,7 @@ from rich.table import Table
 
 from experiments.harness import runs
 from experiments.harness.statistics import paired_interval
-from experiments.prefill_budget.policies import BLOCK_Q
+from experiments.prefill_budget.policies import BLOCK_K, BLOCK_Q
 from experiments.train_budget import training
 from jbalance import checks
 
@@ -85,10 +85,10 @@ def train(
     about = {
         "experiment": "train_budget",
         "title": "A language model from scratch"
-        + (", read with half of the tiles" if dense_start == 1 else ""),
+        + (", read over a part of the tiles" if dense_start == 1 else ""),
         "notes": [
             "Two million parameters on five books, negative log-likelihood of a token held out.",
-            _when(dense_start),
+            _when(density, dense_start),
             "`window`: the latest keys and the first ones, the same part of every query block's tiles;",
             "`sliding window`: the same width for every query block; `uniform`: most attention,",
             "each head and query block alike; `ladder`: one price for the tiles of a layer,",
@@ -106,11 +106,11 @@ def train(
     return runs.run_all(out, about, arms, seeds, steps, one)
 
 
-def _when(dense_start: float) -> str:
+def _when(density: float, dense_start: float) -> str:
+    part = f"{100 * density:g} % of the causal tiles, {BLOCK_Q} x {BLOCK_K}"
     if dense_start == 1:
-        return "Trained over all tiles; all but `dense` then read over half of the causal ones, 64 x 16."
-    part = f"{100 * dense_start:g} %"
-    return f"After {part} of the steps half of the causal tiles, 64 x 16, but for `dense`."
+        return f"Trained over all tiles, then read over {part}, but for `dense`."
+    return f"After {100 * dense_start:g} % of the steps over {part}, but for `dense`."
 
 
 def _print(report: dict[str, Any]) -> None:
