@@ -28,6 +28,7 @@ from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
 from experiments.kv_budget import data, measure
 from experiments.models import load_gguf, prefill_attention, smollm2_path
+from jbalance import importance
 from jbalance.cache import codec, live, paged_attention, pages
 from jbalance.resources import kv_entry_bytes
 
@@ -75,7 +76,7 @@ def real_context(size: int) -> Context:
     @jax.jit
     def layer_of(state, ids):
         q, k, v = nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
-        w = measure.worth(q[LAYER], k[LAYER], v[LAYER], config.rope_base)
+        w = importance.token_worth(q[LAYER], k[LAYER], v[LAYER], frequencies=config.frequencies)
         return q[LAYER], k[LAYER], v[LAYER], w
 
     piece = min(PIECE_TOKENS, size)
@@ -208,7 +209,7 @@ def _scorers() -> list[Row]:
         return nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
 
     q, k, v = (x[LAYER] for x in queries(state, jnp.asarray(ids)))
-    worth = jax.jit(functools.partial(measure.worth, rope_base=config.rope_base))
+    worth = jax.jit(functools.partial(importance.token_worth, frequencies=config.frequencies))
     seconds = _report.interleaved(
         {
             "prefill": functools.partial(prefill, state, jnp.asarray(ids)),

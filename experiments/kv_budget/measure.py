@@ -13,16 +13,13 @@ from flax import nnx
 from experiments.models import causal_attention
 from experiments.models.llama import Llama
 from jbalance import importance
+from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
 
-NUM_SINKS, NUM_RECENT = 4, 32
-LADDER_RECENT = 8  # latest tokens at the ladder's highest level; all before them are judged
+NUM_RECENT = 32
 FEW_TOKENS = (8, 12, 18, 25)  # counts below the sinks and the recent tokens
 PROBE_TOKENS = 128  # last queries that stand for those to come
 SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
-# Energies of attention, whose root is a token's worth at every precision: what the last queries asked
-# for counts little beside what a repetition of the context would, or it would be all that is kept.
-WINDOW_SHARE = 0.02
 WORTHS = ("sketch", "repetition")
 REPEAT_TOKENS = 1024  # of the context, fed back at a time
 REPEAT_BLOCK = 128  # of them, whose attention is measured at a time
@@ -43,14 +40,14 @@ def counts(num_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({*FEW_TOKENS, *rest.tolist()}))
 
 
-def scorers(rope_base: float) -> dict[str, TokenScorer]:
+def scorers(frequencies: np.ndarray) -> dict[str, TokenScorer]:
     """The token scorers by name, and their combination."""
     table = dict(importance.TOKEN_SCORERS)
     for name, scorer in (
         ("expected_attention", importance.expected_attention),
         ("leverage", importance.leverage),
     ):
-        table[name] = functools.partial(scorer, rotary_base=rope_base)
+        table[name] = functools.partial(scorer, frequencies=frequencies)
     combined = importance.combined(SCORE_WEIGHTS, normalize={"leverage": "rank"}, scorers=table)
     return {"combined": combined, **table}
 
@@ -86,14 +83,15 @@ def prefill(model: Llama, tokens: np.ndarray, scorer: str = "combined") -> Measu
 @functools.partial(jax.jit, static_argnames=("graph", "scorer", "counts"))
 def _prefill(graph, state, tokens, scorer, counts) -> Measured:
     model = nnx.merge(graph, state)
-    base = model.config.rope_base
-    score = None if scorer in WORTHS else scorers(base)[scorer]
+    frequencies = model.config.frequencies
+    score = None if scorer in WORTHS else scorers(frequencies)[scorer]
 
     def attention(q, k, v, _):
         y, _ = causal_attention(q, k, v)
         q, k, v = q[0], k[0], v[0]
         if score is None:
-            return y, Measured(k, v, worth(q, k, v, base), None)
+            w = importance.token_worth(q, k, v, frequencies=frequencies)
+            return y, Measured(k, v, w, None)
         w = score(q, k, v)
         if scorer != "sinks_recent":  # an order by position needs no protection of positions
             w = importance.protected(w, num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
@@ -101,13 +99,6 @@ def _prefill(graph, state, tokens, scorer, counts) -> Measured:
         return y, Measured(k, v, w, error)
 
     return model.hidden(tokens[None], None, attention)[1]
-
-
-def worth(q: jax.Array, k: jax.Array, v: jax.Array, rope_base: float) -> jax.Array:
-    """w [K, S] of one layer's tokens: the root of their energies, sketched from the prefill alone."""
-    sketch = importance.reconstruction(q, k, v, rotary_base=rope_base)
-    window = importance.attention_energy(q, k, v, min_distance=LADDER_RECENT)
-    return jnp.sqrt(sketch + WINDOW_SHARE * window)
 
 
 def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:

@@ -21,6 +21,7 @@ from experiments.kv_budget.placing import Evenness, evenness, place_units
 from jbalance import allocate, cache, checks, shares
 from jbalance.cache import live, pages, remainder, worth
 from jbalance.importance import TOKEN_SCORERS
+from jbalance.importance.token_worth import NUM_RECENT as LADDER_RECENT
 from jbalance.resources import kv_entry_bytes
 
 LADDER_BITS = (8, 4, 3)
@@ -111,7 +112,7 @@ def _least_level(counts: np.ndarray, average: float) -> int:
 def ladder(measured: Measured, bits: tuple[int, ...], room: Room) -> Levels:
     """The ladder over all tokens: what one price allows each, from nothing to the highest precision."""
     codes = np.array(worth.encode_worth(measured.w)).reshape(room.device_of.size, -1)
-    codes[:, : measure.NUM_SINKS] = codes[:, -measure.LADDER_RECENT :] = worth.PROTECTED
+    codes[:, : measure.NUM_SINKS] = codes[:, -LADDER_RECENT:] = worth.PROTECTED
     offsets = worth.steps(room.head_dim, bits)
     page_tokens = room.page_tokens(bits)
     level = np.full(codes.shape, len(bits), np.int8)

@@ -21,8 +21,10 @@ from flax import nnx
 from experiments.kv_budget import measure
 from experiments.models import causal_attention
 from experiments.models.llama import Llama
+from jbalance import importance
 from jbalance.cache import live
 from jbalance.cache.live import KVCache
+from jbalance.importance.token_worth import NUM_RECENT as LADDER_RECENT
 from jbalance.resources import AttentionDims, kv_cache_bytes
 
 PIECE_STEPS = 64  # tokens decoded between two looks at the clock
@@ -85,7 +87,7 @@ class Streamer:
             if lacking:
                 raise RuntimeError(
                     f"request {request} lacks {lacking} pages at layer {layer} for its sinks and its "
-                    f"{measure.LADDER_RECENT} latest tokens; give it more than {allowance_pages}"
+                    f"{LADDER_RECENT} latest tokens; give it more than {allowance_pages}"
                 )
         return _logits(self.graph, self.state, x[:, -1:])[0], cache
 
@@ -130,7 +132,7 @@ def _admit_layer(graph, state, cache, x, request, layer, allowance_pages):
     model = nnx.merge(graph, state)
     q, k, v = model.qkv(x, jnp.arange(x.shape[1]))
     y, _ = causal_attention(q, k, v)
-    w = measure.worth(q[0], k[0], v[0], model.config.rope_base)
+    w = importance.token_worth(q[0], k[0], v[0], frequencies=model.config.frequencies)
     cache, report = live.admit_layer(
         cache,
         request,
@@ -140,7 +142,7 @@ def _admit_layer(graph, state, cache, x, request, layer, allowance_pages):
         w,
         allowance_pages,
         num_sinks=measure.NUM_SINKS,
-        num_recent=measure.LADDER_RECENT,
+        num_recent=LADDER_RECENT,
     )
     return model.finish(x, y), cache, report.shortfall
 

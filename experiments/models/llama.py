@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -57,6 +58,11 @@ class LlamaConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs of features"
             )
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """Radians per position of each rotated pair of features, float32 [D/2]."""
+        return frequencies(self.head_dim, self.rope_base, self.rope_scaling)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param[Array]:
@@ -105,7 +111,7 @@ class LlamaLayer(nnx.Module):
           Rotated q [B, T, H, D], rotated k [B, T, K, D], v [B, T, K, D].
         """
         c = self.config
-        frequency = frequencies(c.head_dim, c.rope_base, c.rope_scaling)
+        frequency = c.frequencies
         x = _rms_norm(x, self.attention_norm[...], c.norm_eps)
         q = jnp.einsum("bte,ehd->bthd", x, self.query[...])
         k = jnp.einsum("bte,ekd->btkd", x, self.key[...])

@@ -34,13 +34,11 @@ from jbalance.cache.paged_attention import attend_pages
 from jbalance.cache.pages import Arena
 from jbalance.cache.rebalance import Report
 from jbalance.cache.remainder import Remainder
+from jbalance.importance.token_worth import decoded_worth
 
 GROUP_PAGES = 20  # about so many pages per unit
 LEAST_PAGE_BYTES, MOST_PAGE_BYTES = 512, 16384
 _ALIGN_BYTES = 64
-# A measured mean of squared attention per query counts as that of so many queries, discounted: the
-# currency of the worth that the caller gives with a prompt.
-_WINDOW_QUERIES, _DISCOUNT = 64, 0.02
 
 
 class Ring(NamedTuple):
@@ -368,7 +366,7 @@ def _flush(cache, request, allowance_pages):
         for x in (cache.ring_keys, cache.ring_values, cache.ring_worth, cache.key_mean)
     )
     seen = cache.ring_count[request] - 1 - age
-    w = jnp.sqrt(gained[:, place] * (_WINDOW_QUERIES * _DISCOUNT) / jnp.maximum(seen, 1))
+    w = decoded_worth(gained[:, place], seen)
     units = first + np.arange(n)
     k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
     v, code = v[:, place], worth.encode_worth(w)

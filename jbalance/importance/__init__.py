@@ -20,6 +20,7 @@ from jbalance.importance.sinks_recent import sinks_recent
 from jbalance.importance.tfidf import term_importance, tfidf
 from jbalance.importance.tile_error import tile_error
 from jbalance.importance.tile_sketch import tile_sketch
+from jbalance.importance.token_worth import token_worth
 from jbalance.importance.tokens import TOKEN_SCORERS
 from jbalance.importance.value_weighted import value_weighted
 from jbalance.importance.weighted import weighted
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "sinks_recent",
     "attention_energy",
     "reconstruction",
+    "token_worth",
     "value_weighted",
     "TOKEN_SCORERS",
     # heads: what evicting their tokens costs

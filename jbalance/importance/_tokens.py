@@ -78,13 +78,18 @@ def sum_queries(attention: jax.Array) -> jax.Array:
 
 
 def fold_attention(
-    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], q: jax.Array, k: jax.Array
+    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """Fold causal attention over blocks of queries, so that memory is linear in S.
 
     Args:
       step: (w [K, S], attention [K, G, t, S], position of the queries [t]) -> new w [K, S].
-      q: [T, H, D] the last T queries; k: [S, K, D].
+      q: [T, H, D] queries of neighboring tokens; k: [S, K, D].
+      start: [] int32 position of the first of them; None for S - T, the last T tokens.
 
     Returns:
       w [K, S] after the last block, from 0. The backward pass computes the blocks again.
@@ -93,7 +98,8 @@ def fold_attention(
     blocks = math.ceil(q.shape[0] / block)
     padding = blocks * block - q.shape[0]
     queries = by_group(jnp.pad(q, ((0, padding), (0, 0), (0, 0))), k.shape[1])
-    position = k.shape[0] - q.shape[0] + jnp.arange(blocks * block)
+    first = k.shape[0] - q.shape[0] if start is None else start
+    position = first + jnp.arange(blocks * block)
 
     @jax.checkpoint
     def one_block(w, at):

@@ -1,4 +1,4 @@
-"""Attention energy: tokens whose loss the last queries would feel."""
+"""Squared attention received from the last queries: tokens whose loss those queries would feel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from jbalance.importance import _tokens
 
 
 def attention_energy(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, queries: int = 64, min_distance: int = 32
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    queries: int = 64,
+    min_distance: int = 32,
+    num_tokens: jax.Array | int | None = None,
 ) -> jax.Array:
     """Sum of the squared attention received from the last queries.
 
@@ -26,6 +32,8 @@ def attention_energy(
       v: [S, K, D] values, only checked.
       queries: how many of them to ask; static, in 1..T.
       min_distance: nearer tokens are seen by every query and judged later; static, >= 0.
+      num_tokens: [] int32 <= S, how many of the S tokens there are, the others being padding behind
+        them; q is then that of positions max(num_tokens - T, 0) and on. None for S.
 
     Returns:
       w, [K, S] float32 >= 0; 0 for the tokens that no asked query is far enough from.
@@ -38,10 +46,14 @@ def attention_energy(
     checks.in_range("queries", queries, 1, q.shape[0])
     checks.in_range("min_distance", min_distance, 0, checks.INT32_MAX)
     key = jnp.arange(k.shape[0])
+    number = jnp.asarray(k.shape[0] if num_tokens is None else num_tokens, jnp.int32)
+    start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)
 
     def step(w: jax.Array, attention: jax.Array, position: jax.Array) -> jax.Array:
-        far = position[:, None] - key >= min_distance
-        squared = jnp.where(far, attention, 0.0) ** 2
-        return w + _tokens.sum_queries(squared)
+        asked = (position >= number - queries) & (position < number)
+        far = (position[:, None] - key >= min_distance) & asked[:, None]
+        return w + _tokens.sum_queries(jnp.where(far, attention, 0.0) ** 2)
 
-    return _tokens.fold_attention(step, q[-queries:], k)
+    if start is None:
+        q = q[-queries:]
+    return _tokens.fold_attention(step, q, k, start=start)

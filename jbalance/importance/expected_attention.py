@@ -17,9 +17,9 @@ def expected_attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    rotary_base: float | None = 10_000.0,
+    frequencies: ArrayLike | None = None,
     future: int = 512,
-    n_sink: int = 4,
+    num_sinks: int = 4,
     use_covariance: bool = True,
     epsilon: float = 0.0,
 ) -> jax.Array:
@@ -28,15 +28,16 @@ def expected_attention(
     With μ, Σ the mean and covariance of the queries before the rotary embedding, R̄ the mean
     rotation to the next `future` positions, μ̄ = R̄ μ and Σ̄ = R̄ Σ R̄ᵀ:
     w_s = (mean over the group of softmax_s(μ̄ᵀk_s / √D + k_sᵀ Σ̄ k_s / 2D) + ε) ‖v_s‖.
-    The first n_sink tokens count neither as queries nor in the softmax and get the row's largest w.
+    The first num_sinks tokens count neither as queries nor in the softmax and get the row's largest w.
 
     Args:
       q: [T, H, D] the last T queries, after the rotary embedding.
-      k: [S, K, D] all keys, after it; T <= S, S > n_sink, H a multiple of K.
+      k: [S, K, D] all keys, after it; T <= S, S > num_sinks, H a multiple of K.
       v: [S, K, D] values.
-      rotary_base: the model's own (theta); None for no rotary embedding. Static.
+      frequencies: [D/2] of the model's rotary embedding, radians per position of each pair of
+        features (half-split convention); None for no rotary embedding.
       future: number of positions ahead, static.
-      n_sink: number of first tokens that are always kept, static.
+      num_sinks: number of first tokens that are always kept, static.
       use_covariance: False leaves Σ out, static.
       epsilon: ε, >= 0; lets tokens with large values in although nothing attends to them.
 
@@ -44,22 +45,23 @@ def expected_attention(
       w, [K, S] float32 >= 0.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, T > S, D odd with a rotary embedding, n_sink
+      ValueError: shapes or dtypes that do not fit, T > S, D odd with a rotary embedding, num_sinks
         that leaves no query, future < 1, epsilon < 0, or a value that is not finite.
 
     Reference: Devoto, Jeblick and Jégou, Expected Attention, arXiv 2510.00636.
     """
     q, k, v = _tokens.tokens(q, k, v)
     checks.positive("future", future)
-    checks.in_range("n_sink", n_sink, 0, k.shape[0] - 1)
+    checks.in_range("num_sinks", num_sinks, 0, k.shape[0] - 1)
     checks.non_negative("epsilon", epsilon)
-    start = max(0, n_sink - (k.shape[0] - q.shape[0]))  # queries that are sinks themselves
+    start = max(0, num_sinks - (k.shape[0] - q.shape[0]))  # queries that are sinks themselves
     z = q[start:]
-    if rotary_base is not None:
-        z = _rotary.unrotate(z, rotary_base, start=k.shape[0] - z.shape[0])
-        z = _rotary.rotate_to_mean(z, rotary_base, start=k.shape[0], count=future)
+    _rotary.check(frequencies, q.shape[-1])
+    if frequencies is not None:
+        z = _rotary.unrotate(z, frequencies, start=k.shape[0] - z.shape[0])
+        z = _rotary.rotate_to_mean(z, frequencies, start=k.shape[0], count=future)
     logits = _logits(_tokens.by_group(z, k.shape[1]), k, use_covariance)
-    sink = jnp.arange(k.shape[0]) < n_sink
+    sink = jnp.arange(k.shape[0]) < num_sinks
     share = jax.nn.softmax(jnp.where(sink, _tokens.HIDDEN, logits), axis=-1).mean(axis=1)
     return _tokens.keep_first((share + epsilon) * _tokens.norm(v).T, sink)
 

@@ -16,7 +16,7 @@ def leverage(
     v: ArrayLike,
     *,
     ridge: float = 1e-2,
-    rotary_base: float | None = None,
+    frequencies: ArrayLike | None = None,
 ) -> jax.Array:
     """Ridge leverage scores of the keys: w_s = x_sᵀ (XᵀX + λI)⁻¹ x_s, x_s = k_s - mean of k.
 
@@ -28,8 +28,8 @@ def leverage(
       k: [S, K, D] keys, after the rotary embedding.
       v: [S, K, D] values, only checked.
       ridge: > 0.
-      rotary_base: undoes the rotary embedding first, as the reference does; None leaves the keys
-        as they are. Static.
+      frequencies: [D/2] of the model's rotary embedding, which is undone first, as the reference does;
+        None leaves the keys as they are.
 
     Returns:
       w, [K, S] float32 in 0..1; a row sums to at most D, and to 0 where all keys are equal.
@@ -42,8 +42,9 @@ def leverage(
     """
     _, k, _ = _tokens.tokens(q, k, v)
     checks.positive("ridge", ridge)
-    if rotary_base is not None:
-        k = _rotary.unrotate(k, rotary_base, start=0)
+    _rotary.check(frequencies, k.shape[-1])
+    if frequencies is not None:
+        k = _rotary.unrotate(k, frequencies, start=0)
     x = _unit_scale((k - k.mean(axis=0)).transpose(1, 0, 2))
     gram = jnp.einsum("ksd,kse->kde", x, x, precision=_tokens.HIGHEST)
     strength = ridge * jnp.trace(gram, axis1=1, axis2=2)[:, None, None] / k.shape[-1]

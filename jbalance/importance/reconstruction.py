@@ -1,4 +1,4 @@
-"""Reconstruction: tokens that repeating the context would attend to, without repeating it."""
+"""Context reconstruction: tokens that repeating the context would attend to, without repeating it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def reconstruction(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    rotary_base: float | None = 10_000.0,
-    shift: int | None = None,
+    frequencies: ArrayLike | None = None,
+    shift: jax.Array | int | None = None,
     reach: int = 2,
     samples: int = 64,
     num_sinks: int = 4,
+    start: jax.Array | int | None = None,
+    num_tokens: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Energy of the attention that a repetition of the context would give each token, sketched.
+    """Squared attention that a repetition of the context would give each token, estimated.
 
     A model that repeats its context reads at each token that token's first occurrence and what follows
     it. Its query there is, but for the rotary embedding, much like the one it had in the first pass.
@@ -35,77 +37,100 @@ def reconstruction(
     the first tokens, the ones in reach, and `samples` evenly spaced ones for the rest: the cost is
     linear in S, a few per cent of the prefill.
 
-    Nobody need have asked for a token: it is what remembers a fact that no query has used.
+    Unlike scores from past queries, it also keeps tokens that no query has attended to yet.
 
     Args:
-      q: [S, H, D] the queries of all tokens, after the rotary embedding.
-      k: [S, K, D] their keys; H a multiple of K.
+      q: [T, H, D] the queries of T tokens, after the rotary embedding: of all S, or of a chunk of them,
+        whose part of the sum over t this is then.
+      k: [S, K, D] the keys of all tokens; H a multiple of K.
       v: [S, K, D] values, only checked.
-      rotary_base: the model's own (theta); None for no rotary embedding. Static.
-      shift: positions between a token and its repetition; None for S. Static.
+      frequencies: [D/2] of the model's rotary embedding, radians per position of each pair of features
+        (half-split convention); None for no rotary embedding.
+      shift: [] positions between a token and its repetition; None for num_tokens.
       reach: static, >= 0; 2 sees the token itself, two before and two after.
       samples: keys that stand for all others, static; all keys are asked where S is at most that.
       num_sinks: first tokens that are always in the sum, static.
+      start: [] int32 position of the first query, at most S - T; None only where T = S.
+      num_tokens: [] int32 <= S, how many of the S tokens there are, the others being padding behind
+        them; None for S.
 
     Returns:
       w, [K, S] float32 >= 0, on the scale of `attention_energy`.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, fewer queries than keys, D odd with a rotary
+      ValueError: shapes or dtypes that do not fit, T < S without `start`, D odd with a rotary
         embedding, a negative number, or a value that is not finite.
 
     Reference: Kim et al., KVzip, arXiv 2505.23416, which runs the repetition.
     """
     q, k, _ = _tokens.tokens(q, k, v)
     size = k.shape[0]
-    if q.shape[0] != size:
+    if q.shape[0] != size and start is None:
         raise ValueError(
-            f"q has {q.shape[0]} queries: every one of the {size} tokens needs its own"
+            f"q has {q.shape[0]} queries: every one of the {size} tokens needs its own, or give start"
         )
     for name, value in (("reach", reach), ("num_sinks", num_sinks)):
         checks.in_range(name, value, 0, size - 1)
     checks.positive("samples", samples)
-    if rotary_base is not None:
-        ahead = size if shift is None else shift
-        angle = ahead * _rotary.frequencies(rotary_base, q.shape[-1]).astype(np.float64)
-        cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
-        q = _rotary.turn(q, cos, sin)
+    _rotary.check(frequencies, q.shape[-1])
+    number = size if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    if frequencies is not None:
+        ahead = jnp.asarray(number if shift is None else shift, jnp.float32)
+        q = _rotary.turn(q, ahead * jnp.asarray(frequencies, jnp.float32))
     heads = jnp.moveaxis(_tokens.by_group(q / math.sqrt(q.shape[-1]), k.shape[1]), 0, 2)
-    keys = jnp.moveaxis(k, 1, 0)  # [K, S, D]; heads are [K, G, S, D]
+    keys = jnp.moveaxis(k, 1, 0)  # [K, S, D]; heads are [K, G, T, D]
+    first = jnp.int32(0 if start is None else start)
+    position = first + jnp.arange(q.shape[0])
+    band = _beside(heads, keys, first, reach, number)
+    rest = _of_samples(heads, keys, position, reach, samples, num_sinks, number)
+    total = jnp.logaddexp(rest, jax.nn.logsumexp(band, axis=0))
+    energy = jnp.sum(jnp.exp(2 * (band - total)), axis=2)  # [2 reach + 1, K, T], by query
+    return _received(jnp.where(position < number, energy, 0), first, reach, size)
 
-    chosen, stands_for = _samples_of(size, samples, num_sinks)
+
+def _of_samples(heads, keys, position, reach, samples, num_sinks, number):
+    """log Σ exp over the sampled keys [K, G, T], each for as many as it stands for."""
+    chosen, stands_for = _samples_of(number, min(samples, keys.shape[1] - num_sinks), num_sinks)
     asked = jnp.einsum("kgtd,ksd->kgts", heads, keys[:, chosen])
-    # A sample that is in reach is counted there.
-    near = jnp.abs(np.arange(size)[:, None] - chosen) <= reach
-    asked = jnp.where(near, _tokens.HIDDEN, asked + np.log(stands_for).astype(np.float32))
-    band = jnp.stack([_beside(heads, keys, step) for step in range(-reach, reach + 1)])
-    total = jnp.logaddexp(jax.nn.logsumexp(asked, axis=-1), jax.nn.logsumexp(band, axis=0))
-    energy = jnp.sum(jnp.exp(2 * (band - total)), axis=2)  # [2 reach + 1, K, S], by query
-    received = [_moved(energy[i], step) for i, step in enumerate(range(-reach, reach + 1))]
-    return jnp.sum(jnp.stack(received), axis=0)
+    # A sample that is in reach is counted there; one that stands for nothing is none.
+    near = jnp.abs(position[:, None] - chosen) <= reach
+    asked = asked + jnp.log(jnp.maximum(stands_for, 1))
+    return jax.nn.logsumexp(jnp.where(near | (stands_for == 0), _tokens.HIDDEN, asked), axis=-1)
 
 
-def _samples_of(size: int, samples: int, num_sinks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the keys in the sum, and how many keys each stands for."""
-    rest = size - num_sinks
-    number = min(samples, rest)
-    middle = num_sinks + ((np.arange(number) + 0.5) * rest / number).astype(np.int64)
-    weight = np.concatenate([np.ones(num_sinks), np.full(number, rest / number)])
-    return np.concatenate([np.arange(num_sinks), middle]), weight
-
-
-def _beside(heads: jax.Array, keys: jax.Array, step: int) -> jax.Array:
-    """Logits [K, G, S] of each query for the key `step` behind its own position."""
-    there = jnp.arange(keys.shape[1]) + step
-    inside = (there >= 0) & (there < keys.shape[1])
-    product = heads * jnp.roll(keys, -step, axis=1)[:, None]
-    # A product with ones: XLA's own reduction of the last axis is slower on CPU.
-    logits = jnp.matmul(
-        product, jnp.ones(product.shape[-1], jnp.float32), precision=_tokens.HIGHEST
+def _samples_of(number, samples: int, num_sinks: int):
+    """Positions of the keys in the sum, and how many keys each stands for: 0 for a key too many."""
+    rest = jnp.maximum(jnp.asarray(number) - num_sinks, 0)
+    taken = jnp.minimum(samples, rest)
+    index = np.arange(samples)
+    middle = num_sinks + (2 * index + 1) * rest // jnp.maximum(2 * taken, 1)
+    weight = jnp.where(index < taken, rest / jnp.maximum(taken, 1), 0)
+    sinks = np.arange(num_sinks)
+    return (
+        jnp.concatenate([sinks, jnp.minimum(middle, jnp.asarray(number) - 1)]),
+        jnp.concatenate([(sinks < jnp.asarray(number)).astype(jnp.float32), weight]),
     )
-    return jnp.where(inside, logits, _tokens.HIDDEN)
 
 
-def _moved(energy: jax.Array, step: int) -> jax.Array:
-    """Energy [K, S] by query, given to the key `step` behind it; outside it is 0 already."""
-    return jnp.roll(energy, step, axis=1)
+def _beside(heads, keys, start, reach, number):
+    """Logits [2 reach + 1, K, G, T] of each query for the keys around its own position."""
+    size = heads.shape[2]
+    padded = jnp.pad(keys, ((0, 0), (reach, reach), (0, 0)))
+    ones = jnp.ones(heads.shape[-1], jnp.float32)
+    band = []
+    for step in range(2 * reach + 1):
+        near = jax.lax.dynamic_slice_in_dim(padded, start + step, size, axis=1)
+        # A product with ones: XLA's own reduction of the last axis is slower on CPU.
+        logits = jnp.matmul(heads * near[:, None], ones, precision=_tokens.HIGHEST)
+        index = start + step - reach + jnp.arange(size)
+        band.append(jnp.where((index >= 0) & (index < number), logits, _tokens.HIDDEN))
+    return jnp.stack(band)
+
+
+def _received(energy: jax.Array, start: jax.Array, reach: int, size: int) -> jax.Array:
+    """[K, S]: energy [2 reach + 1, K, T] by query, given to the keys around; outside it is 0 already."""
+    out = jnp.zeros((energy.shape[1], size + 2 * reach))
+    for step, row in enumerate(energy):
+        before = jax.lax.dynamic_slice_in_dim(out, start + step, row.shape[1], axis=1)
+        out = jax.lax.dynamic_update_slice_in_dim(out, before + row, start + step, axis=1)
+    return out[:, reach : reach + size]

@@ -56,27 +56,26 @@ def rotation(angles):
 
 
 def expected_attention(
-    q, k, v, *, rotary_base=10_000.0, future=512, n_sink=4, use_covariance=True, epsilon=0.0
+    q, k, v, *, frequencies=None, future=512, num_sinks=4, use_covariance=True, epsilon=0.0
 ):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (t, h, d), (s, kv, _) = q.shape, k.shape
-    freq = 0 if rotary_base is None else rotary_base ** (-np.arange(0, d, 2) / d)
-    turn = lambda p: rotation(p * freq) if rotary_base is not None else np.eye(d)  # noqa: E731
+    turn = lambda p: rotation(p * frequencies) if frequencies is not None else np.eye(d)  # noqa: E731
     mean_turn = np.mean([turn(p) for p in range(s, s + future)], axis=0)
-    rows = [i for i in range(t) if s - t + i >= n_sink]
-    w = np.zeros((kv, s - n_sink))
+    rows = [i for i in range(t) if s - t + i >= num_sinks]
+    w = np.zeros((kv, s - num_sinks))
     for head in range(h):
         before = np.stack([turn(s - t + i).T @ q[i, head] for i in rows])
         mu = mean_turn @ before.mean(0)
         cov = mean_turn @ np.cov(before.T, bias=True) @ mean_turn.T
-        keys = k[n_sink:, head // (h // kv)]
+        keys = k[num_sinks:, head // (h // kv)]
         logits = keys @ mu / np.sqrt(d)
         if use_covariance:
             logits += np.einsum("sd,de,se->s", keys, cov, keys) / (2 * d)
         e = np.exp(logits - logits.max())
         w[head // (h // kv)] += e / e.sum() / (h // kv)
-    w = (w + epsilon) * np.linalg.norm(v[n_sink:], axis=-1).T
-    return np.concatenate([np.repeat(w.max(1, keepdims=True), n_sink, 1), w], axis=1)
+    w = (w + epsilon) * np.linalg.norm(v[num_sinks:], axis=-1).T
+    return np.concatenate([np.repeat(w.max(1, keepdims=True), num_sinks, 1), w], axis=1)
 
 
 def key_norm(q, k, v):
@@ -84,12 +83,11 @@ def key_norm(q, k, v):
     return n.mean(1, keepdims=True) / (n.mean(1, keepdims=True) + n)
 
 
-def leverage(q, k, v, *, ridge=1e-2, rotary_base=None):
+def leverage(q, k, v, *, ridge=1e-2, frequencies=None):
     k = np.asarray(k, np.float64)
     s, kv, d = k.shape
-    if rotary_base is not None:
-        freq = rotary_base ** (-np.arange(0, d, 2) / d)
-        k = np.stack([k[p] @ rotation(p * freq) for p in range(s)])
+    if frequencies is not None:
+        k = np.stack([k[p] @ rotation(p * frequencies) for p in range(s)])
     rows = []
     for head in range(kv):
         x = k[:, head] - k[:, head].mean(0)

@@ -11,6 +11,7 @@ from jbalance import importance
 
 T, S, H, K, D = 48, 48, 6, 2, 8
 BASE = 10_000.0
+FREQUENCIES = BASE ** (-np.arange(0, D, 2) / D)
 
 
 def draw(dtype=jnp.float32, size=S, seed=0):
@@ -59,14 +60,17 @@ def test_reconstruction_with_all_keys_is_its_definition(reach, shift):
     attention = softmax(dense(turned(q, S if shift is None else shift), k))
     near = np.abs(np.arange(S)[:, None] - np.arange(S)) <= reach
     want = np.where(near, attention**2, 0).sum(axis=(1, 2))
-    got = importance.reconstruction(q, k, v, rotary_base=BASE, shift=shift, reach=reach, samples=S)
+    options = {"shift": shift, "reach": reach, "samples": S}
+    got = importance.reconstruction(q, k, v, frequencies=FREQUENCIES, **options)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-7)
 
 
 @pytest.mark.slow
 def test_reconstruction_from_samples_is_close_to_that_from_all_keys():
     q, k, v = draw(size=512)
-    few, every = (importance.reconstruction(q, k, v, samples=n) for n in (128, 512))
+    few, every = (
+        importance.reconstruction(q, k, v, frequencies=FREQUENCIES, samples=n) for n in (128, 512)
+    )
     assert np.median(np.abs(np.log(few / every))) < 0.2
 
 
@@ -78,7 +82,7 @@ def test_reconstruction_remembers_what_no_query_asked_for():
     q[needle] = np.repeat(4 * k[needle], H // K, axis=0)
     q = jnp.asarray(turned(q, -256), jnp.float32)  # the repetition turns it back
     k, v = jnp.asarray(k), jnp.asarray(v)
-    w = importance.reconstruction(q, k, v, rotary_base=BASE)
+    w = importance.reconstruction(q, k, v, frequencies=FREQUENCIES)
     assert (np.argmax(w, axis=1) == needle).all()
     energy = importance.attention_energy(q, k, v, queries=64)
     assert (np.argmax(energy, axis=1) != needle).any()
@@ -102,7 +106,7 @@ def test_other_dtypes(dtype):
         (lambda q, k, v: importance.reconstruction(q, k, v, reach=-1), "reach"),
         (lambda q, k, v: importance.reconstruction(q, k, v, samples=0), "samples"),
         (lambda q, k, v: importance.reconstruction(q, k, v, num_sinks=S), "num_sinks"),
-        (lambda q, k, v: importance.reconstruction(q, k, v, rotary_base=-1.0), "rotary_base"),
+        (lambda q, k, v: importance.reconstruction(q, k, v, frequencies=np.ones(3)), "frequencies"),
         (lambda q, k, v: importance.attention_energy(q, k, v, queries=S + 1), "queries"),
         (
             lambda q, k, v: importance.attention_energy(q, k, v, queries=1, min_distance=-1),

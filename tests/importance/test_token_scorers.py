@@ -17,6 +17,7 @@ from jbalance.importance import TOKEN_SCORERS
 
 S, T, K, G, D = 40, 24, 2, 3, 8
 H = K * G
+FREQUENCIES = 100.0 ** (-np.arange(0, D, 2) / D)
 W_O = np.random.default_rng(5).normal(size=(H, D, 5)).astype(np.float32)
 
 
@@ -35,12 +36,16 @@ TABLE = {
     "max_attention, 6 apart": _row("max_attention", min_distance=6),
     "window": _row("window", window=8),
     "window, max, one": _row("window", window=1, kernel=3, pooling="max"),
-    "expected_attention": _row("expected_attention", future=20, epsilon=0.01),
-    "expected_attention, mean": _row("expected_attention", use_covariance=False, n_sink=0),
-    "expected_attention, no rotary": _row("expected_attention", rotary_base=None),
+    "expected_attention": _row(
+        "expected_attention", frequencies=FREQUENCIES, future=20, epsilon=0.01
+    ),
+    "expected_attention, mean": _row(
+        "expected_attention", frequencies=FREQUENCIES, use_covariance=False, num_sinks=0
+    ),
+    "expected_attention, no rotary": _row("expected_attention", frequencies=None),
     "key_norm": _row("key_norm"),
     "leverage": _row("leverage"),
-    "leverage, unrotated": _row("leverage", rotary_base=100.0, ridge=0.1),
+    "leverage, unrotated": _row("leverage", frequencies=FREQUENCIES, ridge=0.1),
     "sinks_recent": _row("sinks_recent"),
     "value_weighted": Row(
         importance.value_weighted(TOKEN_SCORERS["attention_mass"]),
@@ -217,8 +222,7 @@ def test_attention_finds_the_token_that_the_queries_point_at():
     k = k.at[needle].set(4.0)
     q = jnp.abs(q)
     for name in ("attention_mass", "max_attention", "expected_attention"):
-        options = {"rotary_base": None} if name == "expected_attention" else {}
-        w = traced.quick_jit(partial(TOKEN_SCORERS[name], **options))(q, k, v)
+        w = traced.quick_jit(TOKEN_SCORERS[name])(q, k, v)
         others = jnp.delete(w, jnp.array([0, 1, 2, 3, needle]), axis=1)
         assert (w[:, needle] > others.max(axis=1)).all(), name
 
@@ -254,7 +258,7 @@ def test_sinks_recent_is_an_order_without_ties():
 
 def test_expected_attention_keeps_sinks():
     q, k, v = qkv(seed=9)
-    w = traced.quick_jit(partial(importance.expected_attention, n_sink=3))(q, k, v)
+    w = traced.quick_jit(partial(importance.expected_attention, num_sinks=3))(q, k, v)
     assert (w[:, :3] == w.max(axis=1, keepdims=True)).all()
 
 
@@ -300,10 +304,25 @@ BAD = {
         r"min_distance is 40.*\[0, 39\]",
     ),
     "negative sinks": ("sinks_recent", (q0, k0, v0), {"num_sinks": -1}, "num_sinks is -1"),
-    "only sinks": ("expected_attention", (q0, k0, v0), {"n_sink": 40}, r"n_sink is 40.*\[0, 39\]"),
-    "odd, rotary": ("expected_attention", ODD, {}, "head dim is 7.*rotary_base=None"),
-    "odd, unrotated": ("leverage", ODD, {"rotary_base": 1e4}, "head dim is 7"),
-    "rotary base": ("expected_attention", (q0, k0, v0), {"rotary_base": -1.0}, "rotary_base is -1"),
+    "only sinks": (
+        "expected_attention",
+        (q0, k0, v0),
+        {"num_sinks": 40},
+        r"num_sinks is 40.*\[0, 39\]",
+    ),
+    "odd, rotary": (
+        "expected_attention",
+        ODD,
+        {"frequencies": FREQUENCIES},
+        "head dim is 7.*frequencies=None",
+    ),
+    "odd, unrotated": ("leverage", ODD, {"frequencies": FREQUENCIES}, "head dim is 7"),
+    "frequencies": (
+        "expected_attention",
+        (q0, k0, v0),
+        {"frequencies": np.ones(3)},
+        r"frequencies has shape \(3,\).*\(4,\)",
+    ),
     "no future": ("expected_attention", (q0, k0, v0), {"future": 0}, "future is 0"),
     "epsilon": ("expected_attention", (q0, k0, v0), {"epsilon": -0.5}, "epsilon is -0.5"),
     "ridge": ("leverage", (q0, k0, v0), {"ridge": 0.0}, "ridge is 0.0"),
