@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, Case, loss, problem
 
 from jbalance import attention, rescale
 from jbalance.attention import EMPTY
+from tests.support.attention_cases import CASES, Case, loss, problem
 
 # Halves the time to compile.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, loss, problem
 from jax.sharding import AxisType
 
 from jbalance import attention
+from tests.support.attention_cases import Case, loss, problem
 
 CASE = Case(128, 128, 8, 8, batch=1, block_k=16, bias=(1, 1, 1, None))
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, loss, problem
 from jax import export
 from jax.sharding import AxisType
-from test_attend import assert_near, quick_jit
 
 from jbalance import attention
 from jbalance.attention import EMPTY, tiles_gpu, tiles_tpu
+from tests.attention.test_attend import assert_near, quick_jit
+from tests.support.attention_cases import Case, loss, problem
 
 KERNELS = {"gpu": tiles_gpu, "tpu": tiles_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import traced
 from sklearn import feature_selection, metrics
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from jbalance import importance
 from jbalance.importance import FEATURE_SCORERS
+from tests.support import traced
 
 B, N, C = 120, 6, 3
 every_scorer = pytest.mark.parametrize("name", FEATURE_SCORERS)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import NamedTuple
 
-import dense_oracles as dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import traced
 
 from jbalance import importance
 from jbalance.importance import TOKEN_SCORERS
+from tests.support import dense_oracles as dense
+from tests.support import traced
 
 S, T, K, G, D = 40, 24, 2, 3, 8
 H = K * G

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
-from sharded_cases import CASES, COMMON, UNITS, U, assert_same
 
 from experiments.benchmarks._collectives import kinds, traffic
 from jbalance import _search as search
 from jbalance import allocate, sharded
+from tests.support.sharded_cases import CASES, COMMON, UNITS, U, assert_same
 
 AXIS = "units"
 # Halves the time to compile; the test of two processes compiles with all effort.

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sharded_stages as stages
 from jax.sharding import AxisType
-from sharded_cases import assert_same
-from sharded_stages import AXIS, STAGES
 
 from jbalance import attention, importance, sharded
+from tests.support import sharded_stages as stages
+from tests.support.sharded_cases import assert_same
+from tests.support.sharded_stages import AXIS, STAGES
 
 # Halves the time to compile; the test of two processes compiles with all effort.
 KINDS = AxisType.Auto, AxisType.Explicit

@@ -1,6 +1,6 @@
 """A small model's decode over four devices, in a test or as one of two processes with two each.
 
-python small_decode.py COORDINATOR ID OUT
+python -m tests.support.small_decode COORDINATOR ID OUT
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main(coordinator: str, process_id: str, out: str) -> None:
     )
     processes.join(options, NUM_DEVICES)
     import jax
-    from small_model import make_context, make_model
+
+    from tests.support.small_models import make_context, make_model
 
     logits, live = decode(make_model(), make_context())
     processes.agree(logits.tolist())  # the same bits

@@ -11,7 +11,7 @@ import pytest
 from experiments.kv_budget import data, score
 from experiments.kv_budget.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TEXT = str(ROOT / "LICENSE")
 
 

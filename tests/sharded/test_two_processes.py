@@ -6,16 +6,14 @@ import os
 import socket
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from sharded_cases import CASES, COMMON, UNITS, assert_same
-from sharded_stages import STAGES
-from together import run_together
 
-HERE = Path(__file__).resolve().parent
+from tests.support.sharded_cases import CASES, COMMON, UNITS, assert_same
+from tests.support.sharded_stages import STAGES
+from tests.support.together import run_together
 
 
 def free_port() -> int:
@@ -52,7 +50,7 @@ def assert_as_one(tmp_path, devices_each, names):
     """Two processes of so many devices each get what one device gets."""
     port = str(free_port())
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
-    program = [sys.executable, HERE / "worker.py", port, "2"]
+    program = [sys.executable, "-m", "tests.support.sharded_worker", port, "2"]
     run_together(
         [
             [*program, str(i), str(devices_each), out, ";".join(names)]

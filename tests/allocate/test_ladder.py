@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from allocation_oracles import best_ladder_values, relaxed_ladder_value
 
 from jbalance import Binding, Status
 from jbalance.allocate import ladder
+from tests.support.allocation_oracles import best_ladder_values, relaxed_ladder_value
 
 
 @partial(jax.jit, static_argnames="with_total")

@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments.models import Llama, LlamaConfig, load_gguf, smollm2_path
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 @pytest.fixture(scope="session")

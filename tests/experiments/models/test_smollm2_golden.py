@@ -13,7 +13,7 @@ from flax import nnx
 
 from experiments.models import greedy
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())["prompts"]
 TOKENS = json.loads((GOLDEN / "smollm2_tokens.json").read_text())
 STEPS = 64

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from allocation_oracles import heap_greedy, heap_greedy_on_devices
 
 from jbalance import Binding, Status
 from jbalance.allocate import ROUNDINGS, whole
+from tests.support.allocation_oracles import heap_greedy, heap_greedy_on_devices
 
 WEIGHTS = {
     "many ties": lambda rng, n: rng.integers(0, 4, n),

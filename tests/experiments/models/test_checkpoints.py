@@ -7,14 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_files import (
-    checkpoint_tensors,
-    gguf_fields,
-    gguf_tensors,
-    hf_config,
-    write_gguf,
-    write_hf,
-)
 from flax import nnx
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,6 +18,14 @@ from experiments.models import (
     load_gguf,
     load_hf_directory,
     smollm2_path,
+)
+from tests.support.checkpoint_files import (
+    checkpoint_tensors,
+    gguf_fields,
+    gguf_tensors,
+    hf_config,
+    write_gguf,
+    write_hf,
 )
 
 LLAMA3 = {

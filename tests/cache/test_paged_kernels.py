@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from test_paged_attention import assert_close, filled, queries
 
 from jbalance.attention import Partial
 from jbalance.cache import _kernels, codec, paged_attention, paged_gpu, paged_tpu, pages
+from tests.cache.test_paged_attention import assert_close, filled, queries
 
 KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}

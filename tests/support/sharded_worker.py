@@ -1,4 +1,6 @@
-"""One of several processes that share a problem: python worker.py PORT PROCESSES ID DEVICES OUT NAMES.
+"""One of several processes that share a problem.
+
+python -m tests.support.sharded_worker PORT PROCESSES ID DEVICES OUT NAMES
 
 Runs the named ones of `sharded_cases.CASES` and `sharded_stages.STAGES` (separated by ";") over all
 devices of all processes, and writes what this process sees.
@@ -7,11 +9,8 @@ devices of all processes, and writes what this process sees.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import jax
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(port: str, processes: str, process_id: str, devices: str, out: str, names: str) -> None:
@@ -22,8 +21,9 @@ def main(port: str, processes: str, process_id: str, devices: str, out: str, nam
     import numpy as np
     from jax.experimental import multihost_utils
     from jax.sharding import AxisType, NamedSharding
-    from sharded_cases import CASES, COMMON, UNITS, U
-    from sharded_stages import AXIS, STAGES
+
+    from tests.support.sharded_cases import CASES, COMMON, UNITS, U
+    from tests.support.sharded_stages import AXIS, STAGES
 
     mesh = jax.make_mesh((jax.device_count(),), ("units",), axis_types=(AxisType.Auto,))
 

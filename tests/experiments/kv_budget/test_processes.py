@@ -11,15 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import small_decode
-from together import ROOT, run_together
 
 from experiments.kv_budget import evaluate, measure, processes
 from experiments.kv_budget.__main__ import main
 from experiments.kv_budget.decode import Decoder, place_caches
 from experiments.kv_budget.policies import make_plan, policy_of
+from tests.support import small_decode
+from tests.support.together import ROOT, run_together
 
-HERE = Path(__file__).resolve().parent
 TEXT = str(ROOT / "LICENSE")
 CLEAN = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "KV_BUDGET_PIPE")}
 
@@ -55,8 +54,8 @@ def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
     coordinator = f"localhost:{processes._free_ports()}"
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     read, write = os.pipe()  # as below a guard that never ends
-    program = [sys.executable, HERE / "small_decode.py", coordinator]
-    environment = CLEAN | {"KV_BUDGET_PIPE": str(write), "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "tests.support.small_decode", coordinator]
+    environment = CLEAN | {"KV_BUDGET_PIPE": str(write)}
     commands = [[*program, str(i), out] for i, out in enumerate(outputs)]
     try:
         run_together(commands, 300, env=environment, pass_fds=[write])

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from allocation_oracles import proportionally_fair, water_level
 
 from jbalance import Binding, Status
 from jbalance.allocate import water_fill
+from tests.support.allocation_oracles import proportionally_fair, water_level
 
 
 @pytest.mark.parametrize("with_caps", [False, True])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import pytest
-from small_model import make_context, make_model
 
 from experiments.kv_budget import measure
 from experiments.models import load_gguf, smollm2_path
+from tests.support.small_models import make_context, make_model
 
 
 @pytest.fixture(scope="session")
