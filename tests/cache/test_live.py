@@ -10,7 +10,6 @@ import pytest
 
 from jbalance.cache import live, pages, remainder, worth
 
-pytestmark = pytest.mark.xdist_group("live")  # compiled once
 B, L, K, G, D, R = 2, 2, 2, 2, 16, 8
 BITS, PAGE = (8, 3), 256  # two levels: less to compile
 PROMPT = 24

@@ -12,7 +12,7 @@ from jax import export
 
 from jbalance.attention import Partial
 from jbalance.cache import _kernels, codec, paged_attention, paged_gpu, paged_tpu, pages
-from tests.cache.test_paged_attention import assert_close, filled, queries
+from tests.support.paged_cases import assert_close, filled, queries
 
 KERNELS = {"gpu": paged_gpu, "tpu": paged_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -31,11 +31,9 @@ def between_rotations(q, at, units, *, kernel, gain=None, interpret=True):
     return Partial(codec.unrotate(got.y), got.lse)
 
 
-# What interprets a kernel is large and runs once: a quick compilation is worth more than quick code.
 attend = jax.jit(
     between_rotations,
     static_argnames=("kernel", "gain", "interpret"),
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from jbalance.cache import pages, rebalance, remainder, worth
 
-pytestmark = pytest.mark.xdist_group("rebalance")  # compiled once
 U, D, BITS, PAGE, SPAN, SIZE = 5, 16, (8, 4, 3), 256, 3, 20
 M = len(BITS)
 ROOM = 360  # tokens of a batch in the tests

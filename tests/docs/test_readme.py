@@ -3,11 +3,25 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_code_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+def blocks():
+    """Each block of Python, named by the section that it stands in."""
+    section = "start"
+    for part in re.finditer(r"^## ([^\n]*)$|```python\n(.*?)```", README, re.DOTALL | re.M):
+        if part[1]:
+            section = part[1]
+        else:
+            yield pytest.param(part[2], id=section)
+
+
+def test_there_is_code():
+    assert len(list(blocks())) > 1
+
+
+@pytest.mark.parametrize("block", blocks())
+def test_the_code_of_the_readme_runs(block):
+    exec(compile(block, "README.md", "exec"), {})

@@ -32,16 +32,19 @@ NAMES = (
 )
 
 
+@pytest.mark.full_effort
 def test_two_processes(tmp_path):
     assert_as_one(tmp_path, 2, NAMES)
 
 
 @pytest.mark.slow
+@pytest.mark.full_effort
 def test_two_processes_of_one_device(tmp_path):
     assert_as_one(tmp_path, 1, NAMES)
 
 
 @pytest.mark.slow
+@pytest.mark.full_effort
 def test_two_processes_do_all(tmp_path):
     assert_as_one(tmp_path, 2, (*CASES, *STAGES))
 

@@ -97,3 +97,13 @@ def loss(floats: dict, rest: dict, seed: int = 0, **options: Any) -> tuple[jax.A
     y = out.y.astype(jnp.float32) * jax.random.normal(keys[0], out.y.shape)
     lse = jnp.where(some, out.lse, 0.0) * jax.random.normal(keys[1], out.lse.shape)
     return jnp.sum(y) + jnp.sum(lse), out
+
+
+def assert_near(got, want, tolerance):
+    """Equal up to a tolerance relative to the largest entry, 1 at the least."""
+
+    def near(got, want):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=tolerance * max(1, np.abs(want).max()), rtol=0)
+
+    jax.tree.map(near, got, want)

@@ -1,13 +1,8 @@
-"""Quick ways to look at a function: compiled with little effort, or only traced."""
+"""What a function computes on the way, without running it."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
-
-# Halves the time to compile, and the arrays of these tests are tiny.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def intermediates(f, *args):

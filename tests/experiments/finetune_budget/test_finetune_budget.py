@@ -11,23 +11,14 @@ from flax import nnx
 from experiments.finetune_budget import training
 from experiments.finetune_budget.__main__ import main, no_tiles, truncated
 from experiments.harness import optimisers
-from experiments.models import Llama, LlamaConfig
+from tests.support.small_models import VOCAB, small_llama
 
 TOKENS, STEPS = 512, 4
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    num_layers=2,
-    embed_dim=32,
-    hidden_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
 
 
 @pytest.fixture(scope="module")
 def start():
-    return nnx.split(Llama(CONFIG, rngs=nnx.Rngs(0)))
+    return nnx.split(small_llama(num_layers=2, max_positions=TOKENS))
 
 
 def trained(start, policy, density):
@@ -36,7 +27,7 @@ def trained(start, policy, density):
     plan_of = training.policy_plan(policy, density)
     step = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     state, losses, tiles = step.init(parameters), [], []
-    text = {"a": (np.arange(4 * TOKENS) ** 2 % 61).astype(np.int32)}
+    text = {"a": (np.arange(4 * TOKENS) ** 2 % VOCAB).astype(np.int32)}
     for ids in training.batches(text, TOKENS, STEPS):
         parameters, state, loss, used = step.train(parameters, state, jnp.asarray(ids))
         losses.append(float(loss))
@@ -64,7 +55,7 @@ def test_half_of_the_tiles_are_computed_and_new_plans_trace_nothing(start):
 
 def test_only_the_scored_tokens_count(start):
     graph, parameters = start
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 64, TOKENS), jnp.int32)
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, TOKENS), jnp.int32)
     plan_of = training.policy_plan("dense", 1.0)
     make = functools.partial(training.make_step, graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     logits = nnx.merge(graph, parameters)(ids[None])[0]
@@ -91,7 +82,7 @@ def test_what_is_frozen_stays(start):
     graph, layers, *rest = nnx.split(nnx.merge(*start), nnx.PathContains("layers"), ...)
     plan_of = training.policy_plan("ladder", 0.5)
     step = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2), frozen=rest)
-    ids = jnp.arange(TOKENS) % 61
+    ids = jnp.arange(TOKENS) % VOCAB
     after, _, loss, _ = step.train(layers, step.init(layers), ids)
     whole = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     np.testing.assert_allclose(loss, whole.loss(start[1], ids), rtol=1e-5)

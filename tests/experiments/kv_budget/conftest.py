@@ -6,19 +6,7 @@ import jax
 import pytest
 
 from experiments.kv_budget import measure
-from experiments.models import load_gguf, smollm2_path
 from tests.support.small_models import make_context, make_model
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    return load_gguf(smollm2_path())
-
-
-@pytest.fixture
-def loaded_once(smollm2, monkeypatch):
-    """The commands get the model that is there already."""
-    monkeypatch.setattr("experiments.models.load_gguf", lambda path: smollm2)
 
 
 @pytest.fixture(scope="session")

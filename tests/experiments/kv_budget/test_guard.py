@@ -19,8 +19,8 @@ CASES = {
     "all end well": ([ENDS_WELL, ENDS_WELL, ENDS_WELL], 0, ""),
     "killed": ([LONG, KILLED, LONG], 1, "1 of 3 was killed by SIGKILL"),
     "the first is killed": ([KILLED, LONG, LONG], 1, "0 of 3 was killed by SIGKILL"),
-    "stopped": ([LONG, LONG, STOPPED], 1, "2 of 3 stopped answering for 2 s"),
-    "the first is stopped": ([STOPPED, LONG, LONG], 1, "0 of 3 stopped answering for 2 s"),
+    "stopped": ([LONG, LONG, STOPPED], 1, "2 of 3 stopped answering for 1 s"),
+    "the first is stopped": ([STOPPED, LONG, LONG], 1, "0 of 3 stopped answering for 1 s"),
     "an error": ([LONG, BEATS + "sys.exit(1)", LONG], 1, "1 of 3 ended with exit code 1"),
     # A consequence: JAX aborts because the first was killed.
     "abort": ([KILLED, BEATS + "live(0.3); os.abort()", LONG], 1, "0 of 3 was killed by SIGKILL"),
@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _sooner(monkeypatch):
-    monkeypatch.setattr(guard, "SILENT_S", 2.0)
+    monkeypatch.setattr(guard, "SILENT_S", 1.0)
     monkeypatch.setattr(guard, "BEAT_S", 0.2)
     monkeypatch.setattr(guard, "GRACE_S", 1.0)
 

@@ -20,7 +20,7 @@ from tests.support import small_decode
 from tests.support.together import ROOT, run_together
 
 TEXT = str(ROOT / "LICENSE")
-CLEAN = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "KV_BUDGET_PIPE")}
+AS_HERE = {name: x for name, x in os.environ.items() if name != "KV_BUDGET_PIPE"}
 
 
 @pytest.mark.slow  # one and four devices are compared with the masked model
@@ -55,7 +55,7 @@ def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     read, write = os.pipe()  # as below a guard that never ends
     program = [sys.executable, "-m", "tests.support.small_decode", coordinator]
-    environment = CLEAN | {"KV_BUDGET_PIPE": str(write)}
+    environment = AS_HERE | {"KV_BUDGET_PIPE": str(write)}
     commands = [[*program, str(i), out] for i, out in enumerate(outputs)]
     try:
         run_together(commands, 300, env=environment, pass_fds=[write])
@@ -96,16 +96,14 @@ BUDGETS = "800KiB,400KiB,200KiB,200KiB"
 TWO = ["--processes", "2", "--devices-per-process", "2"]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return CLEAN | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
+AS_USERS = AS_HERE | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
 
-def said_by(arguments, environment):
+def said_by(arguments):
     done = subprocess.run(
         [*COMMAND, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=AS_USERS,
         capture_output=True,
         text=True,
         check=False,
@@ -120,11 +118,11 @@ def digest_of(said):
 
 
 @pytest.mark.slow
-def test_the_real_model_in_two_processes_and_its_state_on_fewer_devices(tmp_path, environment):
+def test_the_real_model_in_two_processes_and_its_state_on_fewer_devices(tmp_path):
     run = ["run", "--text", TEXT, "--new-tokens", "8", *SHORT, "--device-memory", BUDGETS]
     one, two, saved = tmp_path / "one", tmp_path / "two", tmp_path / "state"
-    first = said_by([*run, "--out", str(one)], environment)
-    second = said_by([*run, *TWO, "--out", str(two), "--save", str(saved)], environment)
+    first = said_by([*run, "--out", str(one)])
+    second = said_by([*run, *TWO, "--out", str(two), "--save", str(saved)])
     reports = [json.loads((out / "report.json").read_text())["policies"][0] for out in (one, two)]
     assert digest_of(first) == digest_of(second)
     for device in reports[1]["devices"]:
@@ -133,10 +131,10 @@ def test_the_real_model_in_two_processes_and_its_state_on_fewer_devices(tmp_path
     assert tokens == reports[0]["answer_tokens"]
     for memory in ("900KiB,900KiB", "1800KiB"):
         resume = ["resume", "--state", str(saved), "--device-memory", memory]
-        said = said_by(resume, environment)
+        said = said_by(resume)
         assert f"tokens: {tokens}" in said.splitlines()
     resume = ["resume", "--state", str(saved), "--device-memory", "900KiB,900KiB"]
-    said = said_by([*resume, "--processes", "2", "--devices-per-process", "1"], environment)
+    said = said_by([*resume, "--processes", "2", "--devices-per-process", "1"])
     assert f"tokens: {tokens}" in said.splitlines()
 
 
@@ -151,7 +149,7 @@ def test_the_real_model_in_two_processes_and_its_state_on_fewer_devices(tmp_path
         ("SIGKILL", "guard", 1),
     ],
 )
-def test_a_lost_process_ends_the_others(tmp_path, environment, sent, struck, process_id):
+def test_a_lost_process_ends_the_others(tmp_path, sent, struck, process_id):
     """Started as a launcher would, without a parent that could see what happened."""
     coordinator = f"127.0.0.1:{processes._free_ports()}"
     policies = ["--policies", "ladder-eviction-only", "--new-tokens", "500"]
@@ -162,9 +160,7 @@ def test_a_lost_process_ends_the_others(tmp_path, environment, sent, struck, pro
     for i, log in enumerate(logs):
         with log.open("w") as out:
             command = [*COMMAND, *run, "--process-id", str(i)]
-            guards.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-            )
+            guards.append(subprocess.Popen(command, cwd=ROOT, env=AS_USERS, stdout=out, stderr=out))
     try:
         until = time.monotonic() + 400
         while "policy" not in logs[process_id].read_text():

@@ -1,4 +1,4 @@
-"""SmolLM2, loaded once a session, and a small random model."""
+"""What transformers recorded of SmolLM2, and a small random model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import Llama, LlamaConfig, load_gguf, smollm2_path
+from tests.support.small_models import small_config, small_llama
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """(config, model, tokenizer)"""
-    return load_gguf(smollm2_path())
 
 
 @pytest.fixture(scope="session")
@@ -28,22 +22,12 @@ def golden():
 
 @pytest.fixture(scope="session")
 def config():
-    """Uneven sizes, so that a swapped axis cannot pass."""
-    return LlamaConfig(
-        vocab_size=61,
-        num_layers=3,
-        embed_dim=20,
-        hidden_dim=28,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=8,
-        max_positions=64,
-    )
+    return small_config()
 
 
 @pytest.fixture(scope="session")
-def model(config):
-    return Llama(config, rngs=nnx.Rngs(0))
+def model():
+    return small_llama()
 
 
 @pytest.fixture(scope="session")
