@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiments.kv_budget import guard, processes
+from experiments.harness import guard, processes
 
 # JAX is imported by the jobs: a guard does without.
 

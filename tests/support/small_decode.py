@@ -38,7 +38,7 @@ def decode(model, context):
 
 
 def main(coordinator: str, process_id: str, out: str) -> None:
-    from experiments.kv_budget import processes
+    from experiments.harness import processes
 
     options = argparse.Namespace(
         processes=2,

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.kv_budget import evaluate, measure, processes
+from experiments.harness import processes
+from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.__main__ import main
 from experiments.kv_budget.decode import Decoder, place_caches
 from experiments.kv_budget.policies import make_plan, policy_of

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments.kv_budget.report import print_table, progress, write
-from experiments.kv_budget.wording import human_bytes, verdict
+from experiments.kv_budget.report.wording import human_bytes, verdict
 from tests.support.report_cases import HOSTILE, POLICIES, Page, made_up_report
 
 MANY = (*POLICIES, *(f"other-policy-{i}" for i in range(15)))

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments.kv_budget import guard, processes
+from experiments.harness import guard, processes
 
 BEATS = "import os, time, sys, signal\npipe = int(os.environ['KV_BUDGET_PIPE'])\n"
 BEATS += "def live(s):\n for _ in range(int(10 * s)): os.write(pipe, b'.'); time.sleep(0.1)\n"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.finetune_budget import training
-from experiments.finetune_budget.__main__ import main, no_tiles, truncated
 from experiments.harness import optimisers
+from experiments.tiles import finetuning
+from experiments.tiles.finetune import main, no_tiles, truncated
 from tests.support.small_models import VOCAB, small_llama
 
 TOKENS, STEPS = 512, 4
@@ -24,11 +24,11 @@ def start():
 def trained(start, policy, density):
     """Losses, tiles and traces of a few steps."""
     graph, parameters = start
-    plan_of = training.policy_plan(policy, density)
-    step = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
+    plan_of = finetuning.policy_plan(policy, density)
+    step = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     state, losses, tiles = step.init(parameters), [], []
     text = {"a": (np.arange(4 * TOKENS) ** 2 % VOCAB).astype(np.int32)}
-    for ids in training.batches(text, TOKENS, STEPS):
+    for ids in finetuning.batches(text, TOKENS, STEPS):
         parameters, state, loss, used = step.train(parameters, state, jnp.asarray(ids))
         losses.append(float(loss))
         tiles.append(float(used))
@@ -56,8 +56,8 @@ def test_half_of_the_tiles_are_computed_and_new_plans_trace_nothing(start):
 def test_only_the_scored_tokens_count(start):
     graph, parameters = start
     ids = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, TOKENS), jnp.int32)
-    plan_of = training.policy_plan("dense", 1.0)
-    make = functools.partial(training.make_step, graph, plan_of, optimisers.adamw(STEPS, 1e-2))
+    plan_of = finetuning.policy_plan("dense", 1.0)
+    make = functools.partial(finetuning.make_step, graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     logits = nnx.merge(graph, parameters)(ids[None])[0]
     each = -jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], axis=1)[:, 0]
     np.testing.assert_allclose(make().loss(parameters, ids), each.mean(), rtol=1e-5)
@@ -80,11 +80,11 @@ def test_a_truncated_model_has_the_first_layers(start):
 @pytest.mark.slow
 def test_what_is_frozen_stays(start):
     graph, layers, *rest = nnx.split(nnx.merge(*start), nnx.PathContains("layers"), ...)
-    plan_of = training.policy_plan("ladder", 0.5)
-    step = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2), frozen=rest)
+    plan_of = finetuning.policy_plan("ladder", 0.5)
+    step = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2), frozen=rest)
     ids = jnp.arange(TOKENS) % VOCAB
     after, _, loss, _ = step.train(layers, step.init(layers), ids)
-    whole = training.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
+    whole = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
     np.testing.assert_allclose(loss, whole.loss(start[1], ids), rtol=1e-5)
     assert jax.tree.structure(after) == jax.tree.structure(layers)
 

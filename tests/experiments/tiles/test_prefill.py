@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.prefill_budget import policies
-from experiments.prefill_budget.__main__ import compare, main
+from experiments.tiles import policies
+from experiments.tiles.prefill import compare, main
 from jbalance import attention
 
 SIZE, HEADS = 1024, 3

@@ -1,6 +1,6 @@
 """Budgets moved between the levels of a real model: feature extraction, middle and output layers.
 
-    python -m experiments.prefill_budget.levels [--tokens N] [--density D,...] [--json OUT]
+    python -m experiments.tiles.levels [--tokens N] [--density D,...] [--json OUT]
 
 All rules give the 30 layers of SmolLM2 the same number of tiles together. What the layers see on some
 texts (their curves of worth) decides how many each gets; how far the predictions are then from those
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from experiments.kv_budget import data
 from experiments.models import load_gguf, smollm2_path
-from experiments.prefill_budget.policies import BLOCK_K, BLOCK_Q
+from experiments.tiles.policies import BLOCK_K, BLOCK_Q
 from jbalance import adapters
 from jbalance.adapters import TileBalancer, TileBudget
 from jbalance.importance import CURVE_BINS
@@ -69,7 +69,7 @@ RULES = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print; a bad input is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.prefill_budget.levels",
+        prog="python -m experiments.tiles.levels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from experiments.kv_budget import data
 from experiments.models import Llama
-from experiments.prefill_budget.policies import POLICIES
+from experiments.tiles.policies import POLICIES
 from jbalance import attention
 from jbalance.attention import TilePlan
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from experiments.kv_budget.drawing import (
+from experiments.kv_budget.report.drawing import (
     INK,
     MARK,
     MUTED,
@@ -21,7 +21,7 @@ from experiments.kv_budget.drawing import (
     new_figure,
     to_svg,
 )
-from experiments.kv_budget.wording import (
+from experiments.kv_budget.report.wording import (
     RIVAL,
     Report,
     chosen_policy,

@@ -1,6 +1,6 @@
 """Quality against compute in the prefill of a real model on real texts.
 
-    python -m experiments.prefill_budget [--texts NAMES] [--tokens N] [--density D,...] [--json OUT]
+    python -m experiments.tiles.prefill [--texts NAMES] [--tokens N] [--density D,...] [--json OUT]
 
 Every attention of the model runs over the tiles that a policy chose and over no others. KL is that of
 the model's predictions to those of dense attention over the second half of each text; a pass key lies
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from experiments.kv_budget import data
 from experiments.models import load_gguf, smollm2_path
-from experiments.prefill_budget.policies import BLOCK_Q, POLICIES, causal_tiles
+from experiments.tiles.policies import BLOCK_Q, POLICIES, causal_tiles
 from jbalance import attention, checks
 
 KEY_AT = 0.3  # where in the text the pass key lies
@@ -36,7 +36,7 @@ KEY_AT = 0.3  # where in the text the pass key lies
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print; a bad input is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.prefill_budget",
+        prog="python -m experiments.tiles.prefill",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Train a language model from scratch with attention that computes a part of its causal tiles.
 
-    python -m experiments.train_budget [--json OUT] [--steps N] [--seeds 0,1,2] [--arms NAMES]
+    python -m experiments.tiles.train [--json OUT] [--steps N] [--seeds 0,1,2] [--arms NAMES]
 
 A decoder of three layers and two million parameters, of Flax's own modules, on five books; every arm
 has the same first parameters, the same pieces in the same order, and all tiles in its first steps.
@@ -20,8 +20,8 @@ from rich.table import Table
 
 from experiments.harness import runs
 from experiments.harness.statistics import paired_interval
-from experiments.prefill_budget.policies import BLOCK_K, BLOCK_Q
-from experiments.train_budget import training
+from experiments.tiles import training
+from experiments.tiles.policies import BLOCK_K, BLOCK_Q
 from jbalance import checks
 
 # What a head will look for nobody knows before it has learnt some of it, and it learns nothing from keys
@@ -33,11 +33,11 @@ COMPARED = "ladder"
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print; a bad input is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.train_budget",
+        prog="python -m experiments.tiles.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", metavar="OUT", default="out/train_budget.json")
+    parser.add_argument("--json", metavar="OUT", default="out/tiles_train.json")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a piece of text")
     parser.add_argument("--density", type=float, default=DENSITY, help="part of the causal tiles")
@@ -83,7 +83,7 @@ def train(
     if steps < 2:
         raise ValueError(f"--steps is {steps}: at least 2")
     about = {
-        "experiment": "train_budget",
+        "experiment": "tiles_train",
         "title": "A language model from scratch"
         + (", read over a part of the tiles" if dense_start == 1 else ""),
         "notes": [
@@ -95,7 +95,7 @@ def train(
             "`ladder over layers` for those of all layers.",
         ],
         "compare": [[COMPARED, arm] for arm in arms if arm != COMPARED],
-        "command": f"python -m experiments.train_budget --steps {steps} --dense-start {dense_start:g}"
+        "command": f"python -m experiments.tiles.train --steps {steps} --dense-start {dense_start:g}"
         f" --seeds {','.join(map(str, seeds))}",
         "settings": settings._asdict(),
     }

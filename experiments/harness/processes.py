@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.kv_budget import guard
+from experiments.harness import guard
 
 _LAST_LINES = 8  # of a process that failed
 _END_S = 10.0  # in which the others end by themselves when one has failed

@@ -17,9 +17,14 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, T
 from rich.table import Table
 from rich.text import Text
 
-from experiments.kv_budget import page
-from experiments.kv_budget.rows import DEVICE_COLUMNS, POLICY_COLUMNS, device_rows, policy_rows
-from experiments.kv_budget.wording import Report, clean, evenness, label, verdict
+from experiments.kv_budget.report import page
+from experiments.kv_budget.report.rows import (
+    DEVICE_COLUMNS,
+    POLICY_COLUMNS,
+    device_rows,
+    policy_rows,
+)
+from experiments.kv_budget.report.wording import Report, clean, evenness, label, verdict
 
 _LOG_WIDTH = 100  # of the tables where the output is not a terminal
 _WIDE = 98  # what the policies' ten columns need; in a narrower terminal they are two tables

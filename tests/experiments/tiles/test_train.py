@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.train_budget import __main__ as command
-from experiments.train_budget import training
+from experiments.tiles import train as command
+from experiments.tiles import training
 
 TOKENS = 256
 

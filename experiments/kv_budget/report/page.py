@@ -5,10 +5,15 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-from experiments.kv_budget import pictures
-from experiments.kv_budget.rows import DEVICE_COLUMNS, POLICY_COLUMNS, device_rows, policy_rows
-from experiments.kv_budget.style import CSS
-from experiments.kv_budget.wording import (
+from experiments.kv_budget.report import pictures
+from experiments.kv_budget.report.rows import (
+    DEVICE_COLUMNS,
+    POLICY_COLUMNS,
+    device_rows,
+    policy_rows,
+)
+from experiments.kv_budget.report.style import CSS
+from experiments.kv_budget.report.wording import (
     RIVAL,
     Report,
     chosen_policy,

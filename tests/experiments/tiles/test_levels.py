@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.prefill_budget import levels
+from experiments.tiles import levels
 from jbalance.adapters import TileBudget
 from jbalance.importance import CURVE_BINS
 

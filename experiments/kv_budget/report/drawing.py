@@ -16,7 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from experiments.kv_budget.wording import number
+from experiments.kv_budget.report.wording import number
 
 # Colours to draw with; in the SVG each becomes the page's variable of that name, which the page
 # sets for light and for dark screens.

@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2 with attention that computes a part of its causal tiles, forward and backward.
 
-    python -m experiments.finetune_budget [--steps N] [--tokens N] [--density D] [--json OUT]
-    python -m experiments.finetune_budget speed [--json OUT]
+    python -m experiments.tiles.finetune [--steps N] [--tokens N] [--density D] [--json OUT]
+    python -m experiments.tiles.finetune speed [--json OUT]
 
 The first trains all parameters on the same pieces of texts in the same order for every policy, and
 reports the loss on held-out pieces: with the attention that was trained with, and with dense attention.
@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks import _report
-from experiments.finetune_budget import training
 from experiments.harness import optimisers
 from experiments.kv_budget import data
 from experiments.models import Llama, load_gguf, smollm2_path
-from experiments.prefill_budget.policies import BLOCK_Q, POLICIES
+from experiments.tiles import finetuning
+from experiments.tiles.policies import BLOCK_Q, POLICIES
 from jbalance import attention, checks, importance
 from jbalance.attention import TilePlan
 from jbalance.attention.plan import BLOCK_TOKENS
@@ -48,7 +48,7 @@ SPEED_LAYERS, SPEED_TOKENS, SPEED_SCORED, SPEED_ROWS = 2, 16384, 512, 8
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print; a bad input is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.finetune_budget",
+        prog="python -m experiments.tiles.finetune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,13 +98,15 @@ def train(
         raise ValueError(f"--steps is {steps}: at least {CHECKED}")
     _, model, tokenizer = load_gguf(smollm2_path())
     graph, start = nnx.split(model)
-    own, held = training.pieces(tokenizer, texts, tokens)
+    own, held = finetuning.pieces(tokenizer, texts, tokens)
     pieces = [jnp.asarray(ids) for parts in held.values() for ids in parts[:HELD_OUT_PIECES]]
-    dense = training.make_step(graph, training.policy_plan("dense", 1.0), _optimiser(steps))
+    dense = finetuning.make_step(graph, finetuning.policy_plan("dense", 1.0), _optimiser(steps))
     rows: list[dict[str, Any]] = []
     for policy in policies:
-        plan_of = training.policy_plan(policy, density)
-        step = dense if policy == "dense" else training.make_step(graph, plan_of, _optimiser(steps))
+        plan_of = finetuning.policy_plan(policy, density)
+        step = (
+            dense if policy == "dense" else finetuning.make_step(graph, plan_of, _optimiser(steps))
+        )
         row = _train_one(step, dense, start, own, pieces, tokens, steps)
         rows.append({"policy": policy, "tokens": tokens, "density": density, "steps": steps} | row)
         for name in ("held_out", "held_out_dense_attention"):
@@ -120,8 +122,8 @@ def _optimiser(steps: int) -> Any:
 
 
 def _train_one(
-    step: training.Step,
-    dense: training.Step,
+    step: finetuning.Step,
+    dense: finetuning.Step,
     parameters: Any,
     own: dict[str, np.ndarray],
     pieces: list[jax.Array],
@@ -138,7 +140,7 @@ def _train_one(
             held[name].append(float(np.mean([by.loss(parameters, ids) for ids in pieces])))
 
     check()
-    for i, ids in enumerate(training.batches(own, tokens, steps), 1):
+    for i, ids in enumerate(finetuning.batches(own, tokens, steps), 1):
         begin = time.perf_counter()
         parameters, state, loss, used = step.train(parameters, state, jnp.asarray(ids))
         losses.append(float(loss))
@@ -167,14 +169,14 @@ def speed(density: float) -> list[dict[str, Any]]:
     texts = [data.encode(tokenizer, data.text_of(name)) for name in ("lcet10", "plrabn12")]
     ids = jnp.asarray(np.concatenate(texts)[:SPEED_TOKENS])
     plans: dict[str, Callable[..., TilePlan]] = {
-        "dense": training.policy_plan("dense", 1.0),
-        "ladder 64 x 16": training.policy_plan("ladder", density),
+        "dense": finetuning.policy_plan("dense", 1.0),
+        "ladder 64 x 16": finetuning.policy_plan("ladder", density),
         "ladder 128 x 128": functools.partial(wide_ladder, density=density),
         "no attention": no_tiles,
     }
     calls = {}
     for name, plan_of in plans.items():
-        step = training.make_step(graph, plan_of, _optimiser(100), SPEED_SCORED, rest)
+        step = finetuning.make_step(graph, plan_of, _optimiser(100), SPEED_SCORED, rest)
         calls[name] = functools.partial(step.train, layers, step.init(layers), ids)
     seconds = _report.interleaved(calls, 3)
     shape = f"{SPEED_LAYERS} layers, {config.num_heads} heads, {SPEED_TOKENS} tokens"

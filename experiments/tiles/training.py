@@ -17,8 +17,8 @@ from experiments.harness import logs, optimisers
 from experiments.harness.tokens import byte_level_bpe
 from experiments.kv_budget import data
 from experiments.models.decoder import num_parameters
-from experiments.prefill_budget.policies import BLOCK_K, BLOCK_Q, POLICIES
-from experiments.train_budget.model import Config, LanguageModel
+from experiments.tiles.model import Config, LanguageModel
+from experiments.tiles.policies import BLOCK_K, BLOCK_Q, POLICIES
 from jbalance import adapters
 
 TEXTS = ("lcet10", "plrabn12", "alice29", "hamlet", "lear")
@@ -109,7 +109,7 @@ def train(arm: str, seed: int, settings: Settings, advance: Callable[[], None]) 
     balance = ARMS[arm](model, settings.density)
     own_steps = range(dense_steps, settings.steps)
     own_traces, own_curve = _continue(model, optimiser, balance, seed, settings, own_steps, advance)
-    with logs.writer("train_budget", arm, seed) as writer:
+    with logs.writer("tiles_train", arm, seed) as writer:
         for i, loss in curve + own_curve:
             writer.add_scalar("loss", loss, i)
     losses = nnx.jit(_losses)

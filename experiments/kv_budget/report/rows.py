@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.kv_budget.wording import (
+from experiments.kv_budget.report.wording import (
     Report,
     fixed,
     human_bytes,
