@@ -23,7 +23,7 @@ BEAT_S = 1.0
 JOIN_S = 60.0  # in which all processes must have come
 GRACE_S = 3.0  # in which one that failed may turn out to have failed because of another
 BAD_INPUT = 2  # a worker's exit code after it has said what is wrong
-PIPE = "KV_BUDGET_PIPE"  # environment of a worker: the number of the pipe to its guard
+PIPE = "GUARD_PIPE"  # environment of a worker: the number of the pipe to its guard
 
 
 def guarded() -> bool:

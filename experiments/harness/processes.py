@@ -52,15 +52,15 @@ def check_options(options: argparse.Namespace) -> None:
         )
 
 
-def launch(arguments: list[str], processes: int) -> int:
-    """Starts the processes on loopback; shows what process 0 says, and the others' if they fail.
+def launch(module: str, arguments: list[str], processes: int) -> int:
+    """Starts `python -m MODULE` on loopback, shows what process 0 says, and the others' if they fail.
 
     Returns:
       0 if all have ended well; else the first code that is not 0.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     coordinator = f"127.0.0.1:{_free_ports()}"
-    command = [sys.executable, "-m", "experiments.kv_budget", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     command += ["--coordinator", coordinator, "--process-id"]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, processes)]

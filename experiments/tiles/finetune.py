@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks import _report
-from experiments.harness import optimisers
-from experiments.kv_budget import data
+from experiments.harness import cli, files, optimisers
+from experiments.harness.texts import encode, text_of
 from experiments.models import Llama, load_gguf, smollm2_path
 from experiments.tiles import finetuning
 from experiments.tiles.policies import BLOCK_Q, POLICIES
@@ -46,12 +45,8 @@ SPEED_LAYERS, SPEED_TOKENS, SPEED_SCORED, SPEED_ROWS = 2, 16384, 512, 8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tiles.finetune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.tiles.finetune", __doc__)
     parser.add_argument("job", nargs="?", choices=("train", "speed"), default="train")
     parser.add_argument("--texts", default="lcet10,plrabn12,lear", help="names, with commas")
     parser.add_argument("--steps", type=int, default=200)
@@ -59,20 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--density", type=float, default=0.5, help="part of the causal tiles")
     parser.add_argument("--policies", default="dense,ladder", help="names, with commas")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
-    options = parser.parse_args(arguments)
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
     out = Path(options.json) if options.json else None
-    try:
-        if options.job == "speed":
-            rows = speed(options.density)
-        else:
-            names = options.texts.split(","), options.policies.split(",")
-            rows = train(*names, options.tokens, options.steps, options.density, out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.job == "speed":
+        rows = speed(options.density)
+    else:
+        names = options.texts.split(","), options.policies.split(",")
+        rows = train(*names, options.tokens, options.steps, options.density, out)
     _write(rows, out)
     _print(rows)
-    return 0
 
 
 def train(
@@ -166,7 +159,7 @@ def speed(density: float) -> list[dict[str, Any]]:
     graph, layers, *rest = nnx.split(
         truncated(model, SPEED_LAYERS), nnx.PathContains("layers"), ...
     )
-    texts = [data.encode(tokenizer, data.text_of(name)) for name in ("lcet10", "plrabn12")]
+    texts = [encode(tokenizer, text_of(name)) for name in ("lcet10", "plrabn12")]
     ids = jnp.asarray(np.concatenate(texts)[:SPEED_TOKENS])
     plans: dict[str, Callable[..., TilePlan]] = {
         "dense": finetuning.policy_plan("dense", 1.0),
@@ -227,8 +220,7 @@ def no_tiles(q: jax.Array, k: jax.Array, v: jax.Array) -> TilePlan:
 
 def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        files.write_json(out, rows)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.kv_budget import data
+from experiments.harness.texts import encode, text_of
 from experiments.models import Llama
 from experiments.tiles.policies import POLICIES
 from jbalance import attention
@@ -86,7 +86,7 @@ def pieces(
     """
     train, held = {}, {}
     for name in names:
-        ids = data.encode(tokenizer, data.text_of(name))
+        ids = encode(tokenizer, text_of(name))
         cut = int(len(ids) * (1 - HELD_OUT))
         number = (len(ids) - cut) // tokens
         if not number:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments.kv_budget import data
+from experiments.harness import cli, files, texts
 from experiments.models import load_gguf, smollm2_path
 from experiments.tiles.policies import BLOCK_K, BLOCK_Q
 from jbalance import adapters
@@ -67,26 +66,19 @@ RULES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tiles.levels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.tiles.levels", __doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--density", default="0.5,0.3", help="parts of the causal tiles")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
-    options = parser.parse_args(arguments)
-    try:
-        rows = run(options.tokens, [float(x) for x in options.density.split(",")])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    rows = run(options.tokens, [float(x) for x in options.density.split(",")])
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        files.write_json(Path(options.json), rows)
     _print(rows)
-    return 0
 
 
 def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
@@ -109,7 +101,7 @@ def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
     )
 
     def predict(name: str, budgets: TileBudget) -> tuple[jax.Array, TileBudget]:
-        ids = data.encode(tokenizer, data.text_of(name))
+        ids = texts.encode(tokenizer, texts.text_of(name))
         start = len(ids) // 5
         if start + tokens > len(ids):
             raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from experiments.harness import cli, files, texts
 from experiments.kv_budget import data
 from experiments.models import load_gguf, smollm2_path
 from experiments.tiles.policies import BLOCK_Q, POLICIES, causal_tiles
@@ -34,33 +34,26 @@ KEY_AT = 0.3  # where in the text the pass key lies
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tiles.prefill",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.tiles.prefill", __doc__)
     parser.add_argument("--texts", default="lcet10,plrabn12,lear", help="names, with commas")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--density", default="0.5,0.25", help="parts of the causal tiles")
     parser.add_argument("--policies", default="window,uniform,ladder", help="names, with commas")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
-    options = parser.parse_args(arguments)
-    try:
-        rows = run(
-            options.texts.split(","),
-            options.tokens,
-            [float(x) for x in options.density.split(",")],
-            options.policies.split(","),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    rows = run(
+        options.texts.split(","),
+        options.tokens,
+        [float(x) for x in options.density.split(",")],
+        options.policies.split(","),
+    )
     _print(rows)
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return 0
+        files.write_json(Path(options.json), rows)
 
 
 def run(
@@ -111,10 +104,10 @@ def sequence(
     Raises:
       ValueError: a text too short.
     """
-    ids = data.encode(tokenizer, data.text_of(name))
+    ids = texts.encode(tokenizer, texts.text_of(name))
     digits = "".join(map(str, np.random.default_rng(seed).integers(0, 10, data.PASSKEY_DIGITS)))
     note, question, answer = (
-        data.encode(tokenizer, text)
+        texts.encode(tokenizer, text)
         for text in (data.NOTE.format(digits, digits), data.QUESTION, digits)
     )
     size = tokens - len(note) - len(question) - len(answer)

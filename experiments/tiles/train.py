@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import runs
+from experiments.harness import cli, runs
 from experiments.harness.statistics import paired_interval
 from experiments.tiles import training
 from experiments.tiles.policies import BLOCK_K, BLOCK_Q
@@ -31,12 +31,8 @@ COMPARED = "ladder"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tiles.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.tiles.train", __doc__)
     parser.add_argument("--json", metavar="OUT", default="out/tiles_train.json")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a piece of text")
@@ -49,19 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", default="0,1,2", help="with commas")
     parser.add_argument("--arms", default=",".join(training.ARMS), help="names, with commas")
-    options = parser.parse_args(arguments)
-    try:
-        report = train(
-            Path(options.json),
-            options.arms.split(","),
-            runs.seeds_of(options.seeds),
-            training.Settings(options.steps, options.tokens, options.density, options.dense_start),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    report = train(
+        Path(options.json),
+        options.arms.split(","),
+        runs.seeds_of(options.seeds),
+        training.Settings(options.steps, options.tokens, options.density, options.dense_start),
+    )
     _print(report)
-    return 0
 
 
 def train(

@@ -14,8 +14,8 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from experiments.harness import logs, optimisers
+from experiments.harness.texts import encode, text_of
 from experiments.harness.tokens import byte_level_bpe
-from experiments.kv_budget import data
 from experiments.models.decoder import num_parameters
 from experiments.tiles.model import Config, LanguageModel
 from experiments.tiles.policies import BLOCK_K, BLOCK_Q, POLICIES
@@ -65,12 +65,12 @@ def texts() -> tuple[np.ndarray, np.ndarray, Tokenizer]:
     """
     parts = []
     for name in TEXTS:
-        text = data.text_of(name)
+        text = text_of(name)
         cut = int(len(text) * (1 - HELD_OUT))
         parts.append((text[:cut], text[cut:]))
     tokenizer = byte_level_bpe((own for own, _ in parts), VOCABULARY, prefix_space=False)
     own, held = (
-        np.concatenate([data.encode(tokenizer, text) for text in side])
+        np.concatenate([encode(tokenizer, text) for text in side])
         for side in zip(*parts, strict=True)
     )
     return own, held, tokenizer

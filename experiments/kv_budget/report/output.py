@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, tables in the terminal, `report.json` and `report.html`."""
+"""What a run shows: tables in the terminal, `report.json` and `report.html`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from experiments.harness import files
 from experiments.kv_budget.report import page
 from experiments.kv_budget.report.rows import (
     DEVICE_COLUMNS,
@@ -39,9 +38,8 @@ def write(report: Report, out: Path) -> None:
     text = json.dumps(_plain(report), indent=1, sort_keys=True, allow_nan=False)
     # Rows of figures on one line each. Text cannot match: in it a line break is an escape.
     text = re.sub(r"\[\n[-+\d.eE,\snul]+\]", lambda rows: "".join(rows[0].split()), text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page.render(report), encoding="utf-8")
+    files.write_text(out / "report.json", text + "\n")
+    files.write_text(out / "report.html", page.render(report))
 
 
 def print_table(report: Report, console: Console | None = None) -> None:
@@ -60,52 +58,6 @@ def print_table(report: Report, console: Console | None = None) -> None:
     _print(console, "The devices", DEVICE_COLUMNS, device_rows(report), set())
     words = f"(over): more than the budget. {verdict(report)} {evenness(report)}"
     console.print(_text(words.strip(), console))
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar for long steps on a terminal, plain lines in a log; both on standard error.
-
-    `for x in bar.track(items, description="Scoring")`, or `task = bar.add_task("Scoring", total=8)`
-    and `bar.advance(task)` after each; total=None where it is not known.
-    """
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn())
-    moving = sys.stderr.isatty() and not console.is_dumb_terminal
-    bar = Progress(*columns, TimeElapsedColumn(), console=console) if moving else _Lines(console)
-    with bar:
-        yield bar
-
-
-class _Lines(Progress):
-    """Progress for logs: a line when a task starts, at every quarter of it, and when it is done."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console=console, auto_refresh=False, disable=True)
-
-    def add_task(
-        self,
-        description: str,
-        start: bool = True,
-        total: float | None = 100.0,
-        completed: int = 0,
-        visible: bool = True,
-        **fields: Any,
-    ) -> TaskID:
-        print(clean(description), file=sys.stderr, flush=True)
-        return super().add_task(description, start, total, completed, visible, **fields)
-
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        before = self._quarter(task_id)
-        super().advance(task_id, advance)
-        task = self.tasks[self.task_ids.index(task_id)]
-        if self._quarter(task_id) > before:
-            line = f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
-            print(f"{clean(line)}, {task.elapsed or 0:.1f} s", file=sys.stderr, flush=True)
-
-    def _quarter(self, task_id: TaskID) -> int:
-        task = self.tasks[self.task_ids.index(task_id)]
-        return int(4 * task.completed / task.total) if task.total else 0
 
 
 def _print(

@@ -1,21 +1,33 @@
 """The style sheet of the HTML report; the pictures take the variables named in `drawing.py`."""
 
-CSS = """
-:root {
+from collections.abc import Sequence
+
+from experiments.harness import palette
+
+
+def _series(colors: Sequence[str]) -> str:
+    return " ".join(f"--series{i}: {color};" for i, color in enumerate(colors))
+
+
+_COLORS = f"""
+:root {{
   color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c2430; --muted: #5c6876; --grid: #dfe4ea; --soft: #f3f5f8;
-  --mark: #c2410c;
-  --series0: #0b63c4; --series1: #b4540a; --series2: #1a7f4b; --series3: #a3388f;
-  --series4: #6250d0; --series5: #806500; --series6: #007780; --series7: #b3261e;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #12171e; --ink: #e4e9ef; --muted: #9aa7b5; --grid: #2c3642; --soft: #1b222c;
-    --mark: #ff9d5c;
-    --series0: #6cb6ff; --series1: #f0a35e; --series2: #5fd39a; --series3: #e58fd4;
-    --series4: #a99bff; --series5: #d9bf4a; --series6: #4fd0da; --series7: #ff8a80;
-  }
-}
+  --paper: #ffffff; --soft: #f3f5f8; --mark: #c2410c;
+  --ink: {palette.INK}; --muted: {palette.MUTED}; --grid: {palette.GRID};
+  {_series(palette.SERIES)}
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{
+    --paper: #12171e; --soft: #1b222c; --mark: #ff9d5c;
+    --ink: {palette.DARK_INK}; --muted: {palette.DARK_MUTED}; --grid: {palette.DARK_GRID};
+    {_series(palette.DARK_SERIES)}
+  }}
+}}
+"""
+
+CSS = (
+    _COLORS
+    + """\
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
@@ -46,3 +58,4 @@ blockquote, pre {
 }
 pre { font-size: .85rem; }
 """
+)

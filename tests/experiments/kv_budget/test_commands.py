@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.kv_budget import data, score
+from experiments.harness import texts
+from experiments.kv_budget import score
 from experiments.kv_budget.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,7 +138,7 @@ def test_empty_and_binary_texts_are_named(tmp_path):
         path = tmp_path / "text"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"is empty|cannot be read"):
-            data.read_file(str(path))
+            texts.read_file(str(path))
 
 
 @pytest.mark.slow  # `make run` does it at full size

@@ -21,7 +21,7 @@ from tests.support import small_decode
 from tests.support.together import ROOT, run_together
 
 TEXT = str(ROOT / "LICENSE")
-AS_HERE = {name: x for name, x in os.environ.items() if name != "KV_BUDGET_PIPE"}
+AS_HERE = {name: x for name, x in os.environ.items() if name != "GUARD_PIPE"}
 
 
 @pytest.mark.slow  # one and four devices are compared with the masked model
@@ -56,7 +56,7 @@ def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     read, write = os.pipe()  # as below a guard that never ends
     program = [sys.executable, "-m", "tests.support.small_decode", coordinator]
-    environment = AS_HERE | {"KV_BUDGET_PIPE": str(write)}
+    environment = AS_HERE | {"GUARD_PIPE": str(write)}
     commands = [[*program, str(i), out] for i, out in enumerate(outputs)]
     try:
         run_together(commands, 300, env=environment, pass_fds=[write])

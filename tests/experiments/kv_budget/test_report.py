@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.kv_budget.report import print_table, progress, write
+from experiments.kv_budget.report import print_table, write
 from experiments.kv_budget.report.wording import human_bytes, verdict
 from tests.support.report_cases import HOSTILE, POLICIES, Page, made_up_report
 
@@ -211,23 +211,3 @@ def test_verdict_compares_with_the_best_other_plan():
 )
 def test_bytes_in_words(amount_bytes, words):
     assert human_bytes(amount_bytes) == words
-
-
-def test_progress_in_a_log_is_lines(capsys):
-    with progress() as bar:
-        assert list(bar.track(range(9), description="Scoring")) == list(range(9))
-        bar.advance(bar.add_task("Fetching [weights]", total=None))
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [
-        "Scoring",
-        *(f"Scoring: {done} of 9" for done in (3, 5, 7, 9)),
-        "Fetching [weights]",
-    ]
-
-
-def test_progress_ends_with_the_error_of_its_step(capsys):
-    with pytest.raises(KeyError), progress() as bar:
-        list(bar.track(map({}.__getitem__, "ab"), total=2, description="Planning"))
-    assert "Planning" in capsys.readouterr().err
