@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from pathlib import Path
@@ -27,7 +28,8 @@ jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-MOST_KIB = 3 << 20  # of a worker, before it forgets what was compiled
+LIBC = ctypes.CDLL(None)
+MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("jbalance")
@@ -39,6 +41,8 @@ def _forget_what_was_compiled():
     yield
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_KIB:
         jax.clear_caches()
+        if hasattr(LIBC, "malloc_trim"):  # else glibc keeps what was freed
+            LIBC.malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
