@@ -45,16 +45,17 @@ def _forget_what_was_compiled():
             LIBC.malloc_trim(0)
 
 
-@pytest.fixture(autouse=True)
-def _full_effort(request, monkeypatch):
-    """A test marked `full_effort`, and the processes that it starts, compile as users do."""
+@pytest.fixture(scope="module", autouse=True)
+def _full_effort(request):
+    """A module marked `full_effort`, and the processes that it starts, compile as users do."""
     if request.node.get_closest_marker("full_effort") is None:
         yield
         return
     little_effort = os.environ[EFFORT] == "1"
-    monkeypatch.setenv(EFFORT, "0")
-    jax.clear_caches()
-    jax.config.update(EFFORT.lower(), False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EFFORT, "0")
+        jax.clear_caches()
+        jax.config.update(EFFORT.lower(), False)
+        yield
     jax.config.update(EFFORT.lower(), little_effort)
     jax.clear_caches()

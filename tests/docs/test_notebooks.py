@@ -40,7 +40,6 @@ def test_a_notebook_runs(path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.full_effort
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_a_notebook_trains_as_long_as_it_says(path, monkeypatch):
     run(path, monkeypatch)

@@ -18,10 +18,13 @@ def blocks():
             yield pytest.param(part[2], id=section)
 
 
+BLOCKS = list(blocks())
+
+
 def test_there_is_code():
-    assert len(list(blocks())) > 1
+    assert len(BLOCKS) > 1
 
 
-@pytest.mark.parametrize("block", blocks())
+@pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_of_the_readme_runs(block):
     exec(compile(block, "README.md", "exec"), {})

@@ -15,6 +15,8 @@ from tests.support.sharded_cases import CASES, COMMON, UNITS, assert_same
 from tests.support.sharded_stages import STAGES
 from tests.support.together import run_together
 
+pytestmark = pytest.mark.full_effort  # the other tests of many devices do with little
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -32,19 +34,16 @@ NAMES = (
 )
 
 
-@pytest.mark.full_effort
 def test_two_processes(tmp_path):
     assert_as_one(tmp_path, 2, NAMES)
 
 
 @pytest.mark.slow
-@pytest.mark.full_effort
 def test_two_processes_of_one_device(tmp_path):
     assert_as_one(tmp_path, 1, NAMES)
 
 
 @pytest.mark.slow
-@pytest.mark.full_effort
 def test_two_processes_do_all(tmp_path):
     assert_as_one(tmp_path, 2, (*CASES, *STAGES))
 

@@ -19,6 +19,7 @@ TOKENS = json.loads((GOLDEN / "smollm2_tokens.json").read_text())
 STEPS = 64
 # One compiled program for the short prompts, one for the long one.
 PADDED_TOKENS = {name: 336 if name == "long" else 48 for name in PROMPTS}
+pytestmark = pytest.mark.full_effort  # as recorded; and these programs run longer than they compile
 
 
 @nnx.jit
