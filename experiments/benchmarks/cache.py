@@ -26,7 +26,8 @@ from flax import nnx
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
-from experiments.kv_budget import data, measure
+from experiments.harness import texts
+from experiments.kv_budget import measure
 from experiments.models import load_gguf, prefill_attention, smollm2_path
 from jbalance import importance
 from jbalance.cache import codec, live, paged_attention, pages
@@ -70,7 +71,7 @@ def measure_all(quick: bool) -> list[Row]:
 def real_context(size: int) -> Context:
     """Tokens of a text through the model's first layers, in pieces laid one after the other."""
     config, model, tokenizer = load_gguf(smollm2_path())
-    ids = data.encode(tokenizer, data.text_of(TEXT))
+    ids = texts.encode(tokenizer, texts.text_of(TEXT))
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -197,7 +198,7 @@ def _bytes_read(arena: pages.Arena) -> int:
 def _scorers() -> list[Row]:
     """What the worth of a prompt's tokens costs besides the prefill, in prefills."""
     config, model, tokenizer = load_gguf(smollm2_path())
-    ids = data.encode(tokenizer, data.text_of(TEXT))[:PROMPT_TOKENS]
+    ids = texts.encode(tokenizer, texts.text_of(TEXT))[:PROMPT_TOKENS]
     graph, state = nnx.split(model)
 
     @jax.jit

@@ -77,10 +77,7 @@ def measure(
     quick: bool, loads: Path | None = None, devices: int | None = None, slots: int | None = None
 ) -> list[Row]:
     if loads is not None:
-        try:
-            return rows_of(from_file(loads, devices, slots))
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
+        return rows_of(from_file(loads, devices, slots))
     return [row for case in cases(QUICK_LAYERS if quick else LAYERS) for row in rows_of(case)]
 
 

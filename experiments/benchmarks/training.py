@@ -25,7 +25,7 @@ from flax import nnx
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
-from experiments.kv_budget import data
+from experiments.harness import texts
 from experiments.models.decoder import Decoder, DecoderConfig
 from jbalance import adapters, attention
 from jbalance.attention import TilePlan
@@ -53,7 +53,7 @@ def main() -> None:
 
 def measure(quick: bool) -> list[Row]:
     tokens, steps = (QUICK_TOKENS, QUICK_STEPS) if quick else (TOKENS, STEPS)
-    text = np.frombuffer(data.text_of("lcet10").encode(), np.uint8).astype(np.int32)
+    text = np.frombuffer(texts.text_of("lcet10").encode(), np.uint8).astype(np.int32)
     ids = [jnp.asarray(text[None, i * tokens : (i + 1) * tokens + 1]) for i in range(8)]
     jobs = {
         "dpa": job(tokens, lambda model: None),

@@ -10,25 +10,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from experiments.harness import docs
+from experiments.harness import cli, docs
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, write, say what; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.harness", __doc__)
     parser.add_argument("job", choices=("docs",))
-    parser.parse_args(arguments)
-    try:
-        written = docs.write()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(str(path) for path in written))
-    return 0
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    print("\n".join(str(path) for path in docs.write()))
 
 
 if __name__ == "__main__":

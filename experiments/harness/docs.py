@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.harness import runs
+from experiments.harness import files, palette, runs
 from experiments.harness.statistics import paired_interval
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/results.md")
@@ -20,7 +20,6 @@ over the seeds, and differences of two arms with their paired 95 % interval by S
 a seed shares its first parameters and the order of its data. A difference whose interval holds zero is
 none that these runs can show (–).
 """
-COLOURS = ("#0b63c4", "#b4540a", "#1a7f4b", "#a3388f", "#6250d0", "#806500", "#007780", "#b3261e")
 
 
 def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
@@ -44,7 +43,7 @@ def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
             draw(report, picture)
             written.append(picture)
         parts.append(section(report, picture.relative_to(page.parent), picture in written))
-    page.write_text("\n".join(parts), encoding="utf-8")
+    files.write_text(page, "\n".join(parts))
     return [page, *written]
 
 
@@ -133,21 +132,21 @@ def draw(report: Mapping[str, Any], out: Path) -> None:
     for panel, name in zip(panels.flat, names, strict=False):
         for i, arm in enumerate(arms):
             values = runs.figures_of(report, arm, name)
-            colour = COLOURS[i % len(COLOURS)]
+            colour = palette.SERIES[i % len(palette.SERIES)]
             panel.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=5)
             if values:
                 panel.plot([np.mean(values)], [i], "|", color=colour, markersize=16, mew=2.5)
         for line, known in report.get("baselines", {}).items():
             if name in known and line in report.get("drawn", []):
-                panel.axvline(known[name], color="#5c6876", linestyle="--", linewidth=1)
+                panel.axvline(known[name], color=palette.MUTED, linestyle="--", linewidth=1)
                 panel.annotate(
                     line, (known[name], 1), xycoords=("data", "axes fraction"), fontsize=7,
-                    rotation=90, ha="right", va="top", color="#5c6876",
+                    rotation=90, ha="right", va="top", color=palette.MUTED,
                 )  # fmt: skip
         panel.set_title(name, fontsize=10)
         panel.set_yticks(range(len(arms)), arms, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
-        panel.grid(axis="x", color="#dfe4ea")
+        panel.grid(axis="x", color=palette.GRID)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(len(arms) - 0.5, -0.5)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import progress
+from experiments.harness import files, progress
 
 RunOne = Callable[[str, int, Callable[[], None]], Mapping[str, Any]]
 
@@ -39,7 +39,7 @@ def run_all(
       ValueError: the file holds runs with other settings, or is no file of results.
     """
     report = _begun(out, about)
-    write(out, report)  # what is said about the runs may be new
+    files.write_json(out, report)  # what is said about the runs may be new
     done = {(run["arm"], run["seed"]) for run in report["runs"]}
     for seed in seeds:
         for arm in arms:
@@ -47,7 +47,7 @@ def run_all(
                 with progress.bar(f"{arm}, seed {seed}", steps) as advance:
                     figures = one(arm, seed, advance)
                 report["runs"].append({"arm": arm, "seed": seed, **figures})
-                write(out, report)
+                files.write_json(out, report)
     return report
 
 
@@ -108,14 +108,6 @@ def _parsed(path: Path) -> Any:
 
 def _holds_runs(report: Any) -> bool:
     return isinstance(report, dict) and isinstance(report.get("runs"), list)
-
-
-def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Whole or not at all, so that a stop in between loses nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def figures_of(report: Mapping[str, Any], arm: str, name: str) -> list[float]:

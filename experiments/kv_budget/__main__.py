@@ -15,36 +15,36 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiments.kv_budget import guard, processes
+from experiments.harness import cli, guard, processes
 
+MODULE = "experiments.kv_budget"
 # JAX is imported by the jobs: a guard does without.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, and turn a bad input into one line on stderr and exit code 2."""
+    """The command's exit code; a bad input is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    try:
+
+    def job(options: argparse.Namespace) -> int | None:
         if options.job in ("run", "resume"):
             processes.check_options(options)
             if options.processes > 1 and not guard.guarded():
                 return _many(options, arguments)
         if options.job == "run":
-            _run(options, shlex.join(["python", "-m", "experiments.kv_budget", *arguments]))
+            _run(options, shlex.join(["python", "-m", MODULE, *arguments]))
         else:
             jobs = {"score": _score, "cases": _cases, "stream": _stream, "resume": _resume}
             jobs[options.job](options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return None
+
+    return cli.run(_parser(), job, arguments)
 
 
 def _many(options: argparse.Namespace, arguments: list[str]) -> int:
     """This process is the one that starts the others, or one of them: a guard."""
     if options.coordinator is None:
-        return processes.launch(arguments, options.processes)
-    command = [sys.executable, "-m", "experiments.kv_budget", *arguments]
+        return processes.launch(MODULE, arguments, options.processes)
+    command = [sys.executable, "-m", MODULE, *arguments]
     return guard.run(command, options.coordinator, options.process_id, options.processes)
 
 
@@ -52,6 +52,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     memory = tuple(_memory(part) for part in options.device_memory.split(","))
     processes.join(options, len(memory))
 
+    from experiments.harness import progress
     from experiments.kv_budget import report, run
     from experiments.models import load_gguf, smollm2_path
 
@@ -73,7 +74,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     )
     steps = run.steps_of(settings)
     _, model, tokenizer = load_gguf(smollm2_path())
-    with report.progress() as bar:
+    with progress.display() as bar:
         task = bar.add_task("starting", total=steps)
 
         def step(what: str) -> None:
@@ -107,7 +108,8 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _stream(options: argparse.Namespace) -> None:
-    from experiments.kv_budget import data, report, score, stream
+    from experiments.harness import progress, texts
+    from experiments.kv_budget import score, stream
     from experiments.models import load_gguf, smollm2_path
 
     if options.new_tokens < 1:
@@ -115,12 +117,12 @@ def _stream(options: argparse.Namespace) -> None:
     memory = _memory(options.device_memory)
     text = _text(options)
     _, model, tokenizer = load_gguf(smollm2_path())
-    context = data.encode(tokenizer, text)[: options.context_tokens]
+    context = texts.encode(tokenizer, text)[: options.context_tokens]
     if len(context) < options.context_tokens:
         raise ValueError(
             f"--context-tokens is {options.context_tokens}: the text has {len(context)} tokens"
         )
-    with report.progress() as bar:
+    with progress.display() as bar:
         task = bar.add_task("tokens", total=options.new_tokens)
         result = stream.stream(
             model,
@@ -138,9 +140,9 @@ def _stream(options: argparse.Namespace) -> None:
 
 
 def _text(options: argparse.Namespace) -> str:
-    from experiments.kv_budget import data
+    from experiments.harness import texts
 
-    return data.read_file(options.text) if options.text else data.text_of(options.source)
+    return texts.read_file(options.text) if options.text else texts.text_of(options.source)
 
 
 def _memory(text: str) -> int:
@@ -153,7 +155,8 @@ def _memory(text: str) -> int:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from experiments.kv_budget import policies, report, score
+    from experiments.harness import progress
+    from experiments.kv_budget import policies, score
     from experiments.models import load_gguf, smollm2_path
 
     names = options.policy.split(",")
@@ -167,7 +170,7 @@ def _score(options: argparse.Namespace) -> None:
         ) from None
     _, model, _ = load_gguf(smollm2_path())
     cases = score.read_cases(options.cases, model.config.vocab_size)
-    with report.progress() as bar:
+    with progress.display() as bar:
         total = sum(len(x) for name, x in cases.items() if name.endswith("_ctx"))
         task = bar.add_task("contexts", total=total)
         results = score.score(model, cases, names, budgets, lambda: bar.advance(task))
@@ -198,8 +201,7 @@ def _cases(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.kv_budget", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(MODULE, __doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     run = jobs.add_parser("run", help="one context within the devices' memory, with a report")
     run.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")

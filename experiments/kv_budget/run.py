@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.kv_budget import data, evaluate, measure, processes, state
+from experiments.harness import processes
+from experiments.kv_budget import data, evaluate, measure, state
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.decode import (
     Caches,

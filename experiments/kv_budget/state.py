@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.kv_budget import processes
+from experiments.harness import processes
 from experiments.kv_budget.decode import (
     Caches,
     Decoder,

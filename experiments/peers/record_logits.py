@@ -1,4 +1,4 @@
-"""Records what transformers computes with SmolLM2, the reference that tests/models compares with.
+"""Records what transformers computes with SmolLM2, the reference that the tests compare with.
 
 Command (own environment, see requirements.txt beside this file; 2 minutes on 2 cores):
 
@@ -6,7 +6,8 @@ Command (own environment, see requirements.txt beside this file; 2 minutes on 2 
     experiments/peers/.venv/bin/pip install -r experiments/peers/requirements.txt
     experiments/peers/.venv/bin/python experiments/peers/record_logits.py PATH/SmolLM2...Q4_1.gguf
 
-Reads tests/golden/prompts.json, writes tests/golden/smollm2_logits.npz and smollm2_tokens.json.
+In tests/experiments/models/golden, reads prompts.json and writes smollm2_logits.npz and
+smollm2_tokens.json.
 transformers has its own reader of GGUF names, sizes, rotary order and tokenizer; the de-quantiser
 it borrows from the package gguf, as experiments/models does, so that one is checked here against
 the format's definition written out. Nothing is fetched.
@@ -28,7 +29,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "experiments" / "models" / "golden"
 STEPS, TOP = 64, 16
 SMALLEST_GAP = 0.01  # nats between the two likeliest tokens
 # Spread over the vocabulary: the tail of the distribution is compared too.

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import runs
+from experiments.harness import cli, runs
 from experiments.text_classification import data, experiment, features, search
 from experiments.text_classification.experiment import REGULARISED
 from experiments.text_classification.tokens import BUDGETS
@@ -37,42 +37,37 @@ ARMS = tuple(
     [f"transformer, {budget}" for budget in BUDGETS] + [f"features, {rule}" for rule in RULES]
 )
 
+JOBS: dict[str, dict[str, None]] = {
+    "train": dict.fromkeys(ARMS),
+    "regularise": dict.fromkeys(REGULARISED),
+    "search": dict.fromkeys(search.SEARCHES),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.text_classification",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    jobs: dict[str, dict[str, None]] = {
-        "train": dict.fromkeys(ARMS),
-        "regularise": dict.fromkeys(REGULARISED),
-        "search": dict.fromkeys(search.SEARCHES),
-    }
-    parser.add_argument("job", nargs="?", choices=jobs, default="train")
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.text_classification", __doc__)
+    parser.add_argument("job", nargs="?", choices=JOBS, default="train")
     parser.add_argument("--json", metavar="OUT", help="file of results")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
     parser.add_argument("--arms", help="names, with slashes; all if left out")
     parser.add_argument("--trials", type=int, default=TRIALS, help="of the search, for each arm")
-    options = parser.parse_args(arguments)
-    arms = options.arms.split("/") if options.arms else list(jobs[options.job])
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    arms = options.arms.split("/") if options.arms else list(JOBS[options.job])
     out = Path(options.json or f"out/text_classification_{options.job}.json")
-    try:
-        for name in arms:
-            checks.choice("--arms", name, jobs[options.job])
-        seeds = runs.seeds_of(options.seeds)
-        if options.job == "search":
-            report = find(out, arms, options.trials)
-        elif options.job == "regularise":
-            report = regularise(out, arms, seeds)
-        else:
-            report = train(out, arms, seeds)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in arms:
+        checks.choice("--arms", name, JOBS[options.job])
+    seeds = runs.seeds_of(options.seeds)
+    if options.job == "search":
+        report = find(out, arms, options.trials)
+    elif options.job == "regularise":
+        report = regularise(out, arms, seeds)
+    else:
+        report = train(out, arms, seeds)
     _print(report)
-    return 0
 
 
 def train(out: Path, arms: list[str], seeds: list[int]) -> dict[str, Any]:

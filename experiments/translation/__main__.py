@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import progress, runs
+from experiments.harness import cli, progress, runs
 from experiments.translation import data, experiment, maps
 from jbalance import checks
 
@@ -32,12 +32,8 @@ STEPS, SEEDS, PARTS = 200, (0, 1, 2), (0.9, 0.75, 0.5)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print; a bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.translation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.translation", __doc__)
     parser.add_argument("job", nargs="?", choices=("train", "density", "maps"), default="train")
     parser.add_argument("--json", metavar="OUT", help="file of results")
     parser.add_argument("--base-steps", type=int, default=experiment.BASE_STEPS)
@@ -45,22 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
     parser.add_argument("--arms", default="/".join(experiment.ARMS), help="names, with slashes")
     parser.add_argument("--picture", metavar="OUT", default="out/translation_attention.png")
-    options = parser.parse_args(arguments)
-    try:
-        if options.job == "maps":
-            found = maps.draw(Path(options.picture))
-            print(f"w {found.w.round(3)}, alpha {found.alpha.round(4)}")
-        elif options.job == "density":
-            out = Path(options.json or "out/translation_density.json")
-            _print(density(out, options.base_steps))
-        else:
-            out = Path(options.json or "out/translation.json")
-            arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
-            _print(train(out, arms, seeds, options.base_steps, options.steps))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    if options.job == "maps":
+        found = maps.draw(Path(options.picture))
+        print(f"w {found.w.round(3)}, alpha {found.alpha.round(4)}")
+    elif options.job == "density":
+        out = Path(options.json or "out/translation_density.json")
+        _print(density(out, options.base_steps))
+    else:
+        out = Path(options.json or "out/translation.json")
+        arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
+        _print(train(out, arms, seeds, options.base_steps, options.steps))
 
 
 def train(

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
 
+from experiments.harness import palette
 from experiments.translation import data, decode, experiment, tiles
 from experiments.translation.data import END, FIRST_LANGUAGE, LANGUAGES
 from experiments.translation.experiment import Material
@@ -19,7 +20,7 @@ from experiments.translation.model import Translator
 from jbalance import importance, rescale, shares
 
 LEAST_WORDS = 7  # of the string that is drawn
-_COLOURS = {"de": "#0b63c4", "fr": "#b4540a"}
+_COLOURS = dict(zip(("de", "fr"), palette.SERIES, strict=False))
 
 
 class Looked(NamedTuple):
@@ -194,7 +195,7 @@ def _draw_example(panel: Any, found: Example, names: list[str]) -> None:
         label = f"Ã of en-{language}: w = {found.w[i]:.2f}, α = {found.alpha[i]:.3f}"
         panel.bar(at, found.rescaled[i], bottom=below, color=_COLOURS[language], label=label)
         below = below + found.rescaled[i]
-    panel.plot(at, found.attention, "_", color="#1c2430", markersize=18, label="A, the encoder's")
+    panel.plot(at, found.attention, "_", color=palette.INK, markersize=18, label="A, the encoder's")
     panel.set_xticks(at, names, rotation=60, ha="right", fontsize=8)
     panel.set_title("each source token's attention, divided among the two directions", fontsize=9)
     panel.set_ylim(0, 1.25 * found.attention.max())

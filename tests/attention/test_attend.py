@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, Case, loss, problem
 
 from jbalance import attention, rescale
 from jbalance.attention import EMPTY
-
-# Halves the time to compile.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from tests.support.attention_cases import CASES, Case, assert_near, loss, problem
 
 
 @functools.cache
 def value_and_grad(options, backend):
     function = functools.partial(loss, backend=backend, **dict(options))
-    return quick_jit(jax.value_and_grad(function, has_aux=True))
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
 
 
 def results(case, seed, backend, dtype=jnp.float32):
@@ -26,16 +23,6 @@ def results(case, seed, backend, dtype=jnp.float32):
     floats, rest = problem(case, seed, dtype)
     (_, out), gradients = value_and_grad(case.options, backend)(floats, rest)
     return out, gradients
-
-
-def assert_near(got, want, tolerance):
-    """Equal up to a tolerance relative to the largest entry, 1 at the least."""
-
-    def near(got, want):
-        got, want = (np.asarray(x, np.float32) for x in (got, want))
-        np.testing.assert_allclose(got, want, atol=tolerance * max(1, np.abs(want).max()), rtol=0)
-
-    jax.tree.map(near, got, want)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -98,7 +85,7 @@ def test_gradient_to_a_key_bias_is_that_of_finite_differences():
         out = attention.attend(**(floats | {"bias": bias}), **rest, causal=True)
         return jnp.sum(out.y) + jnp.sum(jnp.where(out.lse == EMPTY, 0, out.lse))
 
-    got = quick_jit(jax.grad(total))(floats["bias"])
+    got = jax.jit(jax.grad(total))(floats["bias"])
     bias = np.asarray(floats["bias"], np.float64)
     for s in range(0, case.keys, 7):
         step = np.zeros_like(bias)
@@ -112,7 +99,7 @@ def test_gradient_to_a_key_bias_is_that_of_finite_differences():
 def test_dense_plans_are_attention_of_jax():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 70, 4, 16))
     for causal, plan in ((False, attention.full(70, 70, 32, 16)), (True, attention.causal(70, 70))):
-        got = quick_jit(functools.partial(attention.attend, causal=causal))(q, k, v, plan)
+        got = jax.jit(functools.partial(attention.attend, causal=causal))(q, k, v, plan)
         want = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
         np.testing.assert_allclose(got.y, want, atol=1e-5)
 
@@ -131,14 +118,14 @@ def test_the_bias_of_shares_is_their_rule_and_has_gradients_to_them():
         weight = rescale.renormalize(alpha, association, weight)
         return jnp.einsum("bhts,bshd->bthd", weight, v)
 
-    np.testing.assert_allclose(quick_jit(tiled)(alpha), dense(alpha), atol=1e-5)
-    gradients = [quick_jit(jax.jacobian(f))(alpha) for f in (tiled, dense)]
+    np.testing.assert_allclose(jax.jit(tiled)(alpha), dense(alpha), atol=1e-5)
+    gradients = [jax.jit(jax.jacobian(f))(alpha) for f in (tiled, dense)]
     np.testing.assert_allclose(*gradients, atol=1e-4)
 
 
 def test_shares_divide_the_attention_of_one_pass():
     floats, rest = problem(CASES["tasks"], 1)
-    run = quick_jit(lambda floats: attention.attend(**floats, **rest))
+    run = jax.jit(lambda floats: attention.attend(**floats, **rest))
     out, plain = run(floats), run(floats | {"shares": None})
     assert out.y.shape == (2, 90, 3, 2, 16)
     np.testing.assert_allclose(jnp.sum(out.y, axis=2), plain.y, atol=1e-5)
@@ -159,7 +146,7 @@ def test_parts_merge_to_the_whole_and_so_do_their_gradients():
         parts = [attention.attend(**floats, plan=p) for p in plans]
         return jnp.sum(jnp.sin(attention.merge(*parts).y))
 
-    got, want = (quick_jit(jax.value_and_grad(f))(floats) for f in (merged, whole))
+    got, want = (jax.jit(jax.value_and_grad(f))(floats) for f in (merged, whole))
     assert_near(got, want, 1e-5)
 
 

@@ -8,20 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, loss, problem
 from jax.sharding import AxisType
 
 from jbalance import attention
+from tests.support.attention_cases import Case, loss, problem
 
 CASE = Case(128, 128, 8, 8, batch=1, block_k=16, bias=(1, 1, 1, None))
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def total(floats, rest, **options):
     return loss(floats, rest, causal=True, **options)[0]
 
 
-gradients = quick_jit(jax.grad(total))
+gradients = jax.jit(jax.grad(total))
 
 
 def square(q, k, v, bias, plan, **options):
@@ -42,13 +41,13 @@ def stacked(num):
 
 def test_vmap_and_its_gradient():
     single, (floats, rest) = stacked(3)
-    got = quick_jit(jax.vmap(jax.grad(total)))(floats, rest)
+    got = jax.jit(jax.vmap(jax.grad(total)))(floats, rest)
     want = [gradients(*one) for one in single]
     assert_near(got, jax.tree.map(lambda *xs: jnp.stack(xs), *want))
     # Over plans alone: one set of operands gets the sum of the gradients.
     floats = single[0][0]
     each = jax.vmap(total, in_axes=(None, 0))
-    got = quick_jit(jax.grad(lambda floats: jnp.sum(each(floats, rest))))(floats)
+    got = jax.jit(jax.grad(lambda floats: jnp.sum(each(floats, rest))))(floats)
     want = [gradients(floats, one) for _, one in single]
     assert_near(got, jax.tree.map(lambda *xs: sum(xs), *want))
 
@@ -58,9 +57,9 @@ def test_64_bit_numbers_elsewhere_change_nothing(block_k):
     floats, rest = problem(dataclasses.replace(CASE, keys=300, block_k=block_k), 0)
     floats = floats.values()
     function = jax.grad(square, argnums=(0, 1, 2, 3))
-    want = quick_jit(function)(*floats, rest["plan"])
+    want = jax.jit(function)(*floats, rest["plan"])
     with jax.enable_x64(True):
-        got = quick_jit(function)(*floats, rest["plan"])
+        got = jax.jit(function)(*floats, rest["plan"])
     assert jax.tree.map(jnp.dtype, got) == jax.tree.map(jnp.dtype, want)
     assert_near(got, want, atol=1e-5)
 
@@ -92,8 +91,8 @@ def test_scan_over_layers_and_remat():
         return jnp.sum(x**2)
 
     x = single[0][0]["q"]
-    got = quick_jit(jax.grad(by_scan))(x, layers, rest)
-    want = quick_jit(jax.grad(by_loop))(x, single)
+    got = jax.jit(jax.grad(by_scan))(x, layers, rest)
+    want = jax.jit(jax.grad(by_loop))(x, single)
     assert_near(got, want, 1e-3)
 
 
@@ -118,13 +117,13 @@ def test_heads_or_query_blocks_split_over_devices(size):
         (queries, (by_query, whole, whole, whole, by_head)),
     ):
         split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=whole)
-        got = quick_jit(jax.value_and_grad(split, argnums=(0, 1, 2, 3)))(*args)
+        got = jax.jit(jax.value_and_grad(split, argnums=(0, 1, 2, 3)))(*args)
         assert_near(got, want, 1e-3)
 
 
 @functools.cache
 def on_one_device():
-    return quick_jit(jax.value_and_grad(square, argnums=(0, 1, 2, 3)))
+    return jax.jit(jax.value_and_grad(square, argnums=(0, 1, 2, 3)))
 
 
 def test_new_plans_and_masks_compile_nothing_anew():

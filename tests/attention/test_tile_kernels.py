@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, loss, problem
 from jax import export
 from jax.sharding import AxisType
-from test_attend import assert_near, quick_jit
 
 from jbalance import attention
 from jbalance.attention import EMPTY, tiles_gpu, tiles_tpu
+from tests.support.attention_cases import Case, assert_near, loss, problem
 
 KERNELS = {"gpu": tiles_gpu, "tpu": tiles_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -60,7 +59,7 @@ def interpreted(monkeypatch):
 @functools.cache
 def value_and_grad(options, backend):
     function = functools.partial(loss, backend=backend, **dict(options))
-    return quick_jit(jax.value_and_grad(function, has_aux=True))
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
 
 
 @functools.cache
@@ -155,8 +154,8 @@ def test_under_vmap(interpreted, kernel):
     def gradients(backend):
         return jax.grad(lambda *args: loss(*args, backend=backend, causal=True)[0])
 
-    got = quick_jit(jax.vmap(gradients(kernel)))(*stacked)
-    want = [quick_jit(gradients("reference"))(*one) for one in problems]
+    got = jax.jit(jax.vmap(gradients(kernel)))(*stacked)
+    want = [jax.jit(gradients("reference"))(*one) for one in problems]
     assert_near(got, jax.tree.map(lambda *xs: jnp.stack(xs), *want), 1e-4)
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import traced
 from sklearn import feature_selection, metrics
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from jbalance import importance
 from jbalance.importance import FEATURE_SCORERS
+from tests.support import traced
 
 B, N, C = 120, 6, 3
 every_scorer = pytest.mark.parametrize("name", FEATURE_SCORERS)
@@ -30,7 +30,7 @@ def data(seed=0, classes=C):
 
 @cache
 def jitted(name):
-    return traced.quick_jit(partial(FEATURE_SCORERS[name], num_classes=C))
+    return jax.jit(partial(FEATURE_SCORERS[name], num_classes=C))
 
 
 def bin_of(x, bins=16):
@@ -76,7 +76,7 @@ def test_matches_oracle(name, seed):
 @every_scorer
 def test_absent_classes_do_not_count(name):
     x, y = data()
-    got = traced.quick_jit(partial(FEATURE_SCORERS[name], num_classes=C + 4))(x, y)
+    got = jax.jit(partial(FEATURE_SCORERS[name], num_classes=C + 4))(x, y)
     np.testing.assert_allclose(got, jitted(name)(x, y), rtol=1e-4, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_vmap_equals_loop(name):
     pairs = data(3), data(4)
     want = jnp.stack([jitted(name)(*pair) for pair in pairs])
     batch = [np.stack(xs) for xs in zip(*pairs, strict=True)]
-    got = traced.quick_jit(jax.vmap(partial(FEATURE_SCORERS[name], num_classes=C)))(*batch)
+    got = jax.jit(jax.vmap(partial(FEATURE_SCORERS[name], num_classes=C)))(*batch)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -134,9 +134,7 @@ def test_low_precision_input_is_computed_in_float32(name, dtype):
 def test_gradients_are_finite(name):
     x, y = data()
     x[:, 0], x[:, 1] = 0.5, 0.0
-    gradient = traced.quick_jit(
-        jax.grad(lambda x: FEATURE_SCORERS[name](x, y, num_classes=C).sum())
-    )(x)
+    gradient = jax.jit(jax.grad(lambda x: FEATURE_SCORERS[name](x, y, num_classes=C).sum()))(x)
     assert jnp.isfinite(gradient).all()
 
 
@@ -165,7 +163,7 @@ def test_feature_importance_is_the_weighted_association():
     np.testing.assert_allclose(a, jnp.stack(columns, axis=1), rtol=1e-4, atol=1e-6)
     weights = jnp.array([0.5, 0.3, 0.2])
     score = partial(importance.feature_importance, relevance="correlation", num_classes=C)
-    w = traced.quick_jit(score)(x, y, weights)
+    w = jax.jit(score)(x, y, weights)
     np.testing.assert_allclose(w, a @ weights, rtol=1e-4)
     default = importance.feature_importance(x, y)
     assert ((default >= 0) & (default <= 1)).all()
@@ -175,7 +173,7 @@ def test_a_feature_that_tells_the_class_weighs_more():
     x, y = data()
     x[:, 2] = y + x[:, 0] / 100
     score = partial(importance.feature_importance, num_classes=C)
-    assert traced.quick_jit(score)(x, y, jnp.array([0.5, 0.5, 0.0])).argmax() == 2
+    assert jax.jit(score)(x, y, jnp.array([0.5, 0.5, 0.0])).argmax() == 2
 
 
 def counts(seed=0):
@@ -201,9 +199,7 @@ def test_float32_with_64_bits_enabled():
 
 def test_tfidf_gradient_is_finite():
     x = counts().astype(np.float32)
-    assert jnp.isfinite(
-        traced.quick_jit(jax.grad(lambda x: importance.tfidf(x)[:, :3].sum()))(x)
-    ).all()
+    assert jnp.isfinite(jax.jit(jax.grad(lambda x: importance.tfidf(x)[:, :3].sum()))(x)).all()
 
 
 X, Y = data()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import NamedTuple
 
-import dense_oracles as dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import traced
 
 from jbalance import importance
 from jbalance.importance import TOKEN_SCORERS
+from tests.support import dense_oracles as dense
+from tests.support import traced
 
 S, T, K, G, D = 40, 24, 2, 3, 8
 H = K * G
@@ -79,7 +79,7 @@ def qkv(seed=0, t=S, s=S, k=K, g=G, d=D, dtype=np.float32):
 @cache
 def jitted(row):
     """One compiled program per scorer and shape, for all tests."""
-    return traced.quick_jit(row.scorer)
+    return jax.jit(row.scorer)
 
 
 def test_the_table_has_every_scorer():
@@ -114,7 +114,7 @@ def test_vmap_equals_loop(row):
     sequences = [qkv(seed=seed, t=T) for seed in (10, 11)]
     batch = [jnp.stack(pair) for pair in zip(*sequences, strict=True)]
     want = jnp.stack([jitted(row)(*args) for args in sequences])
-    got = traced.quick_jit(jax.vmap(row.scorer))(*batch)
+    got = jax.jit(jax.vmap(row.scorer))(*batch)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
@@ -167,9 +167,7 @@ def test_finite_and_non_negative(row, change):
 
 @every_method
 def test_gradients_are_finite(row):
-    gradients = traced.quick_jit(
-        jax.grad(lambda *a: jnp.sum(row.scorer(*a) ** 2), argnums=(0, 1, 2))
-    )
+    gradients = jax.jit(jax.grad(lambda *a: jnp.sum(row.scorer(*a) ** 2), argnums=(0, 1, 2)))
     for scale in (1.0, 0.0, 300.0):
         for gradient in gradients(*(scale * x for x in qkv(t=T))):
             assert jnp.isfinite(gradient).all()
@@ -194,7 +192,7 @@ def test_the_memory_check_sees_a_dense_array():
 @every_plain
 def test_new_values_do_not_recompile(row):
     traces = []
-    scorer = traced.quick_jit(lambda *args: traces.append(0) or row.scorer(*args))
+    scorer = jax.jit(lambda *args: traces.append(0) or row.scorer(*args))
     scorer(*qkv(seed=2))
     scorer(*qkv(seed=3))
     assert len(traces) == 1
@@ -208,9 +206,7 @@ def test_sharded_over_heads(row):
     heads = jax.P(None, "h")
     split = jax.shard_map(row.scorer, mesh=mesh, in_specs=(heads,) * 3, out_specs=jax.P("h"))
     args = qkv(seed=4, t=T)
-    np.testing.assert_allclose(
-        traced.quick_jit(split)(*args), jitted(row)(*args), rtol=1e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(jax.jit(split)(*args), jitted(row)(*args), rtol=1e-5, atol=1e-7)
 
 
 # What each scorer is for.
@@ -222,7 +218,7 @@ def test_attention_finds_the_token_that_the_queries_point_at():
     k = k.at[needle].set(4.0)
     q = jnp.abs(q)
     for name in ("attention_mass", "max_attention", "expected_attention"):
-        w = traced.quick_jit(TOKEN_SCORERS[name])(q, k, v)
+        w = jax.jit(TOKEN_SCORERS[name])(q, k, v)
         others = jnp.delete(w, jnp.array([0, 1, 2, 3, needle]), axis=1)
         assert (w[:, needle] > others.max(axis=1)).all(), name
 
@@ -231,7 +227,7 @@ def test_window_finds_what_the_last_queries_need_and_keeps_itself():
     q, k, v = qkv(seed=6)
     k = k.at[11].set(4.0)
     q = q.at[-8:].set(jnp.abs(q[-8:])).at[:-8].set(-jnp.abs(q[:-8]))
-    w = traced.quick_jit(partial(importance.window, window=8, kernel=1))(q, k, v)
+    w = jax.jit(partial(importance.window, window=8, kernel=1))(q, k, v)
     assert (jnp.argmax(w[:, :-8], axis=1) == 11).all()
     assert (w[:, -8:] == w.max(axis=1, keepdims=True)).all()
 
@@ -258,7 +254,7 @@ def test_sinks_recent_is_an_order_without_ties():
 
 def test_expected_attention_keeps_sinks():
     q, k, v = qkv(seed=9)
-    w = traced.quick_jit(partial(importance.expected_attention, num_sinks=3))(q, k, v)
+    w = jax.jit(partial(importance.expected_attention, num_sinks=3))(q, k, v)
     assert (w[:, :3] == w.max(axis=1, keepdims=True)).all()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dense_oracles as dense
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from jbalance import importance
 from jbalance.importance.token_worth import decoded_worth, repeated_energy, worth_of
+from tests.support import dense_oracles as dense
 
 S, H, K, D = 160, 6, 2, 8
 FREQUENCIES = 100.0 ** (-np.arange(0, D, 2) / D)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradients import conflicting
 from jax.sharding import AxisType, PartitionSpec
 
 from jbalance import multitask
+from tests.support.gradients import conflicting
 
 K = 3
 ALL = {

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gradients import bounded_minimiser, conflicting, least_cosine
 from scipy.optimize import minimize
 
 from jbalance import multitask
@@ -12,6 +11,7 @@ from jbalance.multitask.fair import fair_weights
 from jbalance.multitask.pcgrad import pcgrad_weights
 from jbalance.multitask.types import Facts
 from jbalance.multitask.upgrad import upgrad_weights
+from tests.support.gradients import bounded_minimiser, conflicting, least_cosine
 
 GRAM = {
     "upgrad": multitask.upgrad(),

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
-from sharded_cases import CASES, COMMON, UNITS, U, assert_same
 
 from experiments.benchmarks._collectives import kinds, traffic
 from jbalance import _search as search
 from jbalance import allocate, sharded
+from tests.support.sharded_cases import CASES, COMMON, UNITS, U, assert_same
 
 AXIS = "units"
-# Halves the time to compile; the test of two processes compiles with all effort.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def over_mesh(size, function, in_specs, out_specs):
@@ -29,7 +27,7 @@ def over_mesh(size, function, in_specs, out_specs):
 
 @cache
 def on_one_device(name):
-    return quick_jit(partial(CASES[name], axis=None))
+    return jax.jit(partial(CASES[name], axis=None))
 
 
 @pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
@@ -38,7 +36,7 @@ def test_the_same_on_any_number_of_devices(name, size):
     want = on_one_device(name)(UNITS, COMMON)
     split = jax.tree.map(lambda x: jax.P(AXIS) if x.shape[:1] == (U,) else jax.P(), want)
     run = over_mesh(size, partial(CASES[name], axis=AXIS), (jax.P(AXIS), jax.P()), split)
-    assert_same(quick_jit(run)(UNITS, COMMON), want)
+    assert_same(jax.jit(run)(UNITS, COMMON), want)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,7 +50,7 @@ def test_a_problem_of_its_own_on_each_device(name):
     reversed_units = jax.tree.map(lambda x: x[::-1], UNITS)
     both = jax.tree.map(lambda *x: np.concatenate(x), UNITS, reversed_units)
     run = over_mesh(2, alone, (jax.P(AXIS), jax.P()), jax.P(AXIS))
-    got = quick_jit(run)(both, COMMON)
+    got = jax.jit(run)(both, COMMON)
     first, second = (jax.tree.map(lambda x, d=d: jnp.split(x, 2)[d], got) for d in (0, 1))
     for units, part in ((UNITS, first), (reversed_units, second)):
         assert_same(part, jax.tree.map(jnp.atleast_1d, on_one_device(name)(units, COMMON)))
@@ -76,7 +74,7 @@ def test_the_ladder_exchanges_a_few_scalars(num_units):
     )
     in_specs = (jax.P(AXIS), jax.P(), jax.P(), jax.P(AXIS), jax.P())
     run = over_mesh(4, climb, in_specs, (jax.P(AXIS), jax.P()))
-    program = quick_jit(run).lower(*arguments).compile().as_text()
+    program = jax.jit(run).lower(*arguments).compile().as_text()
     assert kinds(program) == {"all-reduce", "collective-permute"}
     once = traffic(program, passes=1, branches=False).numbers
     assert once == traffic(program, passes=2, branches=False).numbers - num_budgets - 1
@@ -98,7 +96,7 @@ def test_a_ladder_of_own_budgets_exchanges_64_scalars_at_most(num_units):
         jax.ShapeDtypeStruct((8,), jnp.int32, sharding=split),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    program = quick_jit(climb).lower(*arguments).compile().as_text()
+    program = jax.jit(climb).lower(*arguments).compile().as_text()
     most = traffic(program, passes=search.MOST_PASSES, branches=False)
     assert 0 < most.numbers <= 64
     near_wrap = traffic(program, passes=search.MOST_PASSES)

@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sharded_stages as stages
 from jax.sharding import AxisType
-from sharded_cases import assert_same
-from sharded_stages import AXIS, STAGES
 
 from jbalance import attention, importance, sharded
+from tests.support import sharded_stages as stages
+from tests.support.sharded_cases import assert_same
+from tests.support.sharded_stages import AXIS, STAGES
 
-# Halves the time to compile; the test of two processes compiles with all effort.
 KINDS = AxisType.Auto, AxisType.Explicit
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MESHES = [(8, AxisType.Explicit)]
 MORE_MESHES = [
     (1, AxisType.Auto),
@@ -33,11 +31,11 @@ def mesh_of(size, kind):
 
 @cache
 def alone(name, size):
-    return quick_jit(lambda: STAGES[name].alone(size))()
+    return jax.jit(lambda: STAGES[name].alone(size))()
 
 
 def assert_as_on_one_device(name, size, kind):
-    got = quick_jit(lambda: STAGES[name].over(mesh_of(size, kind)))()
+    got = jax.jit(lambda: STAGES[name].over(mesh_of(size, kind)))()
     assert_same(got, alone(name, size), rtol=1e-5)
 
 
@@ -74,7 +72,7 @@ def test_gradients_over_three_axes(kind):
         return jnp.sum(out.y * weight) + jnp.sum(out.lse * weight[..., 0])
 
     def gradient(attend):
-        return quick_jit(jax.grad(partial(loss, attend), argnums=(0, 1, 2, 3, 4)))
+        return jax.jit(jax.grad(partial(loss, attend), argnums=(0, 1, 2, 3, 4)))
 
     operands = stages.Q, stages.KEYS, stages.V, stages.RELATIVE, stages.BIAS
     want = gradient(attention.attend)(*operands)
@@ -100,7 +98,7 @@ def test_gradients_of_documents_out_of_order():
         out = sharded.attend(q, k, v, plan, mesh=mesh, queries=AXIS, block_at=block_at, causal=True)
         return jnp.sum(out.y * weight[:, token])
 
-    got, want = (quick_jit(jax.grad(f, argnums=(0, 1, 2)))(*operands) for f in (over, alone))
+    got, want = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*operands) for f in (over, alone))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
 
 
@@ -110,7 +108,7 @@ def test_one_key_value_head_is_shared_by_all_devices():
         (stages.Q, stages.KEYS[:, :, :1], stages.V[:, :, :1]),
     )
     plan, over = stages._plan(), {"mesh": mesh, "heads": AXIS}
-    run = quick_jit(lambda: sharded.attend(q, k, v, plan, causal=True, **over))
+    run = jax.jit(lambda: sharded.attend(q, k, v, plan, causal=True, **over))
     assert_same(run(), attention.attend(q, k, v, plan, causal=True), rtol=1e-5)
     w = sharded.token_importance(importance.window, q, k, v, **over)
     assert_same(w, jax.vmap(importance.window)(q, k, v), rtol=1e-5)

@@ -1,1 +1,0 @@
-"""Fine-tuning a real model with attention that computes half of its tiles."""

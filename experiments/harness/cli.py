@@ -1,0 +1,44 @@
+"""What the commands have in common: their parsers, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of `python -m MODULE`, whose help is the module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    job: Callable[[argparse.Namespace], int | None],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parses the arguments and does the job.
+
+    Args:
+      parser: of the command.
+      job: options -> exit code, None for 0.
+      arguments: those of the process if left out.
+
+    Returns:
+      The exit code: the job's, 2 after bad input, 130 after Ctrl-C; one line on stderr says which.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        return job(options) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

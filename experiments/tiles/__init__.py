@@ -1,0 +1,1 @@
+"""Attention over a part of its tiles: a prefill, its levels, fine-tuning, training from scratch."""

@@ -1,0 +1,153 @@
+"""Budgets moved between the levels of a real model: feature extraction, middle and output layers.
+
+    python -m experiments.tiles.levels [--tokens N] [--density D,...] [--json OUT]
+
+All rules give the 30 layers of SmolLM2 the same number of tiles together. What the layers see on some
+texts (their curves of worth) decides how many each gets; how far the predictions are then from those
+of dense attention is measured on others. Each layer chooses its tiles alike. About eight minutes on
+one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from experiments.harness import cli, files, texts
+from experiments.models import load_gguf, smollm2_path
+from experiments.tiles.policies import BLOCK_K, BLOCK_Q
+from jbalance import adapters
+from jbalance.adapters import TileBalancer, TileBudget
+from jbalance.importance import CURVE_BINS
+
+SEEN, HELD_OUT = ("alice29", "hamlet"), ("lcet10", "plrabn12", "lear")
+TILES = adapters.Tiles(BLOCK_Q, BLOCK_K)
+
+
+def _by(rule: str) -> Callable[[TileBudget, float], TileBudget]:
+    """Of what the layers saw on average."""
+
+    def shared(seen: TileBudget, density: float) -> TileBudget:
+        balancer = TileBalancer(rule, decay=0.0)
+        return balancer.update(seen, balancer.init(seen), density)[0]
+
+    return shared
+
+
+def _sloped(first: float, last: float) -> Callable[[TileBudget, float], TileBudget]:
+    """A line over the layers whose mean is the density."""
+
+    def shared(seen: TileBudget, density: float) -> TileBudget:
+        share = density * jnp.linspace(first, last, seen.share.size)
+        return dataclasses.replace(seen, share=jnp.asarray(share, jnp.float32))
+
+    return shared
+
+
+RULES = {
+    "uniform": _by("uniform"),
+    "pyramid": _sloped(1.4, 0.6),
+    "inverted pyramid": _sloped(0.6, 1.4),
+    "proportional": _by("proportional"),
+    "priced": _by("priced"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.tiles.levels", __doc__)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--density", default="0.5,0.3", help="parts of the causal tiles")
+    parser.add_argument("--json", metavar="OUT", help="file for the results")
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    rows = run(options.tokens, [float(x) for x in options.density.split(",")])
+    if options.json:
+        files.write_json(Path(options.json), rows)
+    _print(rows)
+
+
+def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
+    """One row for each density and rule.
+
+    Raises:
+      ValueError: densities outside (0, 0.7], where a pyramid would need more than all tiles; tokens
+        that are no multiple of a block of queries, or more than the texts have.
+    """
+    for density in densities:
+        if not 0 < density <= 0.7:
+            raise ValueError(f"--density is {density}: a part of the causal tiles, in (0, 0.7]")
+    if tokens < 8 * BLOCK_Q or tokens % BLOCK_Q:
+        raise ValueError(f"--tokens is {tokens}: a multiple of {BLOCK_Q}, at least {8 * BLOCK_Q}")
+    config, model, tokenizer = load_gguf(smollm2_path())
+    graph, state = nnx.split(model)
+    layers = config.num_layers
+    all_tiles = TileBudget(
+        jnp.ones(layers), jnp.zeros((layers, CURVE_BINS)), jnp.zeros((layers, 2), jnp.int32)
+    )
+
+    def predict(name: str, budgets: TileBudget) -> tuple[jax.Array, TileBudget]:
+        ids = texts.encode(tokenizer, texts.text_of(name))
+        start = len(ids) // 5
+        if start + tokens > len(ids):
+            raise ValueError(
+                f"--tokens is {tokens}: {name} has {len(ids) - start} from its fifth on"
+            )
+        return _predict(graph, state, jnp.asarray(ids[start : start + tokens]), budgets)
+
+    seen = [predict(name, all_tiles)[1] for name in SEEN]
+    curve = jnp.mean(jnp.stack([x.curve for x in seen]), axis=0)
+    seen_all = TileBudget(jnp.ones(layers), curve, seen[0].limits)
+    full = {name: predict(name, all_tiles)[0] for name in HELD_OUT}
+    rows = []
+    for density in densities:
+        for rule, shared in RULES.items():
+            budgets = shared(seen_all, density)
+            kl = {}
+            for name in HELD_OUT:
+                got, _ = predict(name, budgets)
+                apart = jnp.sum(jnp.exp(full[name]) * (full[name] - got), axis=-1)
+                kl[name] = float(apart.mean())
+            thirds = [float(part.mean()) for part in np.array_split(np.asarray(budgets.share), 3)]
+            row = {"density": density, "rule": rule, "kl": float(np.mean(list(kl.values())))}
+            rows.append(row | {"tiles": float(budgets.share.mean()), "thirds": thirds, "each": kl})
+            print(rows[-1], flush=True)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(graph, state, ids, budgets):
+    """Log-probabilities of the second half, and what the layers saw."""
+    model = nnx.merge(graph, state)
+
+    def attend(q, k, v, budget):
+        return adapters.attend_within(budget, q, k, v, TILES, is_causal=True)
+
+    h, seen = model.hidden(ids[None], None, attend, budgets)
+    return jax.nn.log_softmax(model.logits(h[:, ids.size // 2 :])[0]), seen
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("density", "rule", "KL to dense", "feature layers", "middle", "output layers")
+    for row in rows:
+        parts = (f"{x:.2f}" for x in row["thirds"])
+        table.add_row(f"{row['density']:g}", row["rule"], f"{row['kl']:.4f}", *parts)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

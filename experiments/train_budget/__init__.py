@@ -1,1 +1,0 @@
-"""A language model from scratch on real texts, with attention to a part of its tiles."""

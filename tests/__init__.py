@@ -1,0 +1,1 @@
+"""The tests mirror the library; `support` holds what several of them share."""

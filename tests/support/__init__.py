@@ -1,0 +1,1 @@
+"""Oracles, cases and small models that several tests share."""

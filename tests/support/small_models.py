@@ -1,0 +1,38 @@
+"""One small random Llama, and a context for it."""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from experiments.models import Llama, LlamaConfig
+
+VOCAB, SIZE = 61, 200
+
+
+def small_config(**changes: Any) -> LlamaConfig:
+    """Uneven sizes, so that a swapped axis cannot pass."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "num_layers": 3,
+        "embed_dim": 20,
+        "hidden_dim": 28,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def small_llama(**changes: Any) -> Llama:
+    return Llama(small_config(**changes), rngs=nnx.Rngs(0))
+
+
+def make_model() -> Llama:
+    """Three key/value heads: neither two nor four devices divide them."""
+    return small_llama(num_layers=4, num_kv_heads=3, max_positions=512)
+
+
+def make_context() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, SIZE).astype(np.int32)
