@@ -12,6 +12,8 @@ from typing import Protocol, dataclass_transform
 
 import jax
 
+from jbalance.tiling import Tiling
+
 
 class Status(enum.IntEnum):
     """Result code of an allocation; under jit an int32 array, since nothing can raise there."""
@@ -176,6 +178,16 @@ class TokenScorer(Protocol):
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """q [T, H, D], k [S, K, D], v [S, K, D] (query t stands at position S - T + t) -> [K, S]."""
+        ...
+
+
+class TileScorer(Protocol):
+    """What computing each tile of attention gains."""
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tiling: Tiling, *, rows: int
+    ) -> jax.Array:
+        """q [B, T, H, D], k and v [B, S, K, D], `rows` queries looked at in a block -> [B, H, I, J]."""
         ...
 
 

@@ -11,8 +11,9 @@ import jbalance
 ROOT = Path(jbalance.__file__).parent
 # Above are those that import nothing from below. A stage that is not listed fails here: list it.
 ORDER = [
-    "types",
     "checks",
+    "tiling",
+    "types",
     "_exp2",
     "_search",
     "_water_fill",

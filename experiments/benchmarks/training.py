@@ -129,8 +129,8 @@ def _balanced(model: Decoder) -> adapters.NnxBalance:
 
 
 def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-    none = jnp.zeros((1, 1, -(-q.shape[1] // BLOCK), -(-k.shape[1] // BLOCK)), bool)
-    return attention.from_mask(none, q.shape[1], k.shape[1], BLOCK, BLOCK)
+    tiling = attention.Tiling(q.shape[1], k.shape[1], BLOCK, BLOCK, causal)
+    return attention.from_mask(jnp.zeros((1, 1, *tiling.shape), bool), tiling)
 
 
 def _density(model: Decoder) -> float:

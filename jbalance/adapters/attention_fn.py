@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import attention
-from jbalance.attention import TilePlan
+from jbalance.attention import TilePlan, Tiling
 
 
 class PlanOf(Protocol):
@@ -23,7 +23,7 @@ class PlanOf(Protocol):
 def all_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
     """The full budget: every tile, or every causal one."""
     del v
-    return (attention.causal if causal else attention.full)(q.shape[1], k.shape[1])
+    return attention.dense(Tiling(q.shape[1], k.shape[1], causal=causal))
 
 
 def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:

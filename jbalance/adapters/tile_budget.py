@@ -11,7 +11,7 @@ import numpy as np
 
 from jbalance import attention, checks, importance
 from jbalance.adapters.attention_fn import attention_fn
-from jbalance.attention import TilePlan
+from jbalance.attention import TilePlan, Tiling
 from jbalance.balance import Balancer, BalanceState, balancer
 from jbalance.importance import CURVE_BINS
 
@@ -50,6 +50,10 @@ class Tiles:
         checks.positive("block_k", self.block_k)
         checks.in_range("rows", self.rows, 1, self.block_q)
 
+    def tiling(self, num_queries: int, num_keys: int, causal: bool) -> Tiling:
+        """The grid for a layer's queries and keys."""
+        return Tiling(num_queries, num_keys, self.block_q, self.block_k, causal)
+
 
 def attend_within(
     budget: TileBudget,
@@ -77,28 +81,24 @@ def attend_within(
     seen: dict[str, Any] = {}
 
     def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-        q, k, v = jax.lax.stop_gradient((q, k, v))
-        causal |= tiles.causal
-        blocks: dict[str, Any] = {"block_q": tiles.block_q, "block_k": tiles.block_k}
-        worth = importance.tile_sketch(q, k, v, **blocks, rows=tiles.rows, causal=causal)
-        sizes: dict[str, Any] = {
-            "num_queries": q.shape[1],
-            "num_keys": k.shape[1],
-            "causal": causal,
-            **blocks,
-        }
-        some, always = attention.candidates(**sizes)
-        limits = np.array([always.sum(), some.sum()], np.int32) * q.shape[2]
-        seen.update(worth=worth, some=some, limits=limits)
+        tiling = tiles.tiling(q.shape[1], k.shape[1], causal or tiles.causal)
+        visible, always = attention.candidates(tiling)
+        limits = np.array([always.sum(), visible.sum()], np.int32) * q.shape[2]
+        seen.update(visible=visible, limits=limits)
+
+        def scorer(*args: Any, **options: Any) -> jax.Array:
+            seen["score"] = importance.tile_sketch(*args, **options)
+            return seen["score"]
+
         number = jnp.round(budget.share * int(limits[1])).astype(jnp.int32)
-        return attention.choose(worth, number, **sizes)
+        return attention.balanced_plan(q, k, v, number, tiling, scorer=scorer, rows=tiles.rows)
 
     y = attention_fn(plan_of)(query, key, value, **given)
     energy = jnp.mean(jnp.square(jax.lax.stop_gradient(y).astype(jnp.float32)))
     energy *= y.shape[-1] * y.shape[-2]  # of a query, all heads together
-    worth = seen["worth"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
-    some = np.broadcast_to(seen["some"], worth.shape[1:]).reshape(-1)
-    curve = importance.worth_curve(worth.reshape(worth.shape[0], -1), some)
+    score = seen["score"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    visible = np.broadcast_to(seen["visible"], score.shape[1:]).reshape(-1)
+    curve = importance.worth_curve(score.reshape(score.shape[0], -1), visible)
     return y, TileBudget(budget.share, curve, jnp.asarray(seen["limits"]))
 
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance._exp2 import LOG2_E, exp2
+from jbalance.tiling import Tiling
 
 HIDDEN = -1e30  # logits of keys that a query does not see
 _CHUNK_ROWS = 64  # sampled queries looked at together, those of heads that share keys among them
@@ -22,7 +23,7 @@ _LEAST_REST = 0.05  # a tile with more of the attention than 1 - this is worth e
 
 
 class Summary(Protocol):
-    """The keys, as far as the errors of leaving out blocks of them need them."""
+    """What `errors` needs to know about the keys: exact (`_Keys`) or sketched (`_Sketch`)."""
 
     @property
     def block_k(self) -> int:
@@ -45,17 +46,16 @@ class Summary(Protocol):
         """
 
 
-def errors(
-    q: jax.Array, v: jax.Array, summary: Summary, *, block_q: int, rows: int, causal: bool
-) -> jax.Array:
+def errors(q: jax.Array, v: jax.Array, summary: Summary, tiling: Tiling, rows: int) -> jax.Array:
     """[B, H, I, J] squared errors of leaving out each tile: `tile_error` and its arguments."""
     batch, size, heads, head_dim = q.shape
-    num_keys, kv_heads, block_k = *v.shape[1:3], summary.block_k
-    num_rows, num_blocks = -(-size // block_q), -(-num_keys // block_k)
+    num_keys, kv_heads = v.shape[1:3]
+    block_q, block_k, causal = tiling.block_q, tiling.block_k, tiling.causal
+    num_rows, num_blocks = tiling.shape
     spots = (np.arange(rows) + 1) * block_q // rows - 1
-    at = np.minimum(np.arange(num_rows)[:, None] * block_q + spots, size - 1)  # [I, rows]
-    last = at + num_keys - size if causal else np.full_like(at, num_keys - 1)
-    asked = q[:, at].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
+    sampled = np.minimum(np.arange(num_rows)[:, None] * block_q + spots, size - 1)  # [I, rows]
+    last = sampled + num_keys - size if causal else np.full_like(sampled, num_keys - 1)
+    asked = q[:, sampled].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
     asked = asked.reshape(batch, num_rows, rows, kv_heads, -1, head_dim)
     asked = jnp.transpose(asked, (1, 0, 3, 4, 2, 5))  # [I, B, K, G, rows, D]
     values = Moments.of(padded(v, block_k), num_keys, block_k, summary.value_stride)
@@ -82,7 +82,7 @@ def errors(
 
 
 def checked(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, block_q: int, block_k: int, rows: int
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k and v as arrays; ValueError for shapes and numbers that do not fit."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -97,9 +97,11 @@ def checked(
             f"k has shape {k.shape}: with q {q.shape} it must be [B, S, K, D] = ({q.shape[0]}, S, a "
             f"divisor of {q.shape[2]}, {q.shape[3]})"
         )
-    for name, value in (("block_q", block_q), ("block_k", block_k)):
-        checks.positive(name, value)
-    checks.in_range("rows", rows, 1, block_q)
+    if (q.shape[1], k.shape[1]) != (tiling.num_queries, tiling.num_keys):
+        raise ValueError(
+            f"tiling is {tiling}: q and k have {q.shape[1]} queries and {k.shape[1]} keys"
+        )
+    checks.in_range("rows", rows, 1, tiling.block_q)
     return q, k, v
 
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jbalance._exp2 import exp2
 from jbalance.importance import _tile_errors
 from jbalance.importance._tile_errors import HIDDEN, Moments
+from jbalance.tiling import Tiling
 
 _TILE_KEYS = 512
 
@@ -20,11 +21,9 @@ def tile_error(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    tiling: Tiling,
     *,
-    block_q: int,
-    block_k: int,
     rows: int = 8,
-    causal: bool = True,
 ) -> jax.Array:
     """Squared error of a query's output if a tile is left out, on average over its block's queries.
 
@@ -41,24 +40,23 @@ def tile_error(
       q: [B, T, H, D] float queries, after the rotary embedding.
       k: [B, S, K, D] float keys; H a multiple of K.
       v: [B, S, K, D] float values.
-      block_q: queries of a tile.
-      block_k: keys of a tile.
+      tiling: the tiles, for T queries and S keys.
       rows: queries of a block that are looked at, 1 to block_q. Fewer are cheaper and noisier.
-      causal: query t sees keys s <= t + S - T, else all.
 
     Returns:
-      [B, H, I, J] float32 >= 0, I = ceil(T / block_q), J = ceil(S / block_k); 0 where nothing is seen.
+      [B, H, I, J] float32 >= 0, (I, J) = `tiling.shape`; 0 where nothing is visible.
 
     Raises:
       ValueError: shapes that do not fit, or numbers outside their range.
     """
-    q, k, v = _tile_errors.checked(q, k, v, block_q, block_k, rows)
-    together = max(1, min(_TILE_KEYS // block_k, -(-k.shape[1] // block_k)))
-    tiles = _Tiles(_tile_errors.padded(k, block_k * together), together, block_k)
-    return _tile_errors.errors(q, v, tiles, block_q=block_q, rows=rows, causal=causal)
+    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    block_k = tiling.block_k
+    together = max(1, min(_TILE_KEYS // block_k, tiling.shape[1]))
+    keys = _Keys(_tile_errors.padded(k, block_k * together), together, block_k)
+    return _tile_errors.errors(q, v, keys, tiling, rows)
 
 
-class _Tiles(NamedTuple):
+class _Keys(NamedTuple):
     """Keys, to be looked at some blocks at a time."""
 
     keys: jax.Array  # [B, S', K, D], whole tiles

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jbalance._exp2 import LOG2_E, exp2
 from jbalance.importance import _tile_errors
 from jbalance.importance._tile_errors import HIDDEN, Moments
+from jbalance.tiling import Tiling
 
 _GROUP_KEYS, _TILE_GROUPS = 32, 128
 _VALUES = 32  # of a block, at most, stand for it
@@ -24,11 +25,9 @@ def tile_sketch(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    tiling: Tiling,
     *,
-    block_q: int,
-    block_k: int,
     rows: int = 8,
-    causal: bool = True,
 ) -> jax.Array:
     """`tile_error` from a sketch of the keys, for a fraction of its cost.
 
@@ -40,9 +39,9 @@ def tile_sketch(
 
     Args, Returns, Raises: those of `tile_error`.
     """
-    q, k, v = _tile_errors.checked(q, k, v, block_q, block_k, rows)
-    sketch = _Sketch.of(k.astype(jnp.float32), block_k)
-    return _tile_errors.errors(q, v, sketch, block_q=block_q, rows=rows, causal=causal)
+    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    sketch = _Sketch.of(k.astype(jnp.float32), tiling.block_k)
+    return _tile_errors.errors(q, v, sketch, tiling, rows)
 
 
 class _Sketch(NamedTuple):

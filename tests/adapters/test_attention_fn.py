@@ -221,10 +221,12 @@ def test_the_plans_tiles_are_what_is_computed():
 
     def window(q, k, v, /, *, causal):
         asked.append(causal)
-        return attention.window(16, 64, 64, 16, 16)
+        return attention.window(16, attention.Tiling(64, 64, 16, 16))
 
     got = adapters.attention_fn(window)(q, k, v, is_causal=True)
-    want = attention.attend(q, k, v, attention.window(16, 64, 64, 16, 16), causal=True)
+    want = attention.attend(
+        q, k, v, attention.window(16, attention.Tiling(64, 64, 16, 16)), causal=True
+    )
     np.testing.assert_array_equal(got, want.y)
     assert asked == [True]
 

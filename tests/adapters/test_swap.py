@@ -64,7 +64,7 @@ def test_a_budget_reaches_it_and_errors_leave_the_name_as_it_was():
 
     def plan_of(q, k, v, /, *, causal):
         asked.append((q.shape, k.shape))
-        return attention.window(8, T, T, 8, 8)
+        return attention.window(8, attention.Tiling(T, T, 8, 8))
 
     stock = jax.nn.dot_product_attention
     with adapters.swapped(adapters.attention_fn(plan_of)):

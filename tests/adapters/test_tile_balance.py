@@ -13,7 +13,7 @@ from jbalance.adapters import NnxBalance, TileBalancer, TileBudget, Tiles
 
 B, T, WIDTH, HEADS, LAYERS, STEPS = 1, 128, 16, 2, 2, 60
 TILES = Tiles(block_q=16, block_k=8, rows=4)
-SEEN, ALWAYS = attention.candidates(num_queries=T, num_keys=T, block_q=16, block_k=8)
+SEEN, ALWAYS = attention.candidates(attention.Tiling(T, T, 16, 8))
 MOST, LEAST = HEADS * int(SEEN.sum()), HEADS * int(ALWAYS.sum())
 
 

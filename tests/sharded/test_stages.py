@@ -121,7 +121,10 @@ def test_what_divides_stays_where_it_is():
     alpha = sharded.shares(np.ones(8, np.float32), mesh=mesh, axis_name=AXIS)
     assert {shard.data.shape for shard in alpha.addressable_shards} == {(2,)}
     out = sharded.attend(
-        *(jnp.ones((4, 8, 2, 4)),) * 3, attention.plan.full(8, 8, 8, 8), mesh=mesh, batch=AXIS
+        *(jnp.ones((4, 8, 2, 4)),) * 3,
+        attention.dense(attention.Tiling(8, 8, 8, 8)),
+        mesh=mesh,
+        batch=AXIS,
     )
     assert {shard.data.shape for shard in out.y.addressable_shards} == {(1, 8, 2, 4)}
 
@@ -157,7 +160,7 @@ def test_padding_is_reported():
         (
             lambda m: sharded.attend(
                 *(jnp.ones((1, 8, 1, 4)),) * 3,
-                attention.plan.full(8, 8, 4, 4),
+                attention.dense(attention.Tiling(8, 8, 4, 4)),
                 mesh=m,
                 queries=AXIS,
                 block_at=np.arange(3),
