@@ -128,8 +128,8 @@ def _balanced(model: Decoder) -> adapters.NnxBalance:
     return adapters.NnxBalance(model, DENSITY, adapters.Tiles(BLOCK, BLOCK))
 
 
-def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-    tiling = attention.Tiling(q.shape[1], k.shape[1], BLOCK, BLOCK, causal)
+def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> TilePlan:
+    tiling = attention.Tiling(q.shape[1], k.shape[1], BLOCK, BLOCK, bool(causal))
     return attention.from_mask(jnp.zeros((1, 1, *tiling.shape), bool), tiling)
 
 

@@ -33,7 +33,7 @@ def _dense(model: LanguageModel, density: float) -> None:
 
 def _swap(policy: str) -> Callable[[LanguageModel, float], None]:
     def swap(model: LanguageModel, density: float) -> None:
-        def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> Any:
+        def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> Any:
             return POLICIES[policy](*jax.lax.stop_gradient((q, k, v)), density)
 
         adapters.balance_nnx(model, adapters.attention_fn(plan_of))

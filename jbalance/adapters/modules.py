@@ -136,7 +136,8 @@ class NnxBalance(nnx.Module):
     Args:
       model: an nnx module with `nnx.MultiHeadAttention` in it, whose `attention_fn` is replaced.
       density: part of all tiles, in (0, 1].
-      tiles: how they are made and weighed.
+      tiles: how they are made and weighed; `Tiles(causal=True)` where the model's causal masks are made
+        inside of a jitted function.
       balancer: how they are moved.
 
     Raises:

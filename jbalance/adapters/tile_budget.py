@@ -35,24 +35,45 @@ class TileBudget:
 class Tiles:
     """How a layer's tiles are made and weighed; static.
 
-    `rows` of each block of queries are looked at. More of them, and smaller blocks of keys, choose
-    better and cost more: docs/design.md has the figures. `causal` says that the masks are, where they
-    come as arrays and not as `is_causal`.
+    Attributes:
+      block_q: queries of a tile.
+      block_k: keys of a tile.
+      rows: queries of a block that are looked at. More of them, and smaller blocks of keys, choose
+        better and cost more: docs/design.md has the figures.
+      causal: whether masks that are traced, such as those made inside of a jitted function, are causal:
+        nothing in them can be looked at, and a budget is a part of the visible tiles. None where no mask
+        comes traced; `is_causal` and masks with values speak for themselves.
     """
 
     block_q: int = 64
     block_k: int = 16
     rows: int = 8
-    causal: bool = False
+    causal: bool | None = None
 
     def __post_init__(self) -> None:
         checks.positive("block_q", self.block_q)
         checks.positive("block_k", self.block_k)
         checks.in_range("rows", self.rows, 1, self.block_q)
 
-    def tiling(self, num_queries: int, num_keys: int, causal: bool) -> Tiling:
-        """The grid for a layer's queries and keys."""
-        return Tiling(num_queries, num_keys, self.block_q, self.block_k, causal)
+    def tiling(self, num_queries: int, num_keys: int, causal: bool | None) -> Tiling:
+        """The grid of a call, whose mask is causal, is not, or cannot be looked at (None).
+
+        Raises:
+          ValueError: a mask of which nothing is known, or one that is not what `causal` says.
+        """
+        known = self.causal if causal is None else causal
+        if known is None:
+            raise ValueError(
+                "mask is traced: whether it is causal cannot be seen, and so neither how many tiles the "
+                "budget is a part of. Give is_causal=True in its place (flax.nnx), make it outside of "
+                "the jitted function, or say Tiles(causal=True) or Tiles(causal=False)"
+            )
+        if self.causal and not known:
+            raise ValueError(
+                "tiles.causal is True, but there is no mask or it shows keys after a query: give "
+                "is_causal=True or a causal mask, or leave tiles.causal None"
+            )
+        return Tiling(num_queries, num_keys, self.block_q, self.block_k, known)
 
 
 def attend_within(
@@ -77,11 +98,14 @@ def attend_within(
       [..., T, H, D], of round(share x all tiles) for each example, all heads together; and the budget
       with what was seen. Worth is the error of the layer's output without a tile as a part of that
       output's square, so that layers compare.
+
+    Raises:
+      ValueError: a traced mask, unless `tiles.causal` says whether it is causal.
     """
     seen: dict[str, Any] = {}
 
-    def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-        tiling = tiles.tiling(q.shape[1], k.shape[1], causal or tiles.causal)
+    def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> TilePlan:
+        tiling = tiles.tiling(q.shape[1], k.shape[1], causal)
         visible, always = attention.candidates(tiling)
         limits = np.array([always.sum(), visible.sum()], np.int32) * q.shape[2]
         seen.update(visible=visible, limits=limits)

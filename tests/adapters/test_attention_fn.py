@@ -231,6 +231,54 @@ def test_the_plans_tiles_are_what_is_computed():
     assert asked == [True]
 
 
+MASKS = {
+    "causal": (np.tri(T, dtype=bool), True),
+    "causal, of numbers": (linen.make_causal_mask(jnp.zeros((B, T))), True),
+    "causal with padding": (padded_causal_mask(), True),
+    "full": (np.ones((T, T), bool), False),
+    "one key after its query": (np.tri(T, dtype=bool) | (np.arange(T) == 9), False),
+    "padding": (np.arange(T)[None] < T - 5, False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_causal_masks_are_recognized(name):
+    mask, causal = MASKS[name]
+    told = []
+
+    def plan_of(q, k, v, /, *, causal):
+        told.append(causal)
+        return attention.dense(attention.Tiling(T, T, causal=bool(causal)))
+
+    q = jnp.ones((B, T, HEADS, 8))
+    jax.eval_shape(lambda q: adapters.attention_fn(plan_of)(q, q, q, mask=mask), q)
+    jax.eval_shape(lambda q, mask: adapters.attention_fn(plan_of)(q, q, q, mask=mask), q, mask)
+    assert told == [causal, None]
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_plans_are_told_what_masks_say(size):
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(B, size, HEADS, 8)), jnp.float32)
+    k, v = jnp.asarray(np.random.default_rng(1).normal(size=(2, B, 24, HEADS, 8)), jnp.float32)
+    told = []
+
+    def plan_of(q, k, v, /, *, causal):
+        told.append(causal)
+        return attention.dense(attention.Tiling(q.shape[1], 24, 8, 8, bool(causal)))
+
+    ours = adapters.attention_fn(plan_of)
+    masks = [padded_causal_mask()[:, :, -size:], np.tri(size, 24, 24 - size, dtype=bool), None]
+    masks += [np.ones((B, 1, size, 24), bool)]
+    for mask in masks:
+        want = nnx_stock(q, k, v, mask=mask)
+        np.testing.assert_allclose(ours(q, k, v, mask=mask), want, rtol=1e-4, atol=1e-5)
+        traced = jax.jit(lambda mask: ours(q, k, v, mask=mask))(mask)
+        np.testing.assert_allclose(traced, want, rtol=1e-4, atol=1e-5)
+    one = size == 1  # sees no key that comes after
+    assert told[::2] == [True, True, False, one]
+    assert told[1::2] == [one or None, one or None, False, one or None]
+
+
 def test_queries_that_see_nothing_get_zero():
     q, k, v = jnp.ones((3, 1, 4, 1, 8))
     mask = jnp.ones((1, 1, 4, 4), bool).at[0, 0, 2].set(False)

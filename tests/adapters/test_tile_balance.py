@@ -131,7 +131,7 @@ def test_linen_budgets_move_between_layers_too(scanned):
 
 def test_the_parameters_are_those_of_the_stock_model():
     stock, model = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(1))
-    NnxBalance(model, 1.0, TILES)
+    NnxBalance(model, 1.0, Tiles(TILES.block_q, TILES.block_k, TILES.rows, causal=True))
     nnx.update(model, nnx.state(stock, nnx.Param))
     call = nnx.jit(lambda model, x, **given: model(x, **given))
     want = call(stock, inputs(0))
@@ -173,6 +173,59 @@ def test_the_price_is_one_for_all_layers():
     for taken, (most, least) in zip(got, within, strict=True):
         assert least <= taken <= most
     np.testing.assert_allclose(got.sum(), amount, rtol=1e-5)
+
+
+def _linen_budget(tiles, mask, jit=jax.jit):
+    """A linen layer's outputs and budget; None for a mask that is made inside of the call."""
+    own = adapters.LinenBalancedAttention(0.5, tiles)
+    layer = linen.MultiHeadDotProductAttention(HEADS, attention_fn=own)
+
+    def apply(x, ids):
+        seen = linen.make_causal_mask(ids) if mask is None else mask
+        return layer.init_with_output(jax.random.key(0), x, mask=seen)
+
+    y, variables = jit(apply)(inputs(0), jnp.zeros((B, T)))
+    (budget,) = jax.tree.leaves(variables["balance"], is_leaf=lambda x: isinstance(x, TileBudget))
+    return y, budget
+
+
+def _nnx_budget(tiles, mask, jit=nnx.jit):
+    layer = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
+    NnxBalance(layer, 0.5, tiles)
+
+    def call(layer, x, ids):
+        return layer(x, mask=nnx.make_causal_mask(ids) if mask is None else mask)
+
+    y = jit(call)(layer, inputs(0), jnp.zeros((B, T)))
+    return y, adapters.budgets_of(layer)[0]
+
+
+@pytest.mark.parametrize("budget_of", [_linen_budget, _nnx_budget])
+def test_a_budget_is_a_part_of_the_tiles_that_masks_show(budget_of):
+    causal = linen.make_causal_mask(jnp.zeros((B, T)))
+    want, budget = budget_of(TILES, causal)  # made outside of the jitted function
+    assert budget.limits[1] == MOST
+    with pytest.raises(ValueError, match=r"mask is traced.*is_causal=True.*Tiles\(causal=True\)"):
+        budget_of(TILES, None)
+    y, budget = budget_of(Tiles(16, 8, 4, causal=True), None)
+    assert budget.limits[1] == MOST
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    _, budget = budget_of(TILES, None, jit=lambda call: call)  # eager: the mask has values
+    assert budget.limits[1] == MOST
+    _, budget = budget_of(TILES, jnp.ones_like(causal))
+    assert budget.limits[1] == HEADS * SEEN.size
+
+
+def test_tiles_say_what_traced_masks_are():
+    for causal, number in ((True, SEEN.sum()), (False, SEEN.size)):
+        assert Tiles(16, 8, 4, causal).tiling(T, T, None).num_tiles == number
+
+
+@pytest.mark.parametrize("given", [{}, {"mask": jnp.ones((1, 1, T, T), bool)}])
+def test_what_tiles_say_of_masks_must_be_so(given):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, T, HEADS, 8))
+    with pytest.raises(ValueError, match=r"tiles\.causal is True, but"):
+        adapters.attend_within(TileBudget.of(0.5), q, k, v, Tiles(16, 8, 4, causal=True), **given)
 
 
 @pytest.mark.parametrize(
