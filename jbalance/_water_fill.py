@@ -1,4 +1,4 @@
-"""Real amounts: proportional sharing with floors and caps (weighted max-min fairness)."""
+"""Water-filling: proportional sharing with floors and caps (weighted max-min fairness)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
     )
     seg_floor = jnp.where(infeasible, 0.0, seg_floor)
     top = search.segment_most(lax.stop_gradient(w), None, 1, axis_name)[0]
-    w, exponent = search.normalise(w, top)
+    w, exponent = search.normalize(w, top)
     problem = (w, budget, floor, cap, seg_floor, seg_cap)
     level, low, high = _levels(jax.tree.map(lax.stop_gradient, problem), sums, segment_of)
     out = _exact(problem, level, low, high, sums, segment_of)

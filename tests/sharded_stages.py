@@ -215,8 +215,8 @@ def _decode_heads(num_devices):
 
 STAGES: dict[str, Stage] = {
     "pool": Stage(
-        lambda mesh: sharded.pool(W, PRIOR, 0.4, FEEDBACK, 0.2, **_units(mesh)),
-        lambda _: importance.pool(W, PRIOR, 0.4, FEEDBACK, 0.2),
+        lambda mesh: sharded.blend(W, PRIOR, 0.4, FEEDBACK, 0.2, **_units(mesh)),
+        lambda _: importance.blend(W, PRIOR, 0.4, FEEDBACK, 0.2),
     ),
     **{
         f"shares, {name}": Stage(
@@ -267,8 +267,8 @@ STAGES: dict[str, Stage] = {
     "attention over heads": Stage(lambda mesh: _attend(mesh, heads=AXIS), _attend_alone),
     "attention over queries": Stage(lambda mesh: _attend(mesh, queries=AXIS), _attend_alone),
     "attention over tasks": Stage(
-        lambda mesh: _attend(mesh, tasks=AXIS, shares=TASKS),
-        lambda _: _attend_alone(_, shares=TASKS),
+        lambda mesh: _attend(mesh, tasks=AXIS, task_shares=TASKS),
+        lambda _: _attend_alone(_, task_shares=TASKS),
     ),
     "attention over documents": Stage(_attend_documents, _attend_documents_alone),
     "cache of requests": Stage(lambda mesh: _mesh_decode(mesh, "requests"), _decode_requests),

@@ -254,7 +254,7 @@ def _documents(tokens: int) -> Any:
 
 
 STAGES: dict[str, Callable[[Mesh, int], Program]] = {
-    "pool": _of_units(lambda w, **over: sharded.pool(w, w, 0.5, **over)),
+    "pool": _of_units(lambda w, **over: sharded.blend(w, w, 0.5, **over)),
     "shares": _of_units(sharded.shares),
     "whole": _of_units(lambda w, **over: sharded.whole(w, 64_000_000, **over)),
     "ladder": _scaled_ladder,

@@ -119,7 +119,7 @@ def job(tokens: int, balance_of: Callable[[Decoder], Any]) -> Job:
 
 def _with(attention_fn: Callable[..., jax.Array]) -> Callable[[Decoder], None]:
     def swap(model: Decoder) -> None:
-        adapters.balance_nnx(model, attention_fn)
+        adapters.set_attention_fn(model, attention_fn)
 
     return swap
 
@@ -136,7 +136,7 @@ def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | Non
 def _density(model: Decoder) -> float:
     """Of the tiles that the layers' next plans hold, all together."""
     budgets = adapters.budgets_of(model)
-    tiles = sum(round(float(x.share) * int(x.limits[1])) for x in budgets)
+    tiles = sum(round(float(x.fraction) * int(x.limits[1])) for x in budgets)
     return tiles / sum(int(x.limits[1]) for x in budgets)
 
 

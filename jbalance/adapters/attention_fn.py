@@ -1,7 +1,8 @@
-"""One attention for Flax's modules, linen and nnx: over the tiles of a plan, with masks and dropout."""
+"""Block-sparse attention for Flax's attention modules, linen and nnx, with masks and dropout."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import attention, checks
-from jbalance.attention import TilePlan, Tiling
+from jbalance.attention import Partial, TilePlan, Tiling
 
 
 class PlanOf(Protocol):
@@ -93,7 +94,8 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
             mask = None  # `causal` says as much, at no cost
         logits = _logit_bias(bias, mask, lead)
         plan = plan_of(q, k, v, causal=causal)
-        out = attention.attend(q, k, v, plan, bias=logits, causal=bool(causal))
+        attend = functools.partial(attention.attend, q, k, v, plan, causal=bool(causal))
+        out = attend(bias=logits)
         y = out.y
         if dropout_rate > 0 and not deterministic:
             if dropout_rng is None:
@@ -101,13 +103,16 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
             shape = (*lead, heads, size, key.shape[-3])
             shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
             kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
-            kept_bias = _logit_bias(logits, kept, lead)
-            rest = attention.attend(q, k, v, plan, bias=kept_bias, causal=bool(causal))
-            part = jnp.where(rest.lse > 0.5 * attention.EMPTY, jnp.exp(rest.lse - out.lse), 0)
-            y = (rest.y * (part / (1 - dropout_rate))[..., None]).astype(dtype)
+            y = _of_kept(out, attend(bias=_logit_bias(logits, kept, lead)), 1 - dropout_rate)
         return y.reshape(*lead, size, heads, -1)
 
     return balanced_attention
+
+
+def _of_kept(out: Partial, kept: Partial, part: float) -> jax.Array:
+    """Dropout of weights: y of the kept keys under the softmax over all, scaled by 1 / part."""
+    share = jnp.where(kept.lse > 0.5 * attention.EMPTY, jnp.exp(kept.lse - out.lse), 0)
+    return (kept.y * (share / part)[..., None]).astype(out.y.dtype)
 
 
 def is_causal_mask(mask: Any, num_queries: int, num_keys: int) -> bool | None:

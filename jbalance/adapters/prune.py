@@ -1,4 +1,4 @@
-"""Heads that are worth too little leave the model: the bottom level of the ladder, smaller arrays."""
+"""Structured head pruning: the heads of least worth per parameter are removed, the arrays shrink."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer's budget of attention tiles, which one balancer moves between the layers of a model."""
+"""Block-sparse attention within a layer's budget of tiles, and the balancer that moves budgets."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jbalance.importance import CURVE_BINS
 class TileBudget:
     """What one layer may compute, and what it has seen of the worth of its tiles; or of L layers."""
 
-    share: jax.Array  # [] float32 part of the tiles of all heads
+    fraction: jax.Array  # [] float32 part of the tiles of all heads
     curve: jax.Array  # [M] float32 `importance.worth_curve` of the last call, of one example
     limits: jax.Array  # [2] int32 fewest and most tiles of all heads in the last call; 0 before any
 
     @classmethod
-    def of(cls, share: float) -> TileBudget:
+    def of(cls, fraction: float) -> TileBudget:
         """Before the first call."""
-        return cls(jnp.float32(share), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
+        return cls(jnp.float32(fraction), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def attend_within(
     tiles: Tiles,
     **given: Any,
 ) -> tuple[jax.Array, TileBudget]:
-    """`attention_fn` over the tiles of most value within a layer's share.
+    """`attention_fn` over the tiles of most value within a layer's fraction.
 
     Args:
       budget: the layer's.
@@ -95,7 +95,7 @@ def attend_within(
       given: what Flax's modules hand to an attention function besides.
 
     Returns:
-      [..., T, H, D], of round(share x all tiles) for each example, all heads together; and the budget
+      [..., T, H, D], of round(fraction x all tiles) for each example, all heads together; and the budget
       with what was seen. Worth is the error of the layer's output without a tile as a part of that
       output's square, so that layers compare.
 
@@ -114,7 +114,7 @@ def attend_within(
             seen["score"] = importance.tile_sketch(*args, **options)
             return seen["score"]
 
-        number = jnp.round(budget.share * int(limits[1])).astype(jnp.int32)
+        number = jnp.round(budget.fraction * int(limits[1])).astype(jnp.int32)
         return attention.balanced_plan(q, k, v, number, tiling, scorer=scorer, rows=tiles.rows)
 
     y = attention_fn(plan_of)(query, key, value, **given)
@@ -123,7 +123,7 @@ def attend_within(
     score = seen["score"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
     visible = np.broadcast_to(seen["visible"], score.shape[1:]).reshape(-1)
     curve = importance.worth_curve(score.reshape(score.shape[0], -1), visible)
-    return y, TileBudget(budget.share, curve, jnp.asarray(seen["limits"]))
+    return y, TileBudget(budget.fraction, curve, jnp.asarray(seen["limits"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +144,12 @@ class TileBalancer:
 
     def init(self, budgets: Any) -> BalanceState:
         """The state for a pytree of `TileBudget`, such as linen's collection "balance"."""
-        return self._balancer(0, 0).init(_stacked(budgets).share.size)
+        return self._balancer(0, 0).init(_stacked(budgets).fraction.size)
 
     def update(
         self, budgets: Any, state: BalanceState, density: jax.Array | float
     ) -> tuple[Any, BalanceState]:
-        """The layers' shares anew, from what they saw in their last call.
+        """The layers' fractions anew, from what they saw in their last call.
 
         Args:
           budgets: a pytree of `TileBudget`, of a layer each or of several (a scan's, stacked).
@@ -158,7 +158,7 @@ class TileBalancer:
 
         Returns:
           Budgets whose tiles sum to floor(density x all of them); and the state. A layer that has not
-          been called yet keeps its share.
+          been called yet keeps its fraction.
 
         Raises:
           ValueError: a concrete density outside 0..1.
@@ -170,14 +170,14 @@ class TileBalancer:
         w = all_layers.curve if self.rule == "priced" else _worth(all_layers.curve)
         out, state = self._balancer(least, most).update(w, state, total)
         given = out.allocation.amount / jnp.maximum(most, 1)
-        share = jnp.where(most > 0, given, all_layers.share).astype(jnp.float32)
+        fraction = jnp.where(most > 0, given, all_layers.fraction).astype(jnp.float32)
         each, tree = jax.tree.flatten(budgets, is_leaf=_is_budget)
-        ends = np.cumsum([x.share.size for x in each])[:-1]
+        ends = np.cumsum([x.fraction.size for x in each])[:-1]
         parts = [
-            part.reshape(x.share.shape)
-            for part, x in zip(jnp.split(share, ends), each, strict=True)
+            part.reshape(x.fraction.shape)
+            for part, x in zip(jnp.split(fraction, ends), each, strict=True)
         ]
-        new = [dataclasses.replace(x, share=part) for x, part in zip(each, parts, strict=True)]
+        new = [dataclasses.replace(x, fraction=part) for x, part in zip(each, parts, strict=True)]
         return jax.tree.unflatten(tree, new), state
 
     def _balancer(self, floor: jax.Array | int, cap: jax.Array | int) -> Balancer:
@@ -195,7 +195,7 @@ def _stacked(budgets: Any) -> TileBudget:
         raise ValueError(
             "budgets holds no TileBudget, or other things: it must be a pytree of them"
         )
-    fields = {"share": (-1,), "curve": (-1, CURVE_BINS), "limits": (-1, 2)}
+    fields = {"fraction": (-1,), "curve": (-1, CURVE_BINS), "limits": (-1, 2)}
     return TileBudget(
         **{
             name: jnp.concatenate([getattr(x, name).reshape(shape) for x in each])

@@ -1,6 +1,6 @@
-"""The ladder: every unit climbs levels of rising cost and value under total and device budgets.
+"""Multiple-choice knapsack by Lagrange multipliers: a level of each unit's ladder under all budgets.
 
-    maximise sum_i v_i,m(i)   subject to   sum_{i on d} c_i,m(i) <= B_d for every device d, sum <= B
+    maximize sum_i v_i,m(i)   subject to   sum_{i on d} c_i,m(i) <= B_d for every device d, sum <= B
 
 The optimum is a price (METHOD section 4): each unit takes every step of its ladder's concave hull
 whose value per cost is above its device's price. The prices come from one threshold search over all
@@ -110,66 +110,107 @@ def check_inputs(values, costs, budgets, device_of, total_budget) -> None:
 def _solve(values, costs, budgets, device_of, total_budget, axis_name, split_budgets) -> Allocation:
     values = jnp.asarray(values, jnp.float32)
     costs = jnp.asarray(costs, jnp.uint32)
-    negative = jnp.any(jnp.asarray(budgets) < 0)
-    if total_budget is not None:
-        negative |= jnp.asarray(total_budget) < 0
-    budgets = jnp.atleast_1d(jnp.asarray(budgets, jnp.uint32))
-    device_of = None if device_of is None else jnp.asarray(device_of)
-    limit = None if total_budget is None else jnp.asarray(total_budget, jnp.uint32)[None]
+    limits = _Limits.of(budgets, total_budget, device_of, axis_name, split_budgets)
     hull = _hull(values, costs)
-    # The axis over which a device's units lie: none where each shard is a device.
-    device_axis = None if split_budgets else axis_name
-
-    def by_device(amount: jax.Array) -> jax.Array:
-        return search.total(amount, device_of, budgets.shape[0], device_axis)
-
-    def of_all(amount: jax.Array) -> jax.Array:
-        return search.total(amount, None, 1, axis_name)
-
-    base = _cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32))
-    held_base = by_device(base)
-    infeasible = jnp.any(held_base > budgets)
-    room = budgets - jnp.minimum(held_base, budgets)
-    level = _climb(hull, room, device_of, device_axis)
-    price = _next_slope(hull.slope, level, device_of, budgets.shape[0], device_axis)
-    total_price = jnp.zeros((1,), jnp.float32)
-    if limit is not None:
-        base_total = of_all(base)
-        infeasible |= jnp.any(base_total > limit)
-        # What its device cannot hold is no candidate for the total budget.
-        within = jnp.arange(values.shape[1] - 1)[:, None] < level
-        held = dataclasses.replace(hull, slope=jnp.where(within, hull.slope, 0.0))
-        room = limit - jnp.minimum(base_total, limit)
-        level = _climb(held, room, None, axis_name)
-        total_price = _next_slope(held.slope, level, None, 1, axis_name)
+    base = limits.spent(_cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32)))
+    level, price, total_price = _levels(hull, base, limits)
     rising = jnp.all(costs[..., 1:] > costs[..., :-1]) & jnp.all(jnp.isfinite(values))
-    failed = search.psum(jnp.stack([infeasible, negative | ~rising]).astype(jnp.int32), axis_name)
-    infeasible, invalid = failed > 0
+    failed = jnp.stack([base.above(limits), limits.negative | ~rising]).astype(jnp.int32)
+    infeasible, invalid = search.psum(failed, axis_name) > 0
     level = jnp.where(infeasible, 0, level)
+    spent = limits.spent(_cost_at(costs, level))
+    return _report(hull, level, spent, price, total_price, limits, infeasible, invalid)
 
-    cost = _cost_at(costs, level)
-    spent = by_device(cost)
-    slack = budgets - jnp.minimum(spent, budgets)
+
+@dataclasses.dataclass(frozen=True)
+class _Spent:
+    """Costs of some levels, summed as the budgets are."""
+
+    device: jax.Array  # [G] uint32
+    total: jax.Array | None  # [1] uint32 of all devices; None without a total budget
+
+    def above(self, limits: _Limits) -> jax.Array:
+        """Whether a budget is exceeded."""
+        exceeded = jnp.any(self.device > limits.device)
+        if self.total is not None and limits.total is not None:
+            exceeded |= jnp.any(self.total > limits.total)
+        return exceeded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """The budgets, and whose units each is of."""
+
+    device: jax.Array  # [G] uint32
+    total: jax.Array | None  # [1] uint32
+    negative: jax.Array  # [] bool, whether one was negative
+    device_of: jax.Array | None
+    device_axis: str | None  # over which a device's units lie: none where each shard is a device
+    axis_name: str | None
+
+    @classmethod
+    def of(cls, budgets, total_budget, device_of, axis_name, split_budgets) -> _Limits:
+        negative, limit = jnp.any(jnp.asarray(budgets) < 0), None
+        if total_budget is not None:
+            negative |= jnp.asarray(total_budget) < 0
+            limit = jnp.asarray(total_budget, jnp.uint32)[None]
+        device = jnp.atleast_1d(jnp.asarray(budgets, jnp.uint32))
+        device_of = None if device_of is None else jnp.asarray(device_of)
+        device_axis = None if split_budgets else axis_name
+        return cls(device, limit, negative, device_of, device_axis, axis_name)
+
+    def spent(self, cost: jax.Array) -> _Spent:
+        """Of the units' costs [U] uint32."""
+        total = None if self.total is None else search.total(cost, None, 1, self.axis_name)
+        number = self.device.shape[0]
+        return _Spent(search.total(cost, self.device_of, number, self.device_axis), total)
+
+    def over_shards(self) -> str | None:
+        """The axis over which the devices' results are split, or None."""
+        return None if self.device_axis == self.axis_name else self.axis_name
+
+
+def _levels(hull: _Hull, base: _Spent, limits: _Limits):
+    """Levels [U], and the prices [G] of the devices' budgets and [1] of the total one."""
+    devices = limits.device_of, limits.device.shape[0], limits.device_axis
+    level = _climb(hull, _left(limits.device, base.device), limits.device_of, limits.device_axis)
+    price = _next_slope(hull.slope, level, *devices)
+    if limits.total is None or base.total is None:
+        return level, price, jnp.zeros((1,), jnp.float32)
+    # What its device cannot hold is no candidate for the total budget.
+    within = jnp.arange(hull.slope.shape[0])[:, None] < level
+    affordable = dataclasses.replace(hull, slope=jnp.where(within, hull.slope, 0.0))
+    level = _climb(affordable, _left(limits.total, base.total), None, limits.axis_name)
+    return level, price, _next_slope(affordable.slope, level, None, 1, limits.axis_name)
+
+
+def _left(limit: jax.Array, spent: jax.Array) -> jax.Array:
+    return limit - jnp.minimum(spent, limit)
+
+
+def _report(hull, level, spent, price, total_price, limits, infeasible, invalid) -> Allocation:
+    """What was chosen, with the prices, the slack, the gap to the relaxed optimum and the reasons."""
+    slack = _left(limits.device, spent.device)
     # The price of the total budget, and on top of it what each device's own budget adds.
     above = jnp.maximum(price - total_price, 0.0)
-    gap = jnp.sum(above * slack)
-    gap = search.psum(gap, axis_name) if split_budgets else gap
-    if limit is not None:
-        total_slack = (limit - of_all(cost))[0]
+    shards = limits.over_shards()
+    gap = search.psum(jnp.sum(above * slack), shards)
+    if limits.total is not None:
+        total_slack = (limits.total - spent.total)[0]
     else:
-        total_slack = search.total(slack, None, 1, axis_name if split_budgets else None)[0]
-    left = _slope_at(hull.slope, level)
-    binding = jnp.where(left > total_price[0], Binding.DEVICE, Binding.PRICE)
+        total_slack = search.total(slack, None, 1, shards)[0]
+    next_slope = _slope_at(hull.slope, level)
+    binding = jnp.where(next_slope > total_price[0], Binding.DEVICE, Binding.PRICE)
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK)
     return Allocation(
         level=level.astype(jnp.int32),
-        spent=spent,
+        spent=spent.device,
         price=total_price + above,
         total_price=total_price[0],
         slack=slack,
         total_slack=total_slack,
         gap=jnp.where(infeasible, jnp.inf, gap + total_price[0] * total_slack),
-        binding=jnp.where(left > 0, binding, Binding.CAP).astype(jnp.int32),
+        binding=jnp.where(next_slope > 0, binding, Binding.CAP).astype(jnp.int32),
         status=jnp.where(invalid, Status.INVALID, status).astype(jnp.int32),
     )
 

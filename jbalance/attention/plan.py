@@ -1,4 +1,4 @@
-"""Which tiles of attention are computed: lists of key blocks, and where they come from.
+"""Block-sparse attention patterns: lists of key blocks for each head and query block.
 
 A tile is a block of queries against a block of keys. Shapes and capacities are static, so plans of the
 same capacity run in one compiled program; which tiles they name is data.

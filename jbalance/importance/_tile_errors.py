@@ -1,4 +1,4 @@
-"""The error of leaving out each tile of attention, as a sample of the queries sees it."""
+"""Leave-one-tile-out error of attention, from a sample of the queries."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Summary(Protocol):
     def value_stride(self) -> int:
         """One of so many values is looked at."""
 
-    def errors(self, asked: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
+    def errors(self, queries: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
         """On average over sampled queries of a block.
 
         Args:
-          asked: [B, K, G, step, rows, D] queries, scaled for logits in base 2.
+          queries: [B, K, G, step, rows, D] queries, scaled for logits in base 2.
           last: [step, rows], the last key that each sees.
           values: of the first J blocks of keys, all that are seen.
 
@@ -55,9 +55,9 @@ def errors(q: jax.Array, v: jax.Array, summary: Summary, tiling: Tiling, rows: i
     spots = (np.arange(rows) + 1) * block_q // rows - 1
     sampled = np.minimum(np.arange(num_rows)[:, None] * block_q + spots, size - 1)  # [I, rows]
     last = sampled + num_keys - size if causal else np.full_like(sampled, num_keys - 1)
-    asked = q[:, sampled].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
-    asked = asked.reshape(batch, num_rows, rows, kv_heads, -1, head_dim)
-    asked = jnp.transpose(asked, (1, 0, 3, 4, 2, 5))  # [I, B, K, G, rows, D]
+    queries = q[:, sampled].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
+    queries = queries.reshape(batch, num_rows, rows, kv_heads, -1, head_dim)
+    queries = jnp.transpose(queries, (1, 0, 3, 4, 2, 5))  # [I, B, K, G, rows, D]
     values = Moments.of(padded(v, block_k), num_keys, block_k, summary.value_stride)
 
     rows_per_block = rows * heads // kv_heads
@@ -66,18 +66,18 @@ def errors(q: jax.Array, v: jax.Array, summary: Summary, tiling: Tiling, rows: i
     out = []
     for part in np.array_split(np.arange(num_rows), min(segments, num_rows)):
         seen = min(max(int(last[part].max()) // block_k + 1, 1), num_blocks)
-        own = values.first(seen)
+        moments = values.first(seen)
 
-        def chunk(i, own=own):
-            return summary.errors(jnp.moveaxis(asked[i], 0, 3), jnp.asarray(last)[i], own)
+        def chunk(i, moments=moments):
+            return summary.errors(jnp.moveaxis(queries[i], 0, 3), jnp.asarray(last)[i], moments)
 
         chunks = -(-part.size * rows_per_block // _CHUNK_ROWS)
         step = -(-part.size // chunks)
         chosen = np.minimum(np.arange(chunks * step) + part[0], num_rows - 1).reshape(-1, step)
-        found = lax.map(chunk, jnp.asarray(chosen))  # [chunks, B, K, seen, G, step]
-        found = jnp.transpose(found, (1, 2, 4, 0, 5, 3)).reshape(batch, heads, -1, seen)
-        found = found[:, :, : part.size]
-        out.append(jnp.pad(found, ((0, 0),) * 3 + ((0, num_blocks - seen),)))
+        result = lax.map(chunk, jnp.asarray(chosen))  # [chunks, B, K, seen, G, step]
+        result = jnp.transpose(result, (1, 2, 4, 0, 5, 3)).reshape(batch, heads, -1, seen)
+        result = result[:, :, : part.size]
+        out.append(jnp.pad(result, ((0, 0),) * 3 + ((0, num_blocks - seen),)))
     return jnp.concatenate(out, axis=2)
 
 
@@ -146,8 +146,8 @@ class Moments(NamedTuple):
         inside = (jnp.arange(padded) < num_keys).reshape(-1, size, 1)[:, ::stride]
         count = jnp.sum(inside, axis=1)
         mean = jnp.sum(blocks, axis=2) / count
-        apart = jnp.where(inside, blocks - mean[:, :, None], 0)
-        square = jnp.sum(jnp.square(apart), axis=2) / count
+        centered = jnp.where(inside, blocks - mean[:, :, None], 0)
+        square = jnp.sum(jnp.square(centered), axis=2) / count
         mean, square = (
             jnp.moveaxis(x.reshape(batch, -1, heads, head_dim), 1, 2) for x in (mean, square)
         )
@@ -157,7 +157,7 @@ class Moments(NamedTuple):
         """Of the first blocks."""
         return Moments(self.mean[:, :, :number], self.variance[:, :, :number])
 
-    def apart(self, share: jax.Array) -> jax.Array:
+    def squared_distance(self, share: jax.Array) -> jax.Array:
         """|v̄_j - y|² [B, K, J, rows] with y = Σ_j m_j v̄_j, of shares m [B, K, J, rows]."""
         # (Products that contract the first axis of both operands are slow on CPUs.)
         y = jnp.einsum("bkmj,bkjd->bkmd", jnp.swapaxes(share, 2, 3), self.mean)

@@ -1,4 +1,4 @@
-"""What the tiles of attention are worth: the error of leaving each out, from a sample of the queries."""
+"""Leave-one-tile-out error: what the output loses without a tile, from a sample of the queries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tile_error(
     """Squared error of a query's output if a tile is left out, on average over its block's queries.
 
     With p the attention weights of query t and y its output, leaving out the keys of block j and
-    normalising the rest changes y by |sum_{s in j} p_s (v_s - y)| / (1 - m_j), m_j = sum_{s in j} p_s.
+    normalizing the rest changes y by |sum_{s in j} p_s (v_s - y)| / (1 - m_j), m_j = sum_{s in j} p_s.
     Its square is taken as m_j² |v̄_j - y|² + σ_j² sum p_s², with the block's mean value v̄_j and variance
     σ_j²: what does not depend on which keys of the block are read, and what does. Mass alone asks for
     all tiles of heads that spread their attention, whose outputs hardly change without them.
@@ -64,20 +64,20 @@ class _Keys(NamedTuple):
     block_k: int
     value_stride: int = 1
 
-    def errors(self, asked: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
+    def errors(self, queries: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
         """`Summary.errors`, exact.
 
         Keys lie before rows, whose axis a CPU then takes as vectors; a tile at a time, so that the
         logits stay in its cache.
         """
-        lead, shape = asked.shape[:2], asked.shape[2:5]
-        asked = asked.reshape(*lead, -1, asked.shape[-1])
+        lead, shape = queries.shape[:2], queries.shape[2:5]
+        queries = queries.reshape(*lead, -1, queries.shape[-1])
         last = jnp.broadcast_to(last, shape).reshape(-1)
         width, number = self.together * self.block_k, values.mean.shape[2]
 
         def one(i):
             keys = lax.dynamic_slice_in_dim(self.keys, i * width, width, axis=1)
-            logits = jnp.einsum("bskd,bkmd->bksm", keys, asked)
+            logits = jnp.einsum("bskd,bkmd->bksm", keys, queries)
             hidden = jnp.arange(width)[:, None] > last - i * width
             logits = jnp.where(hidden, HIDDEN, logits)
             logits = logits.reshape(*lead, self.together, self.block_k, -1)
@@ -90,6 +90,6 @@ class _Keys(NamedTuple):
         share, unit = _tile_errors.shares(top, mass)
         # Σ p² of a block's keys, of (Σ p)²: what is not shared by its keys.
         single = square * unit * unit / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
-        apart = values.apart(share) + single * values.variance[..., None]
-        error = _tile_errors.of_the_rest(share) * apart
+        distance = values.squared_distance(share) + single * values.variance[..., None]
+        error = _tile_errors.of_the_rest(share) * distance
         return jnp.mean(error.reshape(*lead, number, *shape), axis=-1)

@@ -20,7 +20,7 @@ def fewest(loads: jax.Array, num_slots: int, num_devices: int) -> jax.Array:
     """Copies [U] int32 >= 1, num_slots in all, at most one a device, whose largest load is least.
 
     Each spare slot goes to the unit whose copies are the largest; Adams' divisor method, which
-    minimises the largest load of a copy (Balinski and Young, Fair Representation, 1982).
+    minimizes the largest load of a copy (Balinski and Young, Fair Representation, 1982).
     """
 
     def give(_, copies):

@@ -1,4 +1,4 @@
-"""Exchanges between the fullest device and another: the engine that refines every placement.
+"""Tabu search by exchanges between the fullest device and another: it refines every placement.
 
 A placement is a grid [G, C] of unit ids, C places on each device; an empty place holds U, a unit of
 no load, so that a move is an exchange with an empty place. Each step makes the exchange that leaves
@@ -155,7 +155,7 @@ def cells(grid: jax.Array) -> jax.Array:
 
 
 def first_least(x: jax.Array) -> jax.Array:
-    """Flat index of the least entry, the first of equals: argmin in two passes that vectorise."""
+    """Flat index of the least entry, the first of equals: argmin in two passes that vectorize."""
     index = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
     least = jnp.min(x)
     # Where all is NaN no entry equals the least: the last index then.

@@ -1,4 +1,4 @@
-"""Units of all layers to devices: each layer's time and each device's memory are both even."""
+"""LPT and tabu search over layers: each layer's time and each device's memory are both even."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jbalance.place._inputs import (
 )
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_units
-from jbalance.types import Bound, Placement
+from jbalance.place.types import Bound, Placement
 
 _REST = 8  # steps for which an exchanged unit stays where it is
 # What the squared unevenness of the devices' memory counts against the layers' time over its bound:

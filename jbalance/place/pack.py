@@ -1,4 +1,4 @@
-"""Units to devices, one place each: longest first, refined by swaps and moves."""
+"""LPT with tabu search: units to devices, one place each, refined by swaps and moves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jbalance.place._inputs import (
 )
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_units
-from jbalance.types import Placement
+from jbalance.place.types import Placement
 
 
 def pack(

@@ -1,4 +1,4 @@
-"""The choice of tiles over a mesh: one price for the heads of an example, wherever they are."""
+"""Budgeted top-k over tiles on a mesh: one price for the heads of an example, wherever they are."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ from jbalance.allocate.ladder import check_inputs as check_ladder
 from jbalance.allocate.whole import check_feasible as check_whole_feasible
 from jbalance.allocate.whole import check_inputs as check_whole
 from jbalance.sharded._layout import axis_size, cut, lay_out, padded, padding
-from jbalance.types import Allocation, Whole
+from jbalance.types import Allocation, IntegerAllocation
 
 # What the leaves of a result are: one entry a unit, one a device, or the same on all devices.
 _UNIT, _DEVICE, _ALL = "unit", "device", "all"
 
 
-def pool(
+def blend(
     w: ArrayLike,
     prior: ArrayLike | None = None,
     beta: ArrayLike = 0.0,
@@ -38,7 +38,7 @@ def pool(
     mesh: Mesh,
     axis_name: str,
 ) -> jax.Array:
-    """`importance.pool` of units [U] over a mesh axis: a maximum and two sums are exchanged.
+    """`importance.blend` of units [U] over a mesh axis: a maximum and two sums are exchanged.
 
     Args:
       w: [U] importance, >= 0.
@@ -68,12 +68,12 @@ def pool(
             common[name] = x
         elif not (checks.is_concrete(x) and float(x) == 0):  # type: ignore[arg-type]
             raise ValueError(f"{name} is {x} but {of} is None: give {of}, or {name}=0")
-    return _over_units(_pool, units, common, {}, mesh, axis_name, _UNIT)
+    return _over_units(_blend, units, common, {}, mesh, axis_name, _UNIT)
 
 
-def _pool(arguments, where, axis_name):
+def _blend(arguments, where, axis_name):
     del where  # padding weighs nothing
-    return importance.pool(**arguments, axis_name=axis_name)
+    return importance.blend(**arguments, axis_name=axis_name)
 
 
 def shares(
@@ -116,7 +116,7 @@ def whole(
     *,
     mesh: Mesh,
     axis_name: str,
-) -> Whole:
+) -> IntegerAllocation:
     """`allocate.whole` of units [U] over a mesh axis: the result of one device, bit for bit.
 
     Args, Returns, Raises: those of `allocate.whole`; values are checked where they are concrete.
@@ -126,7 +126,9 @@ def whole(
     units |= {} if device_of is None else {"device_of": device_of}
     for name, x in (("floor", floor), ("cap", cap)):
         (units if np.ndim(x) else common)[name] = x
-    kinds = _kinds(Whole, amount=_UNIT, price=_ALL, binding=_UNIT, slack=_ALL, status=_ALL)
+    kinds = _kinds(
+        IntegerAllocation, amount=_UNIT, price=_ALL, binding=_UNIT, slack=_ALL, status=_ALL
+    )
     out = _over_units(_whole, units, common, {}, mesh, axis_name, kinds)
     check_whole_feasible(out, w, budget, floor, device_of)
     return out

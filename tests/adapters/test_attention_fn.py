@@ -152,7 +152,7 @@ def test_checkpoints_load_both_ways():
         nnx.merge(graph, nnx.state(model))(tokens, mask), want, rtol=1e-4, atol=1e-5
     )
     assert jax.tree.structure(state) == jax.tree.structure(nnx.state(model))
-    balanced = adapters.balance_nnx(model, OURS)
+    balanced = adapters.set_attention_fn(model, OURS)
     assert balanced is model
     np.testing.assert_allclose(balanced(tokens, mask), want, rtol=1e-4, atol=1e-5)
 
@@ -305,4 +305,4 @@ def test_what_it_cannot_do_is_named(given, names):
 
 def test_a_model_without_attention_is_named():
     with pytest.raises(ValueError, match=r"Linear without any nnx\.MultiHeadAttention"):
-        adapters.balance_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), OURS)
+        adapters.set_attention_fn(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), OURS)

@@ -1,5 +1,6 @@
 """Budgets of tiles that move between the layers of a Flax model while it trains: linen and nnx."""
 
+import chex
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def inputs(i):
 def tiles_of(budgets):
     """Whole tiles of all layers together."""
     each = jax.tree.leaves(budgets, is_leaf=lambda x: isinstance(x, TileBudget))
-    return np.concatenate([np.round(np.atleast_1d(x.share) * MOST) for x in each])
+    return np.concatenate([np.round(np.atleast_1d(x.fraction) * MOST) for x in each])
 
 
 def nnx_tiles(model):
@@ -78,29 +79,27 @@ def nnx_tiles(model):
 def test_steps_with_changing_budgets_are_traced_once_and_keep_each():
     model = Nnx(nnx.Rngs(0))
     balance = NnxBalance(model, 0.5, TILES)
-    optimiser = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    traces = []
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimiser, balance, x, density):
-        traces.append(1)
+    @chex.assert_max_traces(1)
+    def step(model, optimizer, balance, x, density):
         loss, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(x) - x[:, ::-1]) ** 2))(
             model
         )
-        optimiser.update(model, gradient)
+        optimizer.update(model, gradient)
         balance.update(model, density)
         return loss
 
     density = np.linspace(0.4, 0.9, STEPS).astype(np.float32)
     losses = []
     for i in range(STEPS):
-        losses.append(float(step(model, optimiser, balance, inputs(i % 3), density[i])))
+        losses.append(float(step(model, optimizer, balance, inputs(i % 3), density[i])))
         if i % 10 == 0:
             given = nnx_tiles(model)
             assert given.sum() == np.floor(density[i] * np.float32(LAYERS * MOST))
             assert (given >= LEAST).all()
             assert (given <= MOST).all()
-    assert len(traces) == 1
     assert losses[-1] < losses[0]
 
 
@@ -111,11 +110,12 @@ def test_linen_budgets_move_between_layers_too(scanned):
     variables = jax.jit(model.init)(jax.random.key(0), inputs(0), mask)
     params, budgets = variables["params"], variables["balance"]
     balancer = TileBalancer()
-    state, traces = balancer.init(budgets), []
+    state = balancer.init(budgets)
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def step(budgets, state, x, density):
-        traces.append(1)
         _, new = model.apply({"params": params, "balance": budgets}, x, mask, mutable=["balance"])
         return balancer.update(new["balance"], state, density)
 
@@ -123,7 +123,6 @@ def test_linen_budgets_move_between_layers_too(scanned):
         before = tiles_of(budgets)
         budgets, state = step(budgets, state, inputs(i), density)
         assert tiles_of(budgets).sum() == np.floor(np.float32(density) * LAYERS * MOST)
-    assert len(traces) == 1
     assert (tiles_of(budgets) != before).any()
     frozen = jax.jit(model.apply)({"params": params, "balance": budgets}, inputs(0), mask)
     assert frozen.shape == (B, T, WIDTH)  # without `mutable`, as in evaluation

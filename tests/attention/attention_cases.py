@@ -77,7 +77,7 @@ def problem(case: Case, seed: int, dtype: Any = jnp.float32) -> tuple[dict, dict
         floats["relative_bias"] = normal(case.relative_heads, queries + keys - 1)
     if case.tasks is not None:
         shares = rng.random((case.tasks, keys))
-        floats["shares"] = jnp.asarray(shares / shares.sum(axis=0), jnp.float32)
+        floats["task_shares"] = jnp.asarray(shares / shares.sum(axis=0), jnp.float32)
     tiling = attention.Tiling(queries, keys, case.block_q, case.block_k, causal=False)
     shape = (1, 1) if case.one_plan else (batch, heads)
     density = rng.choice([0.15, 0.5, 0.9])  # at the least, some queries see nothing

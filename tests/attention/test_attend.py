@@ -143,7 +143,7 @@ def test_the_bias_of_shares_is_their_rule_and_has_gradients_to_them():
 def test_shares_divide_the_attention_of_one_pass():
     floats, rest = problem(CASES["tasks"], 1)
     run = quick_jit(lambda floats: attention.attend(**floats, **rest))
-    out, plain = run(floats), run(floats | {"shares": None})
+    out, plain = run(floats), run(floats | {"task_shares": None})
     assert out.y.shape == (2, 90, 3, 2, 16)
     np.testing.assert_allclose(jnp.sum(out.y, axis=2), plain.y, atol=1e-5)
     np.testing.assert_array_equal(out.lse, plain.lse)
@@ -201,7 +201,7 @@ BAD = {
     "window": (0, ("window is 0", "at least 1")),
     "soft_cap": (-1.0, ("soft_cap is -1.0", "> 0")),
     "segment_ids": ((jnp.ones((2, 90)), jnp.ones((2, 90))), ("segment_ids", "(2, 100)")),
-    "shares": (jnp.ones((3, 90)), ("shares has shape (3, 90)", "100")),
+    "task_shares": (jnp.ones((3, 90)), ("task_shares has shape (3, 90)", "100")),
     "backend": ("cuda", ("backend is 'cuda'", "'xla'", "'reference'")),
 }
 
@@ -223,7 +223,7 @@ def test_more_bad_input_is_named():
         ({"k": floats["k"].astype(jnp.bfloat16)}, "bfloat16"),
         ({x: floats[x].astype(int) for x in "qkv"}, "int32"),
         ({"bias": jnp.ones((1, 1, 1, 1), int)}, "floating point"),
-        ({"shares": jnp.full((1, 100), -1.0)}, "shares[(0, 0)] is -1.0"),
+        ({"task_shares": jnp.full((1, 100), -1.0)}, "task_shares[(0, 0)] is -1.0"),
         ({"plan": problem(Case(heads=2), 0)[1]["plan"]}, "(2, 3, 6)"),
     ):
         with pytest.raises(ValueError, match="must") as error:

@@ -237,8 +237,8 @@ REASONS = [
         {"plan": attention.dense(attention.Tiling(300, 400, 128, 64))},
         ("128 queries and 64 keys", "128"),
     ),
-    ("gpu", {"shares": jnp.ones((5, 400)) / 5}, ("(64, 320)", "at most 256")),
-    ("tpu", {"shares": jnp.ones((90, 400)) / 90}, ("bytes", "at most 12582912")),
+    ("gpu", {"task_shares": jnp.ones((5, 400)) / 5}, ("(64, 320)", "at most 256")),
+    ("tpu", {"task_shares": jnp.ones((90, 400)) / 90}, ("bytes", "at most 12582912")),
     ("tpu", {x: jnp.ones((1, 300, 4, 64), jnp.float16) for x in "q"}, ("float16", "bfloat16")),
     (
         "gpu",
@@ -279,7 +279,7 @@ def test_lists_must_fit_in_the_scalar_memory_of_a_tpu():
             *(128, 128),
         )
         x = jax.ShapeDtypeStruct((1, blocks * 128, heads, 64), jnp.bfloat16)
-        where = DISPATCH.Where(plan, None, None, None)
+        where = DISPATCH.Visibility(plan, None, None, None)
         rules = DISPATCH.Rules(1.0, None, True, None)
         operands = DISPATCH.Operands(x, x, x, None, None)
         assert tiles_gpu.unsupported(operands, where, rules) is None

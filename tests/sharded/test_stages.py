@@ -147,7 +147,7 @@ def test_padding_is_reported():
     [
         (lambda m: sharded.shares([1.0], mesh=m, axis_name="y"), "axis_name is 'y'.*'x'"),
         (lambda m: sharded.shares([1.0, -1.0], mesh=m, axis_name=AXIS), r"w\[1\] is -1"),
-        (lambda m: sharded.pool([1.0], beta=0.5, mesh=m, axis_name=AXIS), "beta is 0.5 but prior"),
+        (lambda m: sharded.blend([1.0], beta=0.5, mesh=m, axis_name=AXIS), "beta is 0.5 but prior"),
         (lambda m: sharded.shares([1.0], "best", mesh=m, axis_name=AXIS), "rule is 'best'"),
         (
             lambda m: sharded.ladder(stages.VALUES, stages.COSTS, [9], mesh=m, axis_name=AXIS),

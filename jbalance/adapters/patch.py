@@ -1,4 +1,4 @@
-"""Balanced attention in models that call `jax.nn.dot_product_attention`, as many Llama-types do."""
+"""Patch of `jax.nn.dot_product_attention`, for models that call it by that name (many Llamas)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jbalance import checks
 
 
 @contextlib.contextmanager
-def swapped(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
+def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
     """While it is open, `jax.nn.dot_product_attention` is `attention_fn`.
 
     Open it where the model is called, inside of the function that is jitted: what counts is which
     attention is traced.
 
         def loss_of(model, ids):
-            with adapters.swapped(attention_fn):
+            with adapters.patch_dot_product_attention(attention_fn):
                 return cross_entropy(model(ids), ids)
 
     The name is changed for the whole process meanwhile, so trace in one thread. A model that has bound
