@@ -81,7 +81,7 @@ class Allocation:
 
     level: jax.Array  # [U] int32 in 0..M-1
     spent: jax.Array  # [G] uint32, cost of the chosen levels on each device
-    price: jax.Array  # [G] float32, value of one more unit of cost on this device
+    price: jax.Array  # [G] float32, Lagrange multiplier of its budget: value per unit of cost
     total_price: jax.Array  # [] float32, of the total budget; 0 where none was given
     slack: jax.Array  # [G] uint32, device budget left over
     total_slack: jax.Array  # [] uint32, total budget left over

@@ -88,5 +88,5 @@ def _shorter(lengths: jax.Array | None, size: int, axis: int) -> jax.Array | Non
     """[B, 1, T, 1] or [B, 1, 1, S]: what is not padding."""
     if lengths is None:
         return None
-    there = jnp.arange(size) < lengths[:, None]
-    return jnp.expand_dims(there[:, None], axis)
+    valid = jnp.arange(size) < lengths[:, None]
+    return jnp.expand_dims(valid[:, None], axis)

@@ -13,13 +13,13 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
 from jbalance._water_fill import water_fill
+from jbalance.allocate import _checks
 from jbalance.types import Binding, IntegerAllocation, Status
 
 # Largest budget whose real shares float32 still separates from the neighboring whole numbers.
@@ -64,41 +64,12 @@ def whole(
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
     solve = checks.choice("method", method, ROUNDINGS)
-    check_inputs(w, budget, floor, cap, device_of)
+    _checks.whole_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):
         checks.in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
     out = _rounded(w, budget, floor, cap, device_of, solve, axis_name)
-    check_feasible(out, w, budget, floor, device_of)
+    _checks.whole_feasible(out, w, budget, floor, device_of)
     return out
-
-
-def check_inputs(w, budget, floor, cap, device_of) -> None:
-    """The errors of `whole` that show before it is solved."""
-    checks.rank("w", w, 1, "[U]")
-    checks.non_empty("w", w)
-    checks.non_negative("w", w)
-    checks.device_budgets("budget", budget, device_of, "w", w)
-    for name, x in (("floor", floor), ("cap", cap)):
-        checks.rank(name, x, (0, 1), "[] or [U]")
-        if np.ndim(x):
-            checks.same_length(name, x, "w", w)
-        checks.whole(name, x)
-    checks.not_above("floor", floor, "cap", cap)
-
-
-def check_feasible(out, w, budget, floor, device_of) -> None:
-    """ValueError for concrete floors that do not fit: on which device, and by how much."""
-    if not checks.is_concrete(out.status) or out.status != Status.INFEASIBLE:
-        return
-    budget = np.atleast_1d(np.asarray(budget, np.int64))
-    floor = np.broadcast_to(np.asarray(floor, np.int64), np.shape(w))
-    device_of = np.zeros(floor.shape, int) if device_of is None else np.asarray(device_of)
-    asked = np.bincount(device_of, floor, budget.size).astype(np.int64)
-    d = int(np.argmax(asked > budget))
-    raise ValueError(
-        f"floor: the floors on device {d} sum to {asked[d]}, above its budget = {budget[d]}: "
-        f"{asked[d] - budget[d]} is missing"
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("solve", "axis_name"))
@@ -179,7 +150,8 @@ class Rounding(Protocol):
           budgets: [G] uint32, at least the sum of the floors there.
           floor: [U] uint32.
           cap: [U] uint32 >= floor.
-          devices: sums over the units of each device, `total` and `most`; `per_unit` back again.
+          devices: sums and largest values over the units of each device (`total`, `most`), what the
+            device of each unit has (`per_unit`), and amounts handed out by index (`first`).
 
         Returns:
           [U] uint32.
@@ -287,14 +259,14 @@ def _largest_remainder(
 def _real_shares(w, budgets, floor, cap, devices) -> jax.Array:
     """Water-filling of each device's budget [U]; an empty budget counts as one, and is cut above."""
     limits = jnp.maximum(budgets, 1).astype(jnp.float32)
-    own = devices.device_of is not None
+    by_device = devices.device_of is not None
     return water_fill(
         w,
         jnp.sum(limits),
         floor,
         cap,
         segment_of=devices.device_of,
-        segment_cap=limits if own else None,
+        segment_cap=limits if by_device else None,
         axis_name=devices.axis_name,
     ).amount
 

@@ -308,7 +308,7 @@ class Problem:
 
 
 def empty(shape, dtype):
-    """An array whose content is not set. (`lax.empty` alone heeds no mesh with Explicit axes.)"""
+    """An array whose content is not set. (`lax.empty` by itself ignores Explicit axes of a mesh.)"""
     mesh = jax.sharding.get_abstract_mesh()
     explicit = AxisType.Explicit in mesh.axis_types
     sharding = NamedSharding(mesh, jax.P()) if explicit else None

@@ -11,7 +11,7 @@ from jbalance.attention.plan import TilePlan
 
 
 class Operands(NamedTuple):
-    """What attention is differentiated by. None is absent, at no cost."""
+    """The arrays with gradients. None is absent, at no cost."""
 
     q: jax.Array  # [B, T, H, D]
     k: jax.Array  # [B, S, K, D]
@@ -21,7 +21,7 @@ class Operands(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Whole numbers that say what sees what."""
+    """Which query sees which key: the tiles, the documents, and the position of the queries."""
 
     plan: TilePlan
     q_ids: jax.Array | None  # [B, T] int32
@@ -30,7 +30,7 @@ class Visibility(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What is known when a program is compiled."""
+    """Static rules: what is known when a program is compiled."""
 
     scale: float
     soft_cap: float | None

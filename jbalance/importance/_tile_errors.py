@@ -119,8 +119,8 @@ def by_block(
     return [jnp.moveaxis(x, 0, 2).reshape(*lead, -1, x.shape[-1]) for x in sums]
 
 
-def shares(top: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention [B, K, J, rows] to each block, of masses as multiples of 2^top; and a unit of these."""
+def normalized(top: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention weight of each block [B, K, J, rows], of masses times 2^top; and the factor."""
     part = exp2(top - jnp.max(top, axis=2, keepdims=True))
     whole = jnp.sum(mass * part, axis=2, keepdims=True)
     part = part / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)

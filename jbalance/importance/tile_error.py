@@ -87,9 +87,9 @@ class _Keys(NamedTuple):
 
         sums = _tile_errors.by_block(one, -(-number // self.together), lead)
         top, mass, square = (x[:, :, :number] for x in sums)
-        share, unit = _tile_errors.shares(top, mass)
+        share, factor = _tile_errors.normalized(top, mass)
         # Σ p² of a block's keys, of (Σ p)²: what is not shared by its keys.
-        single = square * unit * unit / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
+        single = square * factor * factor / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
         distance = values.squared_distance(share) + single * values.variance[..., None]
         error = _tile_errors.of_the_rest(share) * distance
         return jnp.mean(error.reshape(*lead, number, *shape), axis=-1)

@@ -114,7 +114,7 @@ class _Sketch(NamedTuple):
             return top, jnp.sum(mass, axis=3)
 
         sums = _tile_errors.by_block(one, -(-number // self.together), lead)
-        share, _ = _tile_errors.shares(*(x[:, :, :number] for x in sums))
+        share, _ = _tile_errors.normalized(*(x[:, :, :number] for x in sums))
         moved = _tile_errors.of_the_rest(share)
         share, moved = (
             jnp.mean(x.reshape(*lead, number, -1, shape[2]), axis=-1) for x in (share, moved)

@@ -52,14 +52,14 @@ def amounts(problem: Problem, units: jax.Array) -> Amounts:
     return Amounts(problem.load[units], memory)
 
 
-def pressure(held: Amounts, per_capacity: jax.Array, room: jax.Array | None) -> jax.Array:
+def pressure(totals: Amounts, per_capacity: jax.Array, room: jax.Array | None) -> jax.Array:
     """Load over capacity; far above any where memory is exceeded, so that this is mended first."""
-    relative = held.load * per_capacity
-    if held.memory is None or room is None:
+    relative = totals.load * per_capacity
+    if totals.memory is None or room is None:
         return relative
-    over = held.memory > room * (1 + ROUNDING)
+    over = totals.memory > room * (1 + ROUNDING)
     # Room may be negative, where units outside of the grid take more than there is.
-    return jnp.where(over, _OVER * (1 + held.memory - room), relative)
+    return jnp.where(over, _OVER * (1 + totals.memory - room), relative)
 
 
 def _on_devices(problem, each):
@@ -95,8 +95,8 @@ def exchange(
 
     def step(carry):
         i, (grid, each), rests_until, best, least = carry
-        here, there, found = _best_exchange(problem, grid, each, rests_until <= i, copies)
-        at_here, at_there = (cells(grid) == here) & found, (cells(grid) == there) & found
+        here, there, possible = _best_exchange(problem, grid, each, rests_until <= i, copies)
+        at_here, at_there = (cells(grid) == here) & possible, (cells(grid) == there) & possible
 
         def swapped(x):
             flat = x.reshape(-1)
@@ -121,19 +121,19 @@ def _best_exchange(problem, grid, each, free, copies):
     num_devices, places = grid.shape
     num_units = problem.load.shape[0] - 1
     devices = jnp.arange(num_devices)
-    held = _on_devices(problem, each)
-    full = first_least(-pressure(held, problem.per_capacity, problem.room))
+    totals = _on_devices(problem, each)
+    full = first_least(-pressure(totals, problem.per_capacity, problem.room))
     # Axes: a place of the fullest device, a device, a place of it.
     mine = jax.tree.map(lambda x: x[full][:, None, None], (grid, each, free))
     shift = jax.tree.map(jnp.subtract, mine[1], each)
     room = problem.room
     here = pressure(
-        jax.tree.map(lambda x, y: x[full] - y, held, shift),
+        jax.tree.map(lambda x, y: x[full] - y, totals, shift),
         problem.per_capacity[full],
         None if room is None else room[full],
     )
     there = pressure(
-        jax.tree.map(lambda x, y: x[:, None] + y, held, shift),
+        jax.tree.map(lambda x, y: x[:, None] + y, totals, shift),
         problem.per_capacity[:, None],
         None if room is None else room[:, None],
     )
@@ -145,8 +145,8 @@ def _best_exchange(problem, grid, each, free, copies):
     after = jnp.where(allowed, jnp.maximum(here, there), jnp.inf)
     best = first_least(after)
     # No exchange is allowed where all are infinite.
-    found = jnp.min(after) < jnp.inf
-    return full * places + best // grid.size, best % grid.size, found
+    possible = jnp.min(after) < jnp.inf
+    return full * places + best // grid.size, best % grid.size, possible
 
 
 def cells(grid: jax.Array) -> jax.Array:

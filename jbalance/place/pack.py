@@ -133,8 +133,8 @@ def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placem
     relative = jnp.max(load / capacity)
     over = jnp.array(False) if limits is None else relative > 1 + ROUNDING
     if memory is not None:
-        held = jax.ops.segment_sum(memory, device_of, num_devices)
-        over |= jnp.any(held > room * (1 + ROUNDING))
+        used = jax.ops.segment_sum(memory, device_of, num_devices)
+        over |= jnp.any(used > room * (1 + ROUNDING))
     least = largest_term(terms)
     return Placement(
         device_of=device_of,
