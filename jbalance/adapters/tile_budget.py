@@ -19,7 +19,7 @@ from jbalance.importance import CURVE_BINS
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileBudget:
-    """What one layer may compute, and what it has seen of the worth of its tiles; or of L layers."""
+    """Tile budget of one layer (or of L, stacked), and the scores of its tiles in the last call."""
 
     fraction: jax.Array  # [] float32 part of the tiles of all heads
     curve: jax.Array  # [M] float32 `importance.worth_curve` of the last call, of one example
@@ -84,7 +84,7 @@ def attend_within(
     tiles: Tiles,
     **given: Any,
 ) -> tuple[jax.Array, TileBudget]:
-    """`attention_fn` over the tiles of most value within a layer's fraction.
+    """Block-sparse `attention_fn`: the tiles of highest score within a layer's budget.
 
     Args:
       budget: the layer's.
@@ -95,9 +95,9 @@ def attend_within(
       given: what Flax's modules hand to an attention function besides.
 
     Returns:
-      [..., T, H, D], of round(fraction x all tiles) for each example, all heads together; and the budget
-      with what was seen. Worth is the error of the layer's output without a tile as a part of that
-      output's square, so that layers compare.
+      [..., T, H, D], of round(fraction x all tiles) for each example, all heads together; and the
+      budget with the scores. A score is the squared error of the layer's output without a tile,
+      relative to that output's square, so that layers compare.
 
     Raises:
       ValueError: a traced mask, unless `tiles.causal` says whether it is causal.

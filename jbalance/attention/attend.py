@@ -40,7 +40,7 @@ def attend(
     offset: jax.Array | int | None = None,
     backend: str | None = None,
 ) -> Partial:
-    """Attention that computes the tiles of a plan and nothing else.
+    """Block-sparse attention: the tiles of a plan are computed and no others.
 
     y_t = sum_s softmax_s(x_ts) v_s with x_ts = cap tanh(scale q_t k_s / cap) + bias_ts +
     relative_bias_(t - s + S - 1), over the keys s that query t sees: those in the tiles of its block
