@@ -1,35 +1,23 @@
 """jbalance: balance attention over accelerators, as pure JAX functions.
 
-The stages in the order in which data flows through them.
+The stages in the order in which data flows through them. `multitask` needs optax and `adapters` needs
+flax, so these two are imported when they are first asked for.
 """
 
-from jbalance import importance, resources, shares, allocate, place, rescale  # noqa: I001
+import importlib  # noqa: I001  (pipeline order)
+from typing import Any
+
+from jbalance import types
+from jbalance import importance, resources, shares, allocate, place, rescale
 from jbalance import audit, tasks
-from jbalance.improve import Improved, Round, improve
-from jbalance.balance import Balance, BalanceState, balancer
-from jbalance.types import (
-    Allocation,
-    Binding,
-    Bound,
-    FeatureScorer,
-    Fill,
-    GroupAudit,
-    Placement,
-    Placer,
-    Rebalanced,
-    Replicas,
-    Resources,
-    Rounding,
-    ShareRule,
-    Status,
-    StepTime,
-    TaskAmounts,
-    Term,
-    TokenScorer,
-    Whole,
-)
+from jbalance import attention, cache, sharded
+from jbalance.balance import balancer
+from jbalance.tune import tune
+from jbalance.types import Binding, Status
 
 __version__ = "0.1.0"
+
+_LAZY = ("multitask", "adapters")
 
 __all__ = [  # noqa: RUF022  (pipeline order)
     # stages
@@ -39,35 +27,31 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "allocate",
     "place",
     "rescale",
-    # the steps composed
+    # the steps composed, and the loop around training
     "balancer",
-    "Balance",
-    "BalanceState",
-    # the loop around training
-    "improve",
-    "Improved",
-    "Round",
+    "tune",
     # tasks of one step, and who got what
     "tasks",
     "audit",
+    # attention over tiles, the cache, and all of it over a mesh
+    "attention",
+    "cache",
+    "sharded",
+    # with optax and flax
+    "multitask",
+    "adapters",
     # what the stages hand to each other
-    "Resources",
-    "Fill",
-    "Whole",
-    "Allocation",
-    "TaskAmounts",
-    "GroupAudit",
-    "Placement",
-    "Replicas",
-    "Rebalanced",
-    "Bound",
-    "StepTime",
-    "Term",
+    "types",
     "Binding",
     "Status",
-    "TokenScorer",
-    "FeatureScorer",
-    "ShareRule",
-    "Rounding",
-    "Placer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jbalance.{name}")
+    raise AttributeError(f"module 'jbalance' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

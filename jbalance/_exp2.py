@@ -16,8 +16,8 @@ LOG2_E = math.log2(math.e)
 def _exp2_coefficients(degree):
     """2^x on [-1/2, 1/2], by interpolation in Chebyshev's nodes; exact at 0."""
     series = np.polynomial.Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5])
-    found = series.convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
-    return [np.float32(1), *found[1:]]
+    coefficients = series.convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
+    return [np.float32(1), *coefficients[1:]]
 
 
 _EXP2 = _exp2_coefficients(5)

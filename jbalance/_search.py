@@ -52,7 +52,7 @@ def scale(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return x * power_of_two(half) * power_of_two(exponent - half)
 
 
-def normalise(w: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize(w: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights scaled by a power of two that brings their largest, top, into [1, 2); and its exponent.
 
     Their sum then neither overflows nor vanishes. Where all are zero they count alike: ones. (Not

@@ -1,4 +1,4 @@
-"""Real amounts: proportional sharing with floors and caps (weighted max-min fairness)."""
+"""Water-filling: proportional sharing with floors and caps (weighted max-min fairness)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
     )
     seg_floor = jnp.where(infeasible, 0.0, seg_floor)
     top = search.segment_most(lax.stop_gradient(w), None, 1, axis_name)[0]
-    w, exponent = search.normalise(w, top)
+    w, exponent = search.normalize(w, top)
     problem = (w, budget, floor, cap, seg_floor, seg_cap)
     level, low, high = _levels(jax.tree.map(lax.stop_gradient, problem), sums, segment_of)
     out = _exact(problem, level, low, high, sums, segment_of)
@@ -181,22 +181,22 @@ def _exact(problem, level, low, high, sums, segment_of):
     clipped = sums(jnp.where(free, 0.0, jnp.where(at_cap, cap, floor)))
     free_weight = sums(jnp.where(free, w, 0.0))
 
-    lifted, held = level < low, level > high
-    own = lifted | held
-    target = jnp.where(lifted, seg_floor, jnp.where(held, seg_cap, 0.0))
-    rest = budget - jnp.sum(jnp.where(own, target, clipped))
-    common_weight = jnp.sum(jnp.where(own, 0.0, free_weight))
+    lifted, capped = level < low, level > high
+    bounded = lifted | capped
+    target = jnp.where(lifted, seg_floor, jnp.where(capped, seg_cap, 0.0))
+    rest = budget - jnp.sum(jnp.where(bounded, target, clipped))
+    common_weight = jnp.sum(jnp.where(bounded, 0.0, free_weight))
     common = jnp.where(
         common_weight > 0, rest / jnp.where(common_weight > 0, common_weight, 1), level
     )
     alone = (target - clipped) / jnp.where(free_weight > 0, free_weight, 1)
-    seg_level = jnp.where(own & (free_weight > 0), alone, jnp.where(own, seg_level, common))
+    seg_level = jnp.where(bounded & (free_weight > 0), alone, jnp.where(bounded, seg_level, common))
 
     unit_level = search.per_unit(seg_level, segment_of)
     amount = jnp.where(free, w * unit_level, jnp.where(at_cap, cap, floor))
     amount = jnp.clip(amount, floor, cap)
     given = jnp.sum(sums(amount))
-    stuck = search.per_unit(held, segment_of)
+    stuck = search.per_unit(capped, segment_of)
     binding = jnp.where(
         free,
         jnp.where(stuck, Binding.DEVICE, Binding.PRICE),
@@ -221,7 +221,7 @@ def _raise_infeasible(w, budget, floor, cap, segment_of, segment_floor, segment_
     if segment_floor is not None or segment_cap is not None:
         size = np.shape(segment_cap if segment_floor is None else segment_floor)[0]
     least, most = (np.bincount(segment_of, x, size) for x in (floor, cap))
-    asked = least if segment_floor is None else np.maximum(least, segment_floor)
+    required = least if segment_floor is None else np.maximum(least, segment_floor)
     budget = float(budget)
     for p in range(size):
         if segment_cap is not None and least[p] > segment_cap[p]:
@@ -235,6 +235,6 @@ def _raise_infeasible(w, budget, floor, cap, segment_of, segment_floor, segment_
                 f"to {most[p]:g}: lower it by {float(segment_floor[p]) - most[p]:g} or raise cap"
             )
     raise ValueError(
-        f"floor: the floors sum to {asked.sum():g}, above budget = {budget:g}: "
-        f"{asked.sum() - budget:g} is missing"
+        f"floor: the floors sum to {required.sum():g}, above budget = {budget:g}: "
+        f"{required.sum() - budget:g} is missing"
     )

@@ -1,4 +1,4 @@
-"""Who got what: attention and errors of groups, to see whether a balance is fair to them."""
+"""Demographic parity of attention and errors over groups of units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import checks
-from jbalance.types import GroupAudit
+from jbalance.types import container
+
+
+@container
+class GroupAudit:
+    """How P groups of units fare: attention, and errors where there are any."""
+
+    count: jax.Array  # [P] units
+    attention: jax.Array  # [P] float32 part of all attention
+    parity: jax.Array  # [P] attention over the group's part of the units; 0 for empty groups
+    least_parity: jax.Array  # [] of the groups that have units
+    error: jax.Array  # [P] float32 mean error of a unit; 0 for empty groups or without errors
+    error_gap: jax.Array  # [] between the groups of most and of least error
 
 
 def by_group(
@@ -46,23 +58,23 @@ def by_group(
         checks.finite("error", error)
     attention = jnp.asarray(attention, jnp.float32)
     error = jnp.zeros_like(attention) if error is None else jnp.asarray(error, jnp.float32)
-    facts = jnp.stack([jnp.ones_like(attention), attention, error], axis=1)
-    sums = jax.ops.segment_sum(facts, jnp.asarray(group_of), num_groups)
+    columns = jnp.stack([jnp.ones_like(attention), attention, error], axis=1)
+    sums = jax.ops.segment_sum(columns, jnp.asarray(group_of), num_groups)
     sums = sums if axis_name is None else lax.psum(sums, axis_name)
-    count, got, lost = sums.T
-    there, of_all = count > 0, jnp.maximum(jnp.sum(got), jnp.finfo(jnp.float32).tiny)
-    share = got / of_all
-    parity = jnp.where(there, share * jnp.sum(count) / jnp.maximum(count, 1), 0)
-    mean = jnp.where(there, lost / jnp.maximum(count, 1), 0)
-    most, least = (
-        jnp.max(jnp.where(there, mean, -jnp.inf)),
-        jnp.min(jnp.where(there, mean, jnp.inf)),
+    count, attended, errors = sums.T
+    present, of_all = count > 0, jnp.maximum(jnp.sum(attended), jnp.finfo(jnp.float32).tiny)
+    share = attended / of_all
+    parity = jnp.where(present, share * jnp.sum(count) / jnp.maximum(count, 1), 0)
+    mean = jnp.where(present, errors / jnp.maximum(count, 1), 0)
+    largest, smallest = (
+        jnp.max(jnp.where(present, mean, -jnp.inf)),
+        jnp.min(jnp.where(present, mean, jnp.inf)),
     )
     return GroupAudit(
         count.astype(jnp.int32),
         share,
         parity,
-        jnp.min(jnp.where(there, parity, jnp.inf)),
+        jnp.min(jnp.where(present, parity, jnp.inf)),
         mean,
-        most - least,
+        largest - smallest,
     )

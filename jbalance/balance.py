@@ -1,4 +1,4 @@
-"""The steps composed, with state that adapts: importance in, shares and whole amounts out.
+"""Exponential moving average of importance, and the shares and whole amounts that follow from it.
 
 `balancer(...)` returns an `init`/`update` pair of pure functions, as optax does. `update` runs inside a
 jit-compiled step: new importance, budgets and feedback are data, so it is traced once.
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from jbalance import checks, shares
 from jbalance.allocate import whole
-from jbalance.importance import CURVE_BINS, pool
-from jbalance.types import Whole
+from jbalance.importance import CURVE_BINS, blend
+from jbalance.types import IntegerAllocation
 
 _PRICED = "priced"
 
@@ -30,9 +30,11 @@ class BalanceState(NamedTuple):
 class Balance(NamedTuple):
     """What a balancer hands out."""
 
-    w: jax.Array  # [U] averaged importance, prior and feedback pooled in; [U, M] curves as they are
+    w: (
+        jax.Array
+    )  # [U] averaged importance, prior and feedback blended in; [U, M] curves as they are
     alpha: jax.Array  # [U] shares, sum 1
-    allocation: Whole  # whole amounts under the budgets, with prices
+    allocation: IntegerAllocation  # whole amounts under the budgets, with prices
 
 
 class Balancer(NamedTuple):
@@ -61,7 +63,7 @@ def balancer(
     Args:
       decay: of the moving average, in [0, 1): 0 forgets at once.
       rule: a name in `shares.SHARE_RULES`, or "priced": w is then [U, M], the `importance.worth_curve`
-        of what each unit owns, and prior and feedback are pooled with the shares.
+        of what each unit owns, and prior and feedback are blended into the shares.
       floor: [U] or [] least whole amount of a unit.
       cap: [U] or [] greatest whole amount of a unit.
       prior: [U] p >= 0, prior knowledge of the units' importance; its weight is beta.
@@ -78,23 +80,17 @@ def balancer(
     Raises:
       ValueError: decay, beta or eta out of range, unknown rule; and from update as the stages do.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}: it must be in [0, 1)")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}: it must be in [0, 1]")
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta}: it must be >= 0")
-    by_price = rule == _PRICED
-    if not by_price:
-        share = checks.choice("rule", rule, shares.SHARE_RULES | {_PRICED: None})
+    _check(decay, beta, eta)
 
-    def pooled(w: jax.Array, feedback: jax.Array | None) -> jax.Array:
-        return pool(w, prior, beta, feedback, eta, axis_name=axis_name)
+    def blended(w: jax.Array, feedback: jax.Array | None) -> jax.Array:
+        return blend(w, prior, beta, feedback, eta, axis_name=axis_name)
+
+    shares_of = _rule(rule, blended, axis_name)
 
     def init(num_units: int) -> BalanceState:
         if num_units < 1:
             raise ValueError(f"num_units is {num_units}: at least one unit is needed")
-        shape = (num_units, CURVE_BINS) if by_price else (num_units,)
+        shape = (num_units, CURVE_BINS) if shares_of.of_curves else (num_units,)
         return BalanceState(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
 
     def update(
@@ -104,19 +100,48 @@ def balancer(
         device_of: jax.Array | None = None,
         feedback: jax.Array | None = None,
     ) -> tuple[Balance, BalanceState]:
-        checks.rank("w", w, 1 + by_price, "[U, M]" if by_price else "[U]")
+        checks.rank("w", w, 1 + shares_of.of_curves, "[U, M]" if shares_of.of_curves else "[U]")
         checks.non_negative("w", w)
         checks.same_length("w", w, "state.average", state.average)
         step = state.step + 1
         average = decay * state.average + (1 - decay) * jnp.asarray(w, jnp.float32)
         known = average / (1 - jnp.float32(decay) ** step)
-        if by_price:
-            all_of_it = jnp.sum(jnp.asarray(budget))
-            alpha = pooled(shares.priced(known, all_of_it, axis_name=axis_name), feedback)
-        else:
-            known = pooled(known, feedback)
-            alpha = share(known, axis_name=axis_name)
+        known, alpha = shares_of.run(known, budget, feedback)
         allocation = whole(alpha, budget, floor, cap, device_of, axis_name=axis_name)
         return Balance(known, alpha, allocation), BalanceState(average, step)
 
     return Balancer(init, update)
+
+
+class _Rule(NamedTuple):
+    """Shares from averaged importance."""
+
+    of_curves: bool  # importance is [U, M] curves, else [U]
+    run: Callable[..., tuple[jax.Array, jax.Array]]  # known, budget, feedback -> w, alpha
+
+
+def _rule(name: str, blended: Callable[..., jax.Array], axis_name: str | None) -> _Rule:
+    if name == _PRICED:
+
+        def by_price(curves, budget, feedback):
+            amount = jnp.sum(jnp.asarray(budget))
+            return curves, blended(shares.priced(curves, amount, axis_name=axis_name), feedback)
+
+        return _Rule(True, by_price)
+    share = checks.choice("rule", name, shares.SHARE_RULES | {_PRICED: None})
+
+    def by_weight(w, budget, feedback):
+        del budget
+        w = blended(w, feedback)
+        return w, share(w, axis_name=axis_name)
+
+    return _Rule(False, by_weight)
+
+
+def _check(decay: float, beta: float, eta: float) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}: it must be in [0, 1)")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}: it must be in [0, 1]")
+    if not eta >= 0:
+        raise ValueError(f"eta is {eta}: it must be >= 0")

@@ -105,7 +105,7 @@ def kv_entry_bytes(head_dim: int, bits: int = 16, scale_bits: int = 0) -> int:
     Args:
       head_dim: D.
       bits: per number; 2 D numbers.
-      scale_bits: per vector, of the norms or scales that a quantised code needs; two vectors.
+      scale_bits: per vector, of the norms or scales that a quantized code needs; two vectors.
 
     Raises:
       ValueError: if the entry is not a whole number of bytes.
@@ -138,23 +138,6 @@ def kv_cache_bytes(dims: AttentionDims, entries: Any, bits: Any = 16, scale_bits
         int(n) * kv_entry_bytes(dims.head_dim, int(b), scale_bits)
         for n, b in zip(entries.flat, bits.flat, strict=True)
     )
-
-
-def attention_flops(
-    dims: AttentionDims, num_queries: int, num_keys: int, causal: bool = True
-) -> int:
-    """Floating-point operations of q k^T and p v over all layers and heads (2 per multiply-add).
-
-    Causal queries stand at the end of the keys: query t sees num_keys - num_queries + t + 1 of them.
-    """
-    if causal and num_queries > num_keys:
-        raise ValueError(
-            f"num_queries is {num_queries}: causal queries cannot exceed num_keys = {num_keys}"
-        )
-    pairs = num_queries * num_keys
-    if causal:
-        pairs -= num_queries * (num_queries - 1) // 2
-    return 4 * dims.num_layers * dims.num_heads * dims.head_dim * pairs
 
 
 def parse_bytes(text: str) -> int:

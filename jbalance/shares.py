@@ -47,7 +47,7 @@ def proportional(
     checks.non_negative("w", w)
     w = jnp.asarray(w, jnp.float32)
     w = _only(where, w, 0.0)
-    w, _ = search.normalise(w, _max(lax.stop_gradient(w), axis_name))
+    w, _ = search.normalize(w, _max(lax.stop_gradient(w), axis_name))
     w = _only(where, w, 0.0)
     return w / search.psum(jnp.sum(w), axis_name)
 
@@ -59,9 +59,9 @@ def softmax(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """alpha_i = exp(w_i / tau) / sum_j exp(w_j / tau): the maximiser of alpha . w + tau H(alpha).
+    """alpha_i = exp(w_i / tau) / sum_j exp(w_j / tau): the maximizer of alpha . w + tau H(alpha).
 
-    tau -> 0 recovers the one-hot vector that maximises alpha . w alone (METHOD section 3).
+    tau -> 0 recovers the one-hot vector that maximizes alpha . w alone (METHOD section 3).
 
     Args:
       w: [U] importance, finite, of any sign.
@@ -168,11 +168,11 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     above = jnp.pad(above, ((0, 0), (0, 1)))
     total = search.psum(jnp.sum(above, axis=0), axis_name)  # [M + 1], falling to 0
     last = total.size - 1
-    at = jnp.clip(jnp.sum(total > amount) - 1, 0, last - 1)  # the bin of the price
-    inside = total[at] - total[at + 1]
-    part = (amount - total[at + 1]) / jnp.where(inside > 0, inside, 1)
+    price_bin = jnp.clip(jnp.sum(total > amount) - 1, 0, last - 1)  # the bin of the price
+    in_bin = total[price_bin] - total[price_bin + 1]
+    part = (amount - total[price_bin + 1]) / jnp.where(in_bin > 0, in_bin, 1)
     part = jnp.clip(part, 0, 1)
-    taken = above[:, at + 1] + part * (above[:, at] - above[:, at + 1])
+    taken = above[:, price_bin + 1] + part * (above[:, price_bin] - above[:, price_bin + 1])
     return proportional(taken, axis_name=axis_name)
 
 

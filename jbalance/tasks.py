@@ -1,4 +1,4 @@
-"""What each task gets of a step: its part of the batch, the tokens, the caches, and its loss weight.
+"""Division of a training step among tasks: examples, tokens, caches and loss weights.
 
 METHOD's four steps with tasks as units: w -> alpha, C, c, c' -> what remains, alpha -> amounts. A task
 that ends or starts is data: the arrays have a place for every task that there may be.
@@ -12,7 +12,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import allocate, checks, resources, shares
-from jbalance.types import Resources, Status, TaskAmounts
+from jbalance.types import Resources, Status, container
+
+
+@container
+class TaskAmounts:
+    """What N tasks get of a step."""
+
+    alpha: jax.Array  # [N] shares, which are the weights of their losses too
+    examples: jax.Array  # [N] int32 of the batch
+    tokens: jax.Array  # [N] int32
+    cache: jax.Array  # [G, N] int32 blocks on each device
+    status: jax.Array  # [] int32, a Status
 
 
 def divide(

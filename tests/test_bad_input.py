@@ -302,11 +302,6 @@ CASES = {
         "entries[(0, 0)] is -1",
         ">= 0",
     ),
-    "resources: queries beyond the keys": (
-        lambda: resources.attention_flops(DIMS, 9, 8),
-        "num_queries is 9",
-        "num_keys = 8",
-    ),
     "resources: two layers": (lambda: resources.thirds(2), "num_layers is 2", "at least 3"),
     # placement
     "place: negative load": (lambda: place.pack(-W, 2), "loads[0] is -1.0", ">= 0"),

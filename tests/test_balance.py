@@ -36,7 +36,7 @@ def test_the_steps_are_the_stages(rule):
     prior, feedback = jnp.array([1.0, 1.0, 1.0, 5.0]), jnp.array([0.0, 1.0, 0.0, -1.0])
     balance = jb.balancer(decay=0.0, rule=rule, floor=1, cap=9, prior=prior, beta=0.3, eta=0.5)
     out, _ = balance.update(W, balance.init(4), 20, feedback=feedback)
-    w = importance.pool(W, prior, 0.3, feedback, 0.5)
+    w = importance.blend(W, prior, 0.3, feedback, 0.5)
     alpha = shares.SHARE_RULES[rule](w)
     np.testing.assert_array_equal(out.w, w)
     np.testing.assert_array_equal(out.alpha, alpha)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jbalance.improve import improve
+from jbalance.tune import tune
 
 RANGES = {"temperature": (0.1, 10.0), "budget": (0.25, 1.0)}
 START = {"temperature": 1.0, "budget": 0.5, "rate": 3.0}
@@ -22,7 +22,7 @@ def test_it_finds_settings_that_validate_better_and_stays_within_their_ranges():
         return state + 1
 
     loss = far_from({"temperature": 5.0, "budget": 3.0})
-    out = improve(train, loss, 0, START, RANGES, max_rounds=30)
+    out = tune(train, loss, 0, START, RANGES, max_rounds=30)
     assert abs(np.log(out.settings["temperature"] / 5.0)) < np.log(1.5)
     assert out.settings["budget"] == 1.0
     assert out.settings["rate"] == 3.0
@@ -34,14 +34,14 @@ def test_it_finds_settings_that_validate_better_and_stays_within_their_ranges():
 
 def test_it_stops_when_nothing_helps():
     calls = []
-    out = improve(lambda s, _: s, lambda s, _: calls.append(1) or 1.0, 0, START, RANGES, patience=3)
+    out = tune(lambda s, _: s, lambda s, _: calls.append(1) or 1.0, 0, START, RANGES, patience=3)
     assert len(calls) == len(out.rounds) == 4
     assert out.settings == START
 
 
 def test_settings_that_may_not_change_only_train_on():
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 3.05])
-    out = improve(lambda s, _: s + 1, lambda s, _: next(losses), 0, START, {}, patience=4)
+    out = tune(lambda s, _: s + 1, lambda s, _: next(losses), 0, START, {}, patience=4)
     assert out.loss == 3.0
     assert out.state == 3
     assert len(out.rounds) == 7
@@ -59,4 +59,4 @@ def test_settings_that_may_not_change_only_train_on():
 def test_bad_input_names_itself(change, message):
     given = {"ranges": RANGES} | change
     with pytest.raises(ValueError, match=message):
-        improve(lambda s, _: s, lambda s, _: 1.0, 0, START, **given)
+        tune(lambda s, _: s, lambda s, _: 1.0, 0, START, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import jbalance
 ROOT = Path(jbalance.__file__).parent
 # Above are those that import nothing from below. A stage that is not listed fails here: list it.
 ORDER = [
-    "types",
     "checks",
+    "tiling",
+    "types",
     "_exp2",
     "_search",
     "_water_fill",
@@ -27,7 +29,7 @@ ORDER += [
     "balance",
     "tasks",
     "audit",
-    "improve",
+    "tune",
     "attention",
     "cache",
     "sharded",
@@ -38,7 +40,7 @@ ORDER += ["__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}
 # What a stage outside of the core may import besides.
-BESIDE = {"multitask": {"optax"}, "adapters": {"flax"}}
+BESIDE = {"multitask": {"optax", "chex"}, "adapters": {"flax"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -68,3 +70,23 @@ def test_imports_point_up_the_pipeline():
             stage = rest.partition(".")[0]
             if own != "__init__":
                 assert RANK[stage] <= RANK[own], f"{own} imports {stage}, which comes after it"
+
+
+def test_stages_are_attributes_and_those_that_need_more_than_jax_come_when_asked_for():
+    code = """
+import sys
+import jbalance as jb
+jb.attention.Tiling, jb.cache, jb.sharded.attend, jb.place.Term, jb.types.Status
+assert not {"flax", "optax", "chex"} & set(sys.modules), "the core needs jax and numpy"
+jb.multitask.by_importance
+assert "optax" in sys.modules and "flax" not in sys.modules
+jb.adapters.Tiles
+assert {"multitask", "adapters"} <= set(dir(jb))
+try:
+    jb.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise AssertionError("an attribute that there is not")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -66,8 +66,8 @@ def _sized(tasks: int, size: int, peers: bool) -> list[Row]:
         "mean": multitask.mean(),
     }
     calls: dict[str, Callable[[], Any]] = {"gramian": functools.partial(_least, x)}
-    for name, weighing in made.items():
-        calls[name] = _call(multitask.aggregator(weighing, tasks), x)
+    for name, weighting in made.items():
+        calls[name] = _call(multitask.aggregator(weighting, tasks), x)
     case = f"k{tasks}_n{size}"
     with contextlib.ExitStack() as stack:
         if peers:

@@ -155,17 +155,10 @@ def _of_heads(call: Callable[..., Any]) -> Callable[[Mesh, int], Program]:
 def _choose(mesh: Mesh, parts: int) -> Program:
     heads, blocks = HEADS // max(DEVICES) * parts, TOKENS // BLOCK
 
-    def run(value):
+    def run(score):
         tiles = int(DENSITY * heads * blocks * (blocks + 1) / 2)
         return sharded.choose(
-            value,
-            tiles,
-            mesh=mesh,
-            heads=AXIS,
-            num_queries=TOKENS,
-            num_keys=TOKENS,
-            block_q=BLOCK,
-            block_k=BLOCK,
+            score, tiles, attention.Tiling(TOKENS, TOKENS, BLOCK, BLOCK), mesh=mesh, heads=AXIS
         )
 
     return Program(run, (_array(mesh, (1, heads, blocks, blocks), jax.P(None, AXIS)),))
@@ -210,9 +203,7 @@ def _attention_rows(number: int, scaling: str) -> Iterator[Row]:
         heads = int(HEADS * part) if by_heads else HEADS
         tokens = TOKENS if by_heads else int(TOKENS * part)
         ids = _documents(tokens)
-        plan = attention.plan.intersection(
-            attention.plan.causal(tokens, tokens), attention.plan.segments(ids[None], ids[None])
-        )
+        plan = attention.segments(ids[None], ids[None], attention.Tiling(tokens, tokens))
         tiles = np.asarray(plan.count)[0, 0]  # of each block of queries
         options: dict[str, Any] = {"heads" if by_heads else "queries": AXIS}
         load = np.full(number, tiles.sum() / number)
@@ -263,14 +254,16 @@ def _documents(tokens: int) -> Any:
 
 
 STAGES: dict[str, Callable[[Mesh, int], Program]] = {
-    "pool": _of_units(lambda w, **over: sharded.pool(w, w, 0.5, **over)),
+    "pool": _of_units(lambda w, **over: sharded.blend(w, w, 0.5, **over)),
     "shares": _of_units(sharded.shares),
     "whole": _of_units(lambda w, **over: sharded.whole(w, 64_000_000, **over)),
     "ladder": _scaled_ladder,
     "token_importance": _of_heads(functools.partial(sharded.token_importance, importance.window)),
     "tile_importance": _of_heads(
         functools.partial(
-            sharded.tile_importance, importance.tile_sketch, block_q=BLOCK, block_k=BLOCK
+            sharded.tile_importance,
+            importance.tile_sketch,
+            tiling=attention.Tiling(TOKENS, TOKENS, BLOCK, BLOCK),
         )
     ),
     "choose": _choose,

@@ -97,7 +97,8 @@ def tile_mask(size: int, density: float, blocks: tuple[int, int] = WIDE) -> np.n
 
 @functools.cache
 def _plan(size: int, density: float, blocks: tuple[int, int] = WIDE) -> TilePlan:
-    return attention.from_mask(jnp.asarray(tile_mask(size, density, blocks)), size, size, *blocks)
+    tiling = attention.Tiling(size, size, *blocks)
+    return attention.from_mask(jnp.asarray(tile_mask(size, density, blocks)), tiling)
 
 
 class _Compiled:
@@ -199,12 +200,9 @@ def _memory(x: Inputs, compiled: _Compiled) -> list[Row]:
 
 @functools.partial(jax.jit, static_argnames=("blocks", "metric"))
 def _choose(x: Inputs, number: jax.Array, blocks: tuple[int, int], metric: str) -> TilePlan:
-    size, (block_q, block_k) = x.q.shape[1], blocks
-    probe, rows = PROBES[metric]
-    value = probe(x.q, x.k, x.v, block_q=block_q, block_k=block_k, rows=rows)
-    return attention.choose(
-        value, number, num_queries=size, num_keys=size, block_q=block_q, block_k=block_k
-    )
+    scorer, rows = PROBES[metric]
+    tiling = attention.Tiling(x.q.shape[1], x.k.shape[1], *blocks)
+    return attention.balanced_plan(x.q, x.k, x.v, number, tiling, scorer=scorer, rows=rows)
 
 
 @jax.jit

@@ -119,7 +119,7 @@ def job(tokens: int, balance_of: Callable[[Decoder], Any]) -> Job:
 
 def _with(attention_fn: Callable[..., jax.Array]) -> Callable[[Decoder], None]:
     def swap(model: Decoder) -> None:
-        adapters.balance_nnx(model, attention_fn)
+        adapters.set_attention_fn(model, attention_fn)
 
     return swap
 
@@ -128,15 +128,15 @@ def _balanced(model: Decoder) -> adapters.NnxBalance:
     return adapters.NnxBalance(model, DENSITY, adapters.Tiles(BLOCK, BLOCK))
 
 
-def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-    none = jnp.zeros((1, 1, -(-q.shape[1] // BLOCK), -(-k.shape[1] // BLOCK)), bool)
-    return attention.from_mask(none, q.shape[1], k.shape[1], BLOCK, BLOCK)
+def _no_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> TilePlan:
+    tiling = attention.Tiling(q.shape[1], k.shape[1], BLOCK, BLOCK, bool(causal))
+    return attention.from_mask(jnp.zeros((1, 1, *tiling.shape), bool), tiling)
 
 
 def _density(model: Decoder) -> float:
     """Of the tiles that the layers' next plans hold, all together."""
     budgets = adapters.budgets_of(model)
-    tiles = sum(round(float(x.share) * int(x.limits[1])) for x in budgets)
+    tiles = sum(round(float(x.fraction) * int(x.limits[1])) for x in budgets)
     return tiles / sum(int(x.limits[1]) for x in budgets)
 
 

@@ -79,7 +79,8 @@ class Classifier(nnx.Module):
     def __call__(self, x: Array, batch: Packed, drop: Any) -> Array:
         """Embedded tokens -> logits [B]."""
         text, number = batch.text, batch.positive.shape[0]
-        plan = attention.segments(text[None], text[None], BLOCK, BLOCK)
+        tiling = attention.Tiling(text.size, text.size, BLOCK, BLOCK, causal=False)
+        plan = attention.segments(text[None], text[None], tiling)
         for layer in self.layers:
             x = layer(x, plan, text, drop)
         total = jax.ops.segment_sum(self.norm(x), text, number)

@@ -34,9 +34,8 @@ from experiments.harness.texts import encode, text_of
 from experiments.models import Llama, load_gguf, smollm2_path
 from experiments.tiles import finetuning
 from experiments.tiles.policies import BLOCK_Q, POLICIES
-from jbalance import attention, checks, importance
-from jbalance.attention import TilePlan
-from jbalance.attention.plan import BLOCK_TOKENS
+from jbalance import attention, checks
+from jbalance.attention import TilePlan, Tiling
 
 PEAK_RATE = 3e-5
 HELD_OUT_PIECES = 3  # of each text
@@ -198,23 +197,14 @@ def truncated(model: Llama, layers: int) -> Llama:
 
 def wide_ladder(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The ladder over blocks of 128 x 128, which compute fastest."""
-    q, k, v = jax.lax.stop_gradient((q, k, v))
-    size, block = q.shape[1], BLOCK_TOKENS
-    value = importance.tile_error(q, k, v, block_q=block, block_k=block, rows=SPEED_ROWS)
-    blocks = -(-size // block)
-    return attention.choose(
-        value,
-        int(density * q.shape[2] * (blocks * (blocks + 1) // 2)),
-        num_queries=size,
-        num_keys=size,
-        block_q=block,
-        block_k=block,
-    )
+    tiling = Tiling(q.shape[1], k.shape[1])
+    number = int(density * q.shape[2] * tiling.num_tiles)
+    return attention.balanced_plan(q, k, v, number, tiling, rows=SPEED_ROWS)
 
 
 def no_tiles(q: jax.Array, k: jax.Array, v: jax.Array) -> TilePlan:
     """A plan without any: what is left of a step is not attention."""
-    plan = attention.causal(q.shape[1], k.shape[1])
+    plan = attention.dense(Tiling(q.shape[1], k.shape[1]))
     return dataclasses.replace(plan, count=jnp.zeros_like(plan.count))
 
 

@@ -16,7 +16,7 @@ from experiments.harness.texts import encode, text_of
 from experiments.models import Llama
 from experiments.tiles.policies import POLICIES
 from jbalance import attention
-from jbalance.attention import TilePlan
+from jbalance.attention import TilePlan, Tiling
 
 HELD_OUT = 0.2  # of every text, at its end: for validation
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 def policy_plan(policy: str, density: float) -> Callable[..., TilePlan]:
     """What makes a plan from q, k and v; dense attention has the blocks that are fastest for it."""
     if policy == "dense":
-        return lambda q, k, v: attention.causal(q.shape[1], k.shape[1])
+        return lambda q, k, v: attention.dense(Tiling(q.shape[1], k.shape[1]))
     return lambda q, k, v: POLICIES[policy](*jax.lax.stop_gradient((q, k, v)), density)
 
 

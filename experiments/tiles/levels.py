@@ -50,8 +50,8 @@ def _sloped(first: float, last: float) -> Callable[[TileBudget, float], TileBudg
     """A line over the layers whose mean is the density."""
 
     def shared(seen: TileBudget, density: float) -> TileBudget:
-        share = density * jnp.linspace(first, last, seen.share.size)
-        return dataclasses.replace(seen, share=jnp.asarray(share, jnp.float32))
+        share = density * jnp.linspace(first, last, seen.fraction.size)
+        return dataclasses.replace(seen, fraction=jnp.asarray(share, jnp.float32))
 
     return shared
 
@@ -122,9 +122,13 @@ def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
                 got, _ = predict(name, budgets)
                 apart = jnp.sum(jnp.exp(full[name]) * (full[name] - got), axis=-1)
                 kl[name] = float(apart.mean())
-            thirds = [float(part.mean()) for part in np.array_split(np.asarray(budgets.share), 3)]
+            thirds = [
+                float(part.mean()) for part in np.array_split(np.asarray(budgets.fraction), 3)
+            ]
             row = {"density": density, "rule": rule, "kl": float(np.mean(list(kl.values())))}
-            rows.append(row | {"tiles": float(budgets.share.mean()), "thirds": thirds, "each": kl})
+            rows.append(
+                row | {"tiles": float(budgets.fraction.mean()), "thirds": thirds, "each": kl}
+            )
             print(rows[-1], flush=True)
     return rows
 

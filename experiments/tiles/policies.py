@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import attention, importance
-from jbalance.attention import TilePlan
+from jbalance.attention import TilePlan, Tiling
+from jbalance.types import TileScorer
 
 BLOCK_Q, BLOCK_K = 64, 16  # fine on the side of the keys, where attention is sparse
 ROWS = 8  # queries of a block that are looked at
@@ -18,31 +19,30 @@ ROWS = 8  # queries of a block that are looked at
 Policy = Callable[[jax.Array, jax.Array, jax.Array, float], TilePlan]
 
 
-def causal_tiles(size: int) -> np.ndarray:
-    """[I, J] bool."""
-    ends = np.minimum((np.arange(-(-size // BLOCK_Q)) + 1) * BLOCK_Q, size)
-    return np.arange(-(-size // BLOCK_K)) * BLOCK_K < ends[:, None]
+def tiling(size: int) -> Tiling:
+    """The causal tiles of a text."""
+    return Tiling(size, size, BLOCK_Q, BLOCK_K)
 
 
 def tiles_of(size: int, density: float) -> int:
     """Tiles of one head at a part of the causal ones."""
-    return int(density * causal_tiles(size).sum())
+    return int(density * tiling(size).num_tiles)
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """All causal tiles, whatever the density."""
-    return attention.causal(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_K)
+    return attention.dense(tiling(q.shape[1]))
 
 
 def window(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The first key block and the latest ones, the same part of every query block's."""
-    seen = causal_tiles(q.shape[1])
+    seen = tiling(q.shape[1]).visible()
     return _latest(_each(seen, density), seen, q)
 
 
 def sliding_window(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The first key block and the latest ones, as many for every query block that has so many."""
-    seen = causal_tiles(q.shape[1])
+    seen = tiling(q.shape[1]).visible()
     _least(seen, density)
     total, widths = tiles_of(q.shape[1], density), np.arange(1, seen.shape[1] + 1)[:, None]
     number = np.minimum(widths, seen.sum(axis=1))  # by width
@@ -62,7 +62,7 @@ def _latest(number: np.ndarray, seen: np.ndarray, q: jax.Array) -> TilePlan:
 
 def uniform(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The same part of every query block's tiles: those of most attention, by a sample of rows."""
-    seen = causal_tiles(q.shape[1])
+    seen = tiling(q.shape[1]).visible()
     number = jnp.asarray(_each(seen, density))[:, None]
     ends = (np.arange(seen.shape[0]) + 1)[:, None] * BLOCK_Q
     own = (np.arange(seen.shape[1]) * BLOCK_K >= ends - BLOCK_Q) & seen
@@ -74,27 +74,19 @@ def uniform(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePla
 
 def ladder(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """One price for all heads and query blocks of a layer, the value the error of leaving out."""
-    value = importance.tile_error(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, rows=ROWS)
-    return _of_most(value, q, density)
+    return _balanced(q, k, v, density, importance.tile_error)
 
 
 def ladder_sketch(q: jax.Array, k: jax.Array, v: jax.Array, density: float) -> TilePlan:
     """The same, the value from a sketch of the keys."""
-    value = importance.tile_sketch(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, rows=ROWS)
-    return _of_most(value, q, density)
+    return _balanced(q, k, v, density, importance.tile_sketch)
 
 
-def _of_most(value: jax.Array, q: jax.Array, density: float) -> TilePlan:
-    """The tiles of most value of a layer."""
-    size = q.shape[1]
-    return attention.choose(
-        value,
-        q.shape[2] * tiles_of(size, density),
-        num_queries=size,
-        num_keys=size,
-        block_q=BLOCK_Q,
-        block_k=BLOCK_K,
-    )
+def _balanced(
+    q: jax.Array, k: jax.Array, v: jax.Array, density: float, scorer: TileScorer
+) -> TilePlan:
+    number = q.shape[2] * tiles_of(q.shape[1], density)
+    return attention.balanced_plan(q, k, v, number, tiling(q.shape[1]), scorer=scorer, rows=ROWS)
 
 
 POLICIES: dict[str, Policy] = {
@@ -148,4 +140,4 @@ def _least(seen: np.ndarray, density: float) -> np.ndarray:
 def _plan(mask: jax.Array | np.ndarray, q: jax.Array) -> TilePlan:
     """Of a mask [I, J] or [B, H, I, J]."""
     mask = jnp.broadcast_to(mask, (1,) * (4 - mask.ndim) + mask.shape)
-    return attention.from_mask(mask, q.shape[1], q.shape[1], BLOCK_Q, BLOCK_K)
+    return attention.from_mask(mask, tiling(q.shape[1]))

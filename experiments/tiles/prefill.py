@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from experiments.harness import cli, files, texts
 from experiments.kv_budget import data
 from experiments.models import load_gguf, smollm2_path
-from experiments.tiles.policies import BLOCK_Q, POLICIES, causal_tiles
+from experiments.tiles.policies import BLOCK_Q, POLICIES, tiling
 from jbalance import attention, checks
 
 KEY_AT = 0.3  # where in the text the pass key lies
@@ -129,7 +129,7 @@ def _predict(graph, state, ids, policy, density, first):
         return attention.attend(q, k, v, plan, causal=True).y, heads * plan.num_tiles
 
     h, used = model.hidden(jnp.asarray(ids)[None], None, attend)
-    all_tiles = used.size * model.config.num_heads * causal_tiles(ids.size).sum()
+    all_tiles = used.size * model.config.num_heads * tiling(ids.size).num_tiles
     return jax.nn.log_softmax(model.logits(h[:, first:])[0]), jnp.sum(used) / all_tiles
 
 

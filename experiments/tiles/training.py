@@ -28,15 +28,15 @@ LOGGED = 20  # steps between two points of the training curve
 
 
 def _dense(model: LanguageModel, density: float) -> None:
-    adapters.balance_nnx(model, adapters.attention_fn())
+    adapters.set_attention_fn(model, adapters.attention_fn())
 
 
 def _swap(policy: str) -> Callable[[LanguageModel, float], None]:
     def swap(model: LanguageModel, density: float) -> None:
-        def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> Any:
+        def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> Any:
             return POLICIES[policy](*jax.lax.stop_gradient((q, k, v)), density)
 
-        adapters.balance_nnx(model, adapters.attention_fn(plan_of))
+        adapters.set_attention_fn(model, adapters.attention_fn(plan_of))
 
     return swap
 
@@ -115,7 +115,7 @@ def train(arm: str, seed: int, settings: Settings, advance: Callable[[], None]) 
     losses = nnx.jit(_losses)
     starts = np.linspace(0, len(held) - tokens - 1, HELD_OUT_PIECES).astype(int)
     each = np.stack([losses(model, jnp.asarray(held[None, s : s + tokens + 1]))[0] for s in starts])
-    shares = [round(float(x.share), 3) for x in adapters.budgets_of(model)]
+    shares = [round(float(x.fraction), 3) for x in adapters.budgets_of(model)]
     figures = {
         "held_out": float(each.mean()),
         "held_out_second_half": float(each[:, tokens // 2 :].mean()),

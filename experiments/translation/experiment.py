@@ -34,14 +34,14 @@ class Arm(NamedTuple):
     """What a run computes, and how it weighs its tasks."""
 
     tiles: str
-    weighing: Callable[[], multitask.Weighing] = multitask.mean
+    weighing: Callable[[], multitask.TaskWeighting] = multitask.mean
 
 
 ARMS = {
     **{name: Arm(name) for name in tiles.ARMS},
     "full, upgrad": Arm("full", multitask.upgrad),
     "full, importance": Arm(
-        "full", lambda: multitask.importance(jnp.eye(len(LANGUAGES)), floor=0.25)
+        "full", lambda: multitask.by_importance(jnp.eye(len(LANGUAGES)), floor=0.25)
     ),
 }
 

@@ -203,7 +203,8 @@ def _rank(score: Array) -> Array:
 
 def plan_of(tiles: Array, num_queries: int, num_keys: int, block_q: int = BLOCK) -> TilePlan:
     """The plan of the tiles [P, H, I, J]."""
-    return attention.from_mask(tiles, num_queries, num_keys, block_q, BLOCK)
+    tiling = attention.Tiling(num_queries, num_keys, block_q, BLOCK, causal=False)
+    return attention.from_mask(tiles, tiling)
 
 
 def attend(q: Array, k: Array, v: Array, plan: TilePlan, visible: Array, most: int) -> Array:

@@ -137,7 +137,7 @@ def make_step(
     graph: nnx.GraphDef[Translator],
     arm: str,
     most: dict[str, int],
-    weighing: multitask.Weighing,
+    weighing: multitask.TaskWeighting,
     optimiser: optax.GradientTransformation,
 ) -> Step:
     """A step over one batch of each task, whose gradients the weighing adds up."""

@@ -1,37 +1,37 @@
 """Balanced attention in Flax models.
 
 `attention_fn()` is what `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`
-take as theirs; `balance_nnx` puts it into a model that is there already. `NnxBalance` and, for linen,
-`LinenBalancedAttention` with a `TileBalancer` move a budget of tiles between the layers while the model
-trains. Parameters stay as they were.
+take as theirs; `set_attention_fn` puts it into a model that is there already. `NnxBalance` and, for
+linen, `LinenBalancedAttention` with a `TileBalancer` move a budget of tiles between the layers while the
+model trains. Parameters stay as they were.
 """
 
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
 from jbalance.adapters.decoding import LinenCachedAttention, NnxCache
 from jbalance.adapters.modules import (
-    Balance,
     BalancedAttention,
+    BalanceVariable,
     LinenBalancedAttention,
     NnxBalance,
-    balance_nnx,
     budgets_of,
+    set_attention_fn,
 )
+from jbalance.adapters.patch import patch_dot_product_attention
 from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
 from jbalance.adapters.serve import serialize
-from jbalance.adapters.swap import swapped
 from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "PlanOf",
     "attention_fn",
-    "balance_nnx",
-    "swapped",
+    "set_attention_fn",
+    "patch_dot_product_attention",
     # a budget of tiles
     "Tiles",
     "TileBudget",
     "TileBalancer",
     "attend_within",
-    "Balance",
+    "BalanceVariable",
     "BalancedAttention",
     "LinenBalancedAttention",
     "NnxBalance",

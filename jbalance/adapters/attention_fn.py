@@ -1,29 +1,37 @@
-"""One attention for Flax's modules, linen and nnx: over the tiles of a plan, with masks and dropout."""
+"""Block-sparse attention for Flax's attention modules, linen and nnx, with masks and dropout."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jbalance import attention
-from jbalance.attention import TilePlan
+from jbalance import attention, checks
+from jbalance.attention import Partial, TilePlan, Tiling
 
 
 class PlanOf(Protocol):
     """Which tiles to compute, from q [B, T, H, D], k and v [B, S, K, D] of a layer."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-        """A plan for T queries and S keys."""
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None
+    ) -> TilePlan:
+        """A plan for T queries and S keys.
+
+        `causal` is True if query t sees keys s <= t + S - T only, as `is_causal` or a mask says that can
+        be looked at; None if a traced mask decides, of which nothing is known.
+        """
 
 
-def all_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-    """The full budget: every tile, or every causal one."""
+def all_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> TilePlan:
+    """The full budget: every tile, or every causal one where that is known."""
     del v
-    return (attention.causal if causal else attention.full)(q.shape[1], k.shape[1])
+    return attention.dense(Tiling(q.shape[1], k.shape[1], causal=bool(causal)))
 
 
 def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
@@ -32,6 +40,11 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
     Both kinds of module hand it what it names, masks too: linen passes only the keyword arguments that
     stand in a signature, nnx passes all (hence `**_`). With the full budget it gives what the stock
     functions give, but for queries that see no key: here they get zero, there the mean of all values.
+
+    A mask that has values here and now (made outside of the jitted function, or by NumPy) and hides all
+    keys after each query is recognized as causal. `make_causal_mask` inside of a jitted function gives
+    a traced mask, in which nothing can be looked at: with `is_causal=True` in its place the plan is that
+    of causal attention.
 
     Dropout of attention weights keeps the softmax's sum, as in the stock functions and with their bits:
     y = sum_s p_s m_s v_s is the attention with log m added to its logits, times the part of the sum that
@@ -76,9 +89,13 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
                 f"is_causal is True with {q.shape[1]} queries and {k.shape[1]} keys: which keys the "
                 f"first query sees is not known; give a mask"
             )
+        causal = is_causal or is_causal_mask(mask, size, key.shape[-3])
+        if causal and not is_causal and shows_all_before(mask, size, key.shape[-3]):
+            mask = None  # `causal` says as much, at no cost
         logits = _logit_bias(bias, mask, lead)
-        plan = plan_of(q, k, v, causal=is_causal)
-        out = attention.attend(q, k, v, plan, bias=logits, causal=is_causal)
+        plan = plan_of(q, k, v, causal=causal)
+        attend = functools.partial(attention.attend, q, k, v, plan, causal=bool(causal))
+        out = attend(bias=logits)
         y = out.y
         if dropout_rate > 0 and not deterministic:
             if dropout_rng is None:
@@ -86,13 +103,44 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
             shape = (*lead, heads, size, key.shape[-3])
             shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
             kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
-            kept_bias = _logit_bias(logits, kept, lead)
-            rest = attention.attend(q, k, v, plan, bias=kept_bias, causal=is_causal)
-            part = jnp.where(rest.lse > 0.5 * attention.EMPTY, jnp.exp(rest.lse - out.lse), 0)
-            y = (rest.y * (part / (1 - dropout_rate))[..., None]).astype(dtype)
+            y = _of_kept(out, attend(bias=_logit_bias(logits, kept, lead)), 1 - dropout_rate)
         return y.reshape(*lead, size, heads, -1)
 
     return balanced_attention
+
+
+def _of_kept(out: Partial, kept: Partial, part: float) -> jax.Array:
+    """Dropout of weights: y of the kept keys under the softmax over all, scaled by 1 / part."""
+    share = jnp.where(kept.lse > 0.5 * attention.EMPTY, jnp.exp(kept.lse - out.lse), 0)
+    return (kept.y * (share / part)[..., None]).astype(out.y.dtype)
+
+
+def is_causal_mask(mask: Any, num_queries: int, num_keys: int) -> bool | None:
+    """Whether a mask [..., T|1, S|1] hides all keys s > t + S - T; None for one that is traced.
+
+    One query at the last key sees nothing behind it, whatever its mask.
+    """
+    if mask is None:
+        return False
+    if num_queries == 1:
+        return True
+    if not checks.is_concrete(mask):
+        return None
+    behind = ~np.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
+    return not (_by_pair(np.asarray(mask), np.any) & behind).any()
+
+
+def shows_all_before(mask: Any, num_queries: int, num_keys: int) -> bool:
+    """Whether a mask is known to hide none of the keys s <= t + S - T."""
+    if not checks.is_concrete(mask):
+        return False
+    before = np.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
+    return bool((_by_pair(np.asarray(mask), np.all) | ~before).all())
+
+
+def _by_pair(mask: np.ndarray, reduce: Callable[..., Any]) -> np.ndarray:
+    """[T|1, S|1] over the leading axes."""
+    return reduce(mask.astype(bool), axis=tuple(range(mask.ndim - 2)))
 
 
 def _four(x):

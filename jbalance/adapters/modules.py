@@ -1,4 +1,4 @@
-"""Balanced attention put into models that are there already, and what adapts it while they train."""
+"""Adaptive block-sparse attention in Flax models: each layer's budget of tiles moves while it trains."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Model = TypeVar("Model", bound=nnx.Module)
 COLLECTION = "balance"  # of linen's variables
 
 
-class Balance(nnx.Variable):
+class BalanceVariable(nnx.Variable):
     """State of balancing in an nnx model: neither trained nor a part of the stock model's state."""
 
 
-def balance_nnx(model: Model, attention_fn: Callable[..., jax.Array]) -> Model:
+def set_attention_fn(model: Model, attention_fn: Callable[..., jax.Array]) -> Model:
     """The model, every `nnx.MultiHeadAttention` in it with that `attention_fn`; changed in place.
 
     Parameters and checkpoints stay as they are. Linen modules take theirs when they are made.
@@ -48,12 +48,12 @@ class BalancedAttention(nnx.Module):
     """An `attention_fn` of one layer, within a budget of tiles; nnx.
 
     Args:
-      share: part of the tiles to begin with.
+      fraction: part of the tiles to begin with.
       tiles: how they are made.
     """
 
-    def __init__(self, share: float, tiles: Tiles) -> None:
-        self.budget = Balance(TileBudget.of(share))
+    def __init__(self, fraction: float, tiles: Tiles) -> None:
+        self.budget = BalanceVariable(TileBudget.of(fraction))
         self.tiles = tiles
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **given: Any) -> Any:
@@ -78,11 +78,11 @@ class LinenBalancedAttention(linen.Module):
     batch statistics, and `TileBalancer.update` changes.
 
     Attributes:
-      share: part of the tiles to begin with.
+      fraction: part of the tiles to begin with.
       tiles: how they are made.
     """
 
-    share: float
+    fraction: float
     tiles: Tiles = Tiles()
 
     @linen.compact
@@ -101,7 +101,7 @@ class LinenBalancedAttention(linen.Module):
         dtype: Any = None,
     ) -> jax.Array:
         # Linen hands over what is named here and nothing else.
-        budget = self.variable(COLLECTION, "budget", TileBudget.of, self.share)
+        budget = self.variable(COLLECTION, "budget", TileBudget.of, self.fraction)
         y, seen = attend_within(
             budget.value,
             query,
@@ -136,7 +136,8 @@ class NnxBalance(nnx.Module):
     Args:
       model: an nnx module with `nnx.MultiHeadAttention` in it, whose `attention_fn` is replaced.
       density: part of all tiles, in (0, 1].
-      tiles: how they are made and weighed.
+      tiles: how they are made and weighed; `Tiles(causal=True)` where the model's causal masks are made
+        inside of a jitted function.
       balancer: how they are moved.
 
     Raises:
@@ -155,7 +156,7 @@ class NnxBalance(nnx.Module):
         for _, layer in attentions(model):
             layer.attention_fn = nnx.data(BalancedAttention(density, tiles))
         self.density, self.balancer = density, balancer
-        self.state = Balance(balancer.init(budgets_of(model)))
+        self.state = BalanceVariable(balancer.init(budgets_of(model)))
 
     def update(self, model: nnx.Module, density: jax.Array | float | None = None) -> None:
         """Move tiles between the layers, from what they saw in their last call; changes the model."""

@@ -1,4 +1,4 @@
-"""Heads that are worth too little leave the model: the bottom level of the ladder, smaller arrays."""
+"""Structured head pruning: the heads of least worth per parameter are removed, the arrays shrink."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def head_gradients(model: nnx.Module, gradients: nnx.State) -> list[jax.Array]:
 
     Reference: Michel, Levy and Neubig, Are sixteen heads really better than one? (arXiv:1905.10650).
     """
-    found = []
+    importances = []
     for path, layer in attentions(model):
         gradient: Any = gradients
         for name in (*path, "out", "kernel"):
             gradient = gradient[name]
         gradient = gradient[...] if isinstance(gradient, nnx.Variable) else gradient
         each = jnp.sum(layer.out.kernel[...] * gradient, axis=(1, 2))
-        found.append(jnp.sum(each.reshape(layer.num_kv_heads, -1), axis=1))
-    return found
+        importances.append(jnp.sum(each.reshape(layer.num_kv_heads, -1), axis=1))
+    return importances
 
 
 def heads_to_keep(model: nnx.Module, worth: Sequence[jax.Array], part: float) -> list[np.ndarray]:

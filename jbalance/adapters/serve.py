@@ -1,4 +1,4 @@
-"""A balanced step as bytes, which another process runs without this library."""
+"""Export by `jax.export`: a balanced step as bytes, which runs without this library."""
 
 from __future__ import annotations
 

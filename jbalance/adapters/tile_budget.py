@@ -1,4 +1,4 @@
-"""A layer's budget of attention tiles, which one balancer moves between the layers of a model."""
+"""Block-sparse attention within a layer's budget of tiles, and the balancer that moves budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from jbalance import attention, checks, importance
 from jbalance.adapters.attention_fn import attention_fn
-from jbalance.attention import TilePlan
+from jbalance.attention import TilePlan, Tiling
 from jbalance.balance import Balancer, BalanceState, balancer
 from jbalance.importance import CURVE_BINS
 
@@ -19,36 +19,61 @@ from jbalance.importance import CURVE_BINS
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileBudget:
-    """What one layer may compute, and what it has seen of the worth of its tiles; or of L layers."""
+    """Tile budget of one layer (or of L, stacked), and the scores of its tiles in the last call."""
 
-    share: jax.Array  # [] float32 part of the tiles of all heads
+    fraction: jax.Array  # [] float32 part of the tiles of all heads
     curve: jax.Array  # [M] float32 `importance.worth_curve` of the last call, of one example
     limits: jax.Array  # [2] int32 fewest and most tiles of all heads in the last call; 0 before any
 
     @classmethod
-    def of(cls, share: float) -> TileBudget:
+    def of(cls, fraction: float) -> TileBudget:
         """Before the first call."""
-        return cls(jnp.float32(share), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
+        return cls(jnp.float32(fraction), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """How a layer's tiles are made and weighed; static.
 
-    `rows` of each block of queries are looked at. More of them, and smaller blocks of keys, choose
-    better and cost more: docs/design.md has the figures. `causal` says that the masks are, where they
-    come as arrays and not as `is_causal`.
+    Attributes:
+      block_q: queries of a tile.
+      block_k: keys of a tile.
+      rows: queries of a block that are looked at. More of them, and smaller blocks of keys, choose
+        better and cost more: docs/design.md has the figures.
+      causal: whether masks that are traced, such as those made inside of a jitted function, are causal:
+        nothing in them can be looked at, and a budget is a part of the visible tiles. None where no mask
+        comes traced; `is_causal` and masks with values speak for themselves.
     """
 
     block_q: int = 64
     block_k: int = 16
     rows: int = 8
-    causal: bool = False
+    causal: bool | None = None
 
     def __post_init__(self) -> None:
         checks.positive("block_q", self.block_q)
         checks.positive("block_k", self.block_k)
         checks.in_range("rows", self.rows, 1, self.block_q)
+
+    def tiling(self, num_queries: int, num_keys: int, causal: bool | None) -> Tiling:
+        """The grid of a call, whose mask is causal, is not, or cannot be looked at (None).
+
+        Raises:
+          ValueError: a mask of which nothing is known, or one that is not what `causal` says.
+        """
+        known = self.causal if causal is None else causal
+        if known is None:
+            raise ValueError(
+                "mask is traced: whether it is causal cannot be seen, and so neither how many tiles the "
+                "budget is a part of. Give is_causal=True in its place (flax.nnx), make it outside of "
+                "the jitted function, or say Tiles(causal=True) or Tiles(causal=False)"
+            )
+        if self.causal and not known:
+            raise ValueError(
+                "tiles.causal is True, but there is no mask or it shows keys after a query: give "
+                "is_causal=True or a causal mask, or leave tiles.causal None"
+            )
+        return Tiling(num_queries, num_keys, self.block_q, self.block_k, known)
 
 
 def attend_within(
@@ -59,7 +84,7 @@ def attend_within(
     tiles: Tiles,
     **given: Any,
 ) -> tuple[jax.Array, TileBudget]:
-    """`attention_fn` over the tiles of most value within a layer's share.
+    """Block-sparse `attention_fn`: the tiles of highest score within a layer's budget.
 
     Args:
       budget: the layer's.
@@ -70,36 +95,35 @@ def attend_within(
       given: what Flax's modules hand to an attention function besides.
 
     Returns:
-      [..., T, H, D], of round(share x all tiles) for each example, all heads together; and the budget
-      with what was seen. Worth is the error of the layer's output without a tile as a part of that
-      output's square, so that layers compare.
+      [..., T, H, D], of round(fraction x all tiles) for each example, all heads together; and the
+      budget with the scores. A score is the squared error of the layer's output without a tile,
+      relative to that output's square, so that layers compare.
+
+    Raises:
+      ValueError: a traced mask, unless `tiles.causal` says whether it is causal.
     """
     seen: dict[str, Any] = {}
 
-    def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool) -> TilePlan:
-        q, k, v = jax.lax.stop_gradient((q, k, v))
-        causal |= tiles.causal
-        blocks: dict[str, Any] = {"block_q": tiles.block_q, "block_k": tiles.block_k}
-        worth = importance.tile_sketch(q, k, v, **blocks, rows=tiles.rows, causal=causal)
-        sizes: dict[str, Any] = {
-            "num_queries": q.shape[1],
-            "num_keys": k.shape[1],
-            "causal": causal,
-            **blocks,
-        }
-        some, always = attention.candidates(**sizes)
-        limits = np.array([always.sum(), some.sum()], np.int32) * q.shape[2]
-        seen.update(worth=worth, some=some, limits=limits)
-        number = jnp.round(budget.share * int(limits[1])).astype(jnp.int32)
-        return attention.choose(worth, number, **sizes)
+    def plan_of(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | None) -> TilePlan:
+        tiling = tiles.tiling(q.shape[1], k.shape[1], causal)
+        visible, always = attention.candidates(tiling)
+        limits = np.array([always.sum(), visible.sum()], np.int32) * q.shape[2]
+        seen.update(visible=visible, limits=limits)
+
+        def scorer(*args: Any, **options: Any) -> jax.Array:
+            seen["score"] = importance.tile_sketch(*args, **options)
+            return seen["score"]
+
+        number = jnp.round(budget.fraction * int(limits[1])).astype(jnp.int32)
+        return attention.balanced_plan(q, k, v, number, tiling, scorer=scorer, rows=tiles.rows)
 
     y = attention_fn(plan_of)(query, key, value, **given)
     energy = jnp.mean(jnp.square(jax.lax.stop_gradient(y).astype(jnp.float32)))
     energy *= y.shape[-1] * y.shape[-2]  # of a query, all heads together
-    worth = seen["worth"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
-    some = np.broadcast_to(seen["some"], worth.shape[1:]).reshape(-1)
-    curve = importance.worth_curve(worth.reshape(worth.shape[0], -1), some)
-    return y, TileBudget(budget.share, curve, jnp.asarray(seen["limits"]))
+    score = seen["score"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    visible = np.broadcast_to(seen["visible"], score.shape[1:]).reshape(-1)
+    curve = importance.worth_curve(score.reshape(score.shape[0], -1), visible)
+    return y, TileBudget(budget.fraction, curve, jnp.asarray(seen["limits"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +144,12 @@ class TileBalancer:
 
     def init(self, budgets: Any) -> BalanceState:
         """The state for a pytree of `TileBudget`, such as linen's collection "balance"."""
-        return self._balancer(0, 0).init(_stacked(budgets).share.size)
+        return self._balancer(0, 0).init(_stacked(budgets).fraction.size)
 
     def update(
         self, budgets: Any, state: BalanceState, density: jax.Array | float
     ) -> tuple[Any, BalanceState]:
-        """The layers' shares anew, from what they saw in their last call.
+        """The layers' fractions anew, from what they saw in their last call.
 
         Args:
           budgets: a pytree of `TileBudget`, of a layer each or of several (a scan's, stacked).
@@ -134,7 +158,7 @@ class TileBalancer:
 
         Returns:
           Budgets whose tiles sum to floor(density x all of them); and the state. A layer that has not
-          been called yet keeps its share.
+          been called yet keeps its fraction.
 
         Raises:
           ValueError: a concrete density outside 0..1.
@@ -146,14 +170,14 @@ class TileBalancer:
         w = all_layers.curve if self.rule == "priced" else _worth(all_layers.curve)
         out, state = self._balancer(least, most).update(w, state, total)
         given = out.allocation.amount / jnp.maximum(most, 1)
-        share = jnp.where(most > 0, given, all_layers.share).astype(jnp.float32)
+        fraction = jnp.where(most > 0, given, all_layers.fraction).astype(jnp.float32)
         each, tree = jax.tree.flatten(budgets, is_leaf=_is_budget)
-        ends = np.cumsum([x.share.size for x in each])[:-1]
+        ends = np.cumsum([x.fraction.size for x in each])[:-1]
         parts = [
-            part.reshape(x.share.shape)
-            for part, x in zip(jnp.split(share, ends), each, strict=True)
+            part.reshape(x.fraction.shape)
+            for part, x in zip(jnp.split(fraction, ends), each, strict=True)
         ]
-        new = [dataclasses.replace(x, share=part) for x, part in zip(each, parts, strict=True)]
+        new = [dataclasses.replace(x, fraction=part) for x, part in zip(each, parts, strict=True)]
         return jax.tree.unflatten(tree, new), state
 
     def _balancer(self, floor: jax.Array | int, cap: jax.Array | int) -> Balancer:
@@ -171,7 +195,7 @@ def _stacked(budgets: Any) -> TileBudget:
         raise ValueError(
             "budgets holds no TileBudget, or other things: it must be a pytree of them"
         )
-    fields = {"share": (-1,), "curve": (-1, CURVE_BINS), "limits": (-1, 2)}
+    fields = {"fraction": (-1,), "curve": (-1, CURVE_BINS), "limits": (-1, 2)}
     return TileBudget(
         **{
             name: jnp.concatenate([getattr(x, name).reshape(shape) for x in each])

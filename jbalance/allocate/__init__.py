@@ -2,6 +2,6 @@
 
 from jbalance._water_fill import water_fill
 from jbalance.allocate.ladder import ladder
-from jbalance.allocate.whole import ROUNDINGS, whole
+from jbalance.allocate.whole import ROUNDINGS, Rounding, whole
 
-__all__ = ["ROUNDINGS", "ladder", "water_fill", "whole"]
+__all__ = ["ROUNDINGS", "Rounding", "ladder", "water_fill", "whole"]

@@ -1,6 +1,6 @@
-"""The ladder: every unit climbs levels of rising cost and value under total and device budgets.
+"""Multiple-choice knapsack by Lagrange multipliers: a level of each unit's ladder under all budgets.
 
-    maximise sum_i v_i,m(i)   subject to   sum_{i on d} c_i,m(i) <= B_d for every device d, sum <= B
+    maximize sum_i v_i,m(i)   subject to   sum_{i on d} c_i,m(i) <= B_d for every device d, sum <= B
 
 The optimum is a price (METHOD section 4): each unit takes every step of its ladder's concave hull
 whose value per cost is above its device's price. The prices come from one threshold search over all
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import _search as search
-from jbalance import checks
+from jbalance.allocate import _checks
+from jbalance.allocate._hull import Hull, by_level, hull_of
 from jbalance.types import Allocation, Binding, Status
-
-_FEW_LEVELS = 8  # up to here the levels are written out one by one
 
 
 def ladder(
@@ -67,109 +65,122 @@ def ladder(
 
     Reference: Fox, Operations Research 14 (1966) for equal costs; Shih, J. Oper. Res. Soc. 30 (1979).
     """
-    check_inputs(values, costs, budgets, device_of, total_budget)
+    _checks.ladder_inputs(values, costs, budgets, device_of, total_budget)
     if split_budgets and (axis_name is None or np.ndim(budgets) > 0):
         raise ValueError(
             f"split_budgets is True, axis_name {axis_name!r} and budgets of shape {np.shape(budgets)}: "
             f"name the axis, and give each shard its own budget []"
         )
     out = _solve(values, costs, budgets, device_of, total_budget, axis_name, split_budgets)
-    check_feasible(out, values, costs, budgets, device_of, total_budget)
+    _checks.ladder_feasible(out, values, costs, budgets, device_of, total_budget)
     return out
-
-
-def check_inputs(values, costs, budgets, device_of, total_budget) -> None:
-    """The errors of `ladder` that show before it is solved."""
-    checks.rank("values", values, 2, "[U, M]")
-    checks.non_empty("values", values)
-    checks.finite("values", values)
-    if np.shape(values)[1] < 2:
-        raise ValueError(
-            "values has 1 level: a ladder needs at least 2, the lowest and one above it"
-        )
-    checks.rank("costs", costs, (1, 2), "[M] or [U, M]")
-    checks.same_length("costs", costs, "values", values, axis=-1)
-    if np.ndim(costs) == 2:
-        checks.same_length("costs", costs, "values", values)
-    checks.whole("costs", costs)
-    if checks.is_concrete(costs):
-        steps = np.diff(np.asarray(costs, np.int64), axis=-1)
-        if (steps <= 0).any():
-            at = tuple(int(i) for i in np.argwhere(steps <= 0)[0])
-            raise ValueError(
-                f"costs must rise with the level: the step up from costs{list(at)} is "
-                f"{int(steps[at])}, it must be at least 1"
-            )
-    checks.device_budgets("budgets", budgets, device_of, "values", values)
-    if total_budget is not None:
-        checks.rank("total_budget", total_budget, 0, "[]")
-        checks.whole("total_budget", total_budget)
 
 
 @functools.partial(jax.jit, static_argnames=("axis_name", "split_budgets"))
 def _solve(values, costs, budgets, device_of, total_budget, axis_name, split_budgets) -> Allocation:
     values = jnp.asarray(values, jnp.float32)
     costs = jnp.asarray(costs, jnp.uint32)
-    negative = jnp.any(jnp.asarray(budgets) < 0)
-    if total_budget is not None:
-        negative |= jnp.asarray(total_budget) < 0
-    budgets = jnp.atleast_1d(jnp.asarray(budgets, jnp.uint32))
-    device_of = None if device_of is None else jnp.asarray(device_of)
-    limit = None if total_budget is None else jnp.asarray(total_budget, jnp.uint32)[None]
-    hull = _hull(values, costs)
-    # The axis over which a device's units lie: none where each shard is a device.
-    device_axis = None if split_budgets else axis_name
-
-    def by_device(amount: jax.Array) -> jax.Array:
-        return search.total(amount, device_of, budgets.shape[0], device_axis)
-
-    def of_all(amount: jax.Array) -> jax.Array:
-        return search.total(amount, None, 1, axis_name)
-
-    base = _cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32))
-    held_base = by_device(base)
-    infeasible = jnp.any(held_base > budgets)
-    room = budgets - jnp.minimum(held_base, budgets)
-    level = _climb(hull, room, device_of, device_axis)
-    price = _next_slope(hull.slope, level, device_of, budgets.shape[0], device_axis)
-    total_price = jnp.zeros((1,), jnp.float32)
-    if limit is not None:
-        base_total = of_all(base)
-        infeasible |= jnp.any(base_total > limit)
-        # What its device cannot hold is no candidate for the total budget.
-        within = jnp.arange(values.shape[1] - 1)[:, None] < level
-        held = dataclasses.replace(hull, slope=jnp.where(within, hull.slope, 0.0))
-        room = limit - jnp.minimum(base_total, limit)
-        level = _climb(held, room, None, axis_name)
-        total_price = _next_slope(held.slope, level, None, 1, axis_name)
+    limits = _Limits.of(budgets, total_budget, device_of, axis_name, split_budgets)
+    hull = hull_of(values, costs)
+    base = limits.spent(_cost_at(costs, jnp.zeros(values.shape[0], jnp.uint32)))
+    level, price, total_price = _levels(hull, base, limits)
     rising = jnp.all(costs[..., 1:] > costs[..., :-1]) & jnp.all(jnp.isfinite(values))
-    failed = search.psum(jnp.stack([infeasible, negative | ~rising]).astype(jnp.int32), axis_name)
-    infeasible, invalid = failed > 0
+    failed = jnp.stack([base.above(limits), limits.negative | ~rising]).astype(jnp.int32)
+    infeasible, invalid = search.psum(failed, axis_name) > 0
     level = jnp.where(infeasible, 0, level)
+    spent = limits.spent(_cost_at(costs, level))
+    return _report(hull, level, spent, price, total_price, limits, infeasible, invalid)
 
-    cost = _cost_at(costs, level)
-    spent = by_device(cost)
-    slack = budgets - jnp.minimum(spent, budgets)
+
+@dataclasses.dataclass(frozen=True)
+class _Spent:
+    """Costs of some levels, summed as the budgets are."""
+
+    device: jax.Array  # [G] uint32
+    total: jax.Array | None  # [1] uint32 of all devices; None without a total budget
+
+    def above(self, limits: _Limits) -> jax.Array:
+        """Whether a budget is exceeded."""
+        exceeded = jnp.any(self.device > limits.device)
+        if self.total is not None and limits.total is not None:
+            exceeded |= jnp.any(self.total > limits.total)
+        return exceeded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """The budgets, and whose units each is of."""
+
+    device: jax.Array  # [G] uint32
+    total: jax.Array | None  # [1] uint32
+    negative: jax.Array  # [] bool, whether one was negative
+    device_of: jax.Array | None
+    device_axis: str | None  # over which a device's units lie: none where each shard is a device
+    axis_name: str | None
+
+    @classmethod
+    def of(cls, budgets, total_budget, device_of, axis_name, split_budgets) -> _Limits:
+        negative, limit = jnp.any(jnp.asarray(budgets) < 0), None
+        if total_budget is not None:
+            negative |= jnp.asarray(total_budget) < 0
+            limit = jnp.asarray(total_budget, jnp.uint32)[None]
+        device = jnp.atleast_1d(jnp.asarray(budgets, jnp.uint32))
+        device_of = None if device_of is None else jnp.asarray(device_of)
+        device_axis = None if split_budgets else axis_name
+        return cls(device, limit, negative, device_of, device_axis, axis_name)
+
+    def spent(self, cost: jax.Array) -> _Spent:
+        """Of the units' costs [U] uint32."""
+        total = None if self.total is None else search.total(cost, None, 1, self.axis_name)
+        number = self.device.shape[0]
+        return _Spent(search.total(cost, self.device_of, number, self.device_axis), total)
+
+    def over_shards(self) -> str | None:
+        """The axis over which the devices' results are split, or None."""
+        return None if self.device_axis == self.axis_name else self.axis_name
+
+
+def _levels(hull: Hull, base: _Spent, limits: _Limits):
+    """Levels [U], and the prices [G] of the devices' budgets and [1] of the total one."""
+    devices = limits.device_of, limits.device.shape[0], limits.device_axis
+    level = _climb(hull, _left(limits.device, base.device), limits.device_of, limits.device_axis)
+    price = _next_slope(hull.slope, level, *devices)
+    if limits.total is None or base.total is None:
+        return level, price, jnp.zeros((1,), jnp.float32)
+    # What its device cannot hold is no candidate for the total budget.
+    within = jnp.arange(hull.slope.shape[0])[:, None] < level
+    affordable = dataclasses.replace(hull, slope=jnp.where(within, hull.slope, 0.0))
+    level = _climb(affordable, _left(limits.total, base.total), None, limits.axis_name)
+    return level, price, _next_slope(affordable.slope, level, None, 1, limits.axis_name)
+
+
+def _left(limit: jax.Array, spent: jax.Array) -> jax.Array:
+    return limit - jnp.minimum(spent, limit)
+
+
+def _report(hull, level, spent, price, total_price, limits, infeasible, invalid) -> Allocation:
+    """What was chosen, with the prices, the slack, the gap to the relaxed optimum and the reasons."""
+    slack = _left(limits.device, spent.device)
     # The price of the total budget, and on top of it what each device's own budget adds.
     above = jnp.maximum(price - total_price, 0.0)
-    gap = jnp.sum(above * slack)
-    gap = search.psum(gap, axis_name) if split_budgets else gap
-    if limit is not None:
-        total_slack = (limit - of_all(cost))[0]
+    shards = limits.over_shards()
+    gap = search.psum(jnp.sum(above * slack), shards)
+    if limits.total is not None:
+        total_slack = (limits.total - spent.total)[0]
     else:
-        total_slack = search.total(slack, None, 1, axis_name if split_budgets else None)[0]
-    left = _slope_at(hull.slope, level)
-    binding = jnp.where(left > total_price[0], Binding.DEVICE, Binding.PRICE)
+        total_slack = search.total(slack, None, 1, shards)[0]
+    next_slope = _slope_at(hull.slope, level)
+    binding = jnp.where(next_slope > total_price[0], Binding.DEVICE, Binding.PRICE)
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK)
     return Allocation(
         level=level.astype(jnp.int32),
-        spent=spent,
+        spent=spent.device,
         price=total_price + above,
         total_price=total_price[0],
         slack=slack,
         total_slack=total_slack,
         gap=jnp.where(infeasible, jnp.inf, gap + total_price[0] * total_slack),
-        binding=jnp.where(left > 0, binding, Binding.CAP).astype(jnp.int32),
+        binding=jnp.where(next_slope > 0, binding, Binding.CAP).astype(jnp.int32),
         status=jnp.where(invalid, Status.INVALID, status).astype(jnp.int32),
     )
 
@@ -181,76 +192,10 @@ def _cost_at(costs: jax.Array, level: jax.Array) -> jax.Array:
     return jnp.take_along_axis(costs, level[:, None], axis=1)[:, 0]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Hull:
-    """Steps between the levels, on the concave hull of each unit's points; levels lead."""
-
-    slope: jax.Array  # [M-1, U] value per cost, never rising with the level
-    cost: jax.Array  # [M-1, U] uint32, or [M-1, 1] where all units have the same
-    corner: jax.Array  # [M-1, U] the level that the step leads to lies on the hull
-
-
-def _hull(values: jax.Array, costs: jax.Array) -> _Hull:
-    """Slopes of the least concave majorant: slope_m = min over a < m of max over b >= m of s(a, b).
-
-    Steps of one straight stretch of the hull come from the same quotient s(a, b), so they are equal
-    to the bit and are taken together. (The min-max formula of isotonic regression: Barlow et al.,
-    Statistical Inference under Order Restrictions, 1972.)
-    """
-    values, costs = values.T, jnp.atleast_2d(costs).T
-    slopes = _slopes_written_out if values.shape[0] <= _FEW_LEVELS else _slopes_scanned
-    slope, direct = slopes(values, costs)
-    return _Hull(slope, jnp.diff(costs, axis=0), direct >= slope)
-
-
-def _slopes_written_out(values: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The hull's slopes [M-1, U], and the least slope straight to each level from one below it.
-
-    Level by level: a few rows that XLA fuses into one pass over the units.
-    """
-    num_levels = values.shape[0]
-    slope: list[Any] = [jnp.inf] * num_levels
-    direct: list[Any] = [jnp.inf] * num_levels
-    for a in range(num_levels - 1):
-        best: Any = -jnp.inf
-        for b in range(num_levels - 1, a, -1):
-            rise = (values[b] - values[a]) / (costs[b] - costs[a]).astype(jnp.float32)
-            best = jnp.maximum(best, rise)
-            slope[b] = jnp.minimum(slope[b], best)
-            direct[b] = jnp.minimum(direct[b], rise)
-    return jnp.stack(slope[1:]), jnp.stack(direct[1:])
-
-
-def _slopes_scanned(values: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same by a scan: many levels written out would take XLA minutes to compile."""
-    level = jnp.arange(values.shape[0])[:, None]
-
-    def from_level(carry, a):
-        slope, direct = carry
-        below, value, cost = a
-        above = level > below
-        run = jnp.where(above, costs - cost, 1).astype(jnp.float32)
-        rise = jnp.where(above, (values - value) / run, -jnp.inf)
-        best = lax.cummax(rise, axis=0, reverse=True)
-        slope = jnp.where(above, jnp.minimum(slope, best), slope)
-        return (slope, jnp.where(above, jnp.minimum(direct, rise), direct)), None
-
-    far = jnp.full(values.shape, jnp.inf) + 0 * values  # varies over a mesh as the values do
-    (slope, direct), _ = lax.scan(from_level, (far, far), (level[:, 0], values, costs))
-    return slope[1:], direct[1:]
-
-
-def _blocks(x: jax.Array) -> list[jax.Array]:
-    """x [M-1, U] level by level if they are few, for XLA to sum them in its pass over the units (over
-    a short leading axis it reduces many times slower); else in one block."""
-    return jnp.split(x, len(x)) if len(x) < _FEW_LEVELS else [x]
-
-
-def _climb(hull: _Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
+def _climb(hull: Hull, room: jax.Array, device_of, axis_name) -> jax.Array:
     """Levels [U] reached by taking the steps of positive slope in their order while room [P] lasts."""
     key = search.to_key(hull.slope)
-    blocks = list(zip(_blocks(key), _blocks(hull.cost), strict=True))
+    blocks = list(zip(by_level(key), by_level(hull.cost), strict=True))
 
     def cost_where(chosen: Callable[[jax.Array], jax.Array]) -> jax.Array:
         parts = [jnp.sum(jnp.where(chosen(k), c, 0), 0, jnp.uint32) for k, c in blocks]
@@ -290,28 +235,9 @@ def _slope_at(slope: jax.Array, level: jax.Array) -> jax.Array:
     """Slope [U] of each unit's next step, 0 where there is none worth taking."""
     number = jnp.arange(slope.shape[0], dtype=jnp.uint32)[:, None]
     following = jnp.where(number == level, jnp.maximum(slope, 0.0), 0.0)
-    return functools.reduce(jnp.add, [jnp.sum(block, axis=0) for block in _blocks(following)])
+    return functools.reduce(jnp.add, [jnp.sum(block, axis=0) for block in by_level(following)])
 
 
 def _next_slope(slope, level, device_of, num_segments, axis_name) -> jax.Array:
     """The steepest step [P] that was not taken: what one more unit of cost would be worth."""
     return search.segment_most(_slope_at(slope, level), device_of, num_segments, axis_name)
-
-
-def check_feasible(out, values, costs, budgets, device_of, total_budget) -> None:
-    """ValueError for lowest levels that do not fit: which budget, and by how much."""
-    if not checks.is_concrete(out.status) or out.status != Status.INFEASIBLE:
-        return
-    base = np.broadcast_to(np.asarray(costs, np.int64), np.shape(values))[:, 0]
-    budgets = np.atleast_1d(np.asarray(budgets, np.int64))
-    device_of = np.zeros(base.shape, int) if device_of is None else np.asarray(device_of)
-    spent = np.bincount(device_of, base, budgets.size).astype(np.int64)
-    for d in np.flatnonzero(spent > budgets):
-        raise ValueError(
-            f"budgets[{d}] is {budgets[d]}, but level 0 of its units costs {spent[d]}: "
-            f"{spent[d] - budgets[d]} is missing"
-        )
-    raise ValueError(
-        f"total_budget is {int(total_budget)}, but level 0 of all units costs {spent.sum()}: "
-        f"{spent.sum() - int(total_budget)} is missing"
-    )

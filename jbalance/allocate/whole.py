@@ -1,4 +1,4 @@
-"""Whole amounts that sum to the budget exactly, within a floor and a cap per unit.
+"""Apportionment: whole amounts that sum to the budget exactly, within a floor and a cap per unit.
 
 `webster` hands out one unit of amount after the other to the largest w_i / (k_i + 1/2): a larger
 budget never takes anything away. `largest_remainder` rounds the real shares instead: it stays within
@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
 from jbalance._water_fill import water_fill
-from jbalance.types import Binding, Rounding, Status, Whole
+from jbalance.allocate import _checks
+from jbalance.types import Binding, IntegerAllocation, Status
 
-# Largest budget whose real shares float32 still separates from the neighbouring whole numbers.
+# Largest budget whose real shares float32 still separates from the neighboring whole numbers.
 LARGEST_REMAINDER_MAX = 2**22
 _PARTS = 2**24  # into which the fine search divides that bracket
 _STEPS_AROUND = 4  # float32 steps by which rounding can misplace the level of the coarse search
@@ -37,7 +37,7 @@ def whole(
     *,
     method: str = "webster",
     axis_name: str | None = None,
-) -> Whole:
+) -> IntegerAllocation:
     """Share whole budgets among units in proportion to w, exactly.
 
     Args:
@@ -53,9 +53,9 @@ def whole(
       axis_name: mesh axis that the units are split over; the sums become psum.
 
     Returns:
-      A `Whole`: amounts that sum to min(budget, sum of caps) on each device; equal claims are served
-      by index. Under jit, floors that do not fit on a device give status INFEASIBLE and are scaled
-      down there by the same rule.
+      An `IntegerAllocation`: amounts that sum to min(budget, sum of caps) on each device; equal claims
+      are served by index. Under jit, floors that do not fit on a device give status INFEASIBLE and are
+      scaled down there by the same rule.
 
     Raises:
       ValueError: wrong shapes or dtypes, negative or NaN entries, a floor above its cap, floors above
@@ -64,45 +64,16 @@ def whole(
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
     solve = checks.choice("method", method, ROUNDINGS)
-    check_inputs(w, budget, floor, cap, device_of)
+    _checks.whole_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):
         checks.in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
     out = _rounded(w, budget, floor, cap, device_of, solve, axis_name)
-    check_feasible(out, w, budget, floor, device_of)
+    _checks.whole_feasible(out, w, budget, floor, device_of)
     return out
 
 
-def check_inputs(w, budget, floor, cap, device_of) -> None:
-    """The errors of `whole` that show before it is solved."""
-    checks.rank("w", w, 1, "[U]")
-    checks.non_empty("w", w)
-    checks.non_negative("w", w)
-    checks.device_budgets("budget", budget, device_of, "w", w)
-    for name, x in (("floor", floor), ("cap", cap)):
-        checks.rank(name, x, (0, 1), "[] or [U]")
-        if np.ndim(x):
-            checks.same_length(name, x, "w", w)
-        checks.whole(name, x)
-    checks.not_above("floor", floor, "cap", cap)
-
-
-def check_feasible(out, w, budget, floor, device_of) -> None:
-    """ValueError for concrete floors that do not fit: on which device, and by how much."""
-    if not checks.is_concrete(out.status) or out.status != Status.INFEASIBLE:
-        return
-    budget = np.atleast_1d(np.asarray(budget, np.int64))
-    floor = np.broadcast_to(np.asarray(floor, np.int64), np.shape(w))
-    device_of = np.zeros(floor.shape, int) if device_of is None else np.asarray(device_of)
-    asked = np.bincount(device_of, floor, budget.size).astype(np.int64)
-    d = int(np.argmax(asked > budget))
-    raise ValueError(
-        f"floor: the floors on device {d} sum to {asked[d]}, above its budget = {budget[d]}: "
-        f"{asked[d] - budget[d]} is missing"
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("solve", "axis_name"))
-def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
+def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> IntegerAllocation:
     """The parts that every rounding shares: degenerate weights, infeasible floors, the report."""
     w, budgets = jnp.asarray(w, jnp.float32), jnp.asarray(budget, jnp.uint32).reshape(-1)
     # No comparison holds of NaN.
@@ -112,7 +83,7 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
         tuple(jnp.broadcast_to(jnp.asarray(x, jnp.uint32), w.shape) for x in (floor, cap))
     )
     device_of = None if device_of is None else jnp.asarray(device_of)
-    devices = _Devices(device_of, budgets.shape[0], axis_name)
+    devices = Devices(device_of, budgets.shape[0], axis_name)
 
     bad = ~jnp.isfinite(devices.most(jnp.where(valid, w, jnp.inf))) | (jnp.asarray(budget) < 0)
     infeasible = devices.total(floor) > budgets
@@ -122,7 +93,7 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
         jnp.where(scaled_down, 0, floor),
         jnp.where(scaled_down, floor, cap),
     )
-    scaled = _normalise(w, devices)
+    scaled = _normalize(w, devices)
     cap = jnp.where(scaled > 0, cap, floor)
     amount = solve(scaled, budgets, floor, cap, devices)
     amount = jnp.where(devices.per_unit(devices.total(cap) <= budgets), cap, amount)
@@ -130,7 +101,7 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
     binding = jnp.where(at_floor, Binding.FLOOR, Binding.PRICE)
     status = jnp.where(jnp.any(infeasible), Status.INFEASIBLE, Status.OK)
     next_claim = jnp.where(amount < cap, w / (amount.astype(jnp.float32) + 0.5), 0.0)
-    return Whole(
+    return IntegerAllocation(
         amount=amount.astype(jnp.int32),
         price=devices.most(next_claim).reshape(jnp.shape(budget)),
         binding=jnp.where(amount >= cap, Binding.CAP, binding).astype(jnp.int32),
@@ -140,7 +111,7 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> Whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Devices:
+class Devices:
     """Sums over the units of each device, and back."""
 
     device_of: jax.Array | None  # [U]
@@ -161,13 +132,42 @@ class _Devices:
         return search.first_by_index(amount, room, self.device_of, self.axis_name)
 
 
-def _normalise(w: jax.Array, devices: _Devices) -> jax.Array:
+class Rounding(Protocol):
+    """Real shares of whole budgets, rounded to whole amounts: an entry of `ROUNDINGS`."""
+
+    def __call__(
+        self,
+        w: jax.Array,
+        budgets: jax.Array,
+        floor: jax.Array,
+        cap: jax.Array,
+        devices: Devices,
+    ) -> jax.Array:
+        """Amounts that sum to min(budget, sum of caps) on each device, within floor and cap.
+
+        Args:
+          w: [U] float32 >= 0, of which the largest of a device is in [1, 2); 0 gets its floor.
+          budgets: [G] uint32, at least the sum of the floors there.
+          floor: [U] uint32.
+          cap: [U] uint32 >= floor.
+          devices: sums and largest values over the units of each device (`total`, `most`), what the
+            device of each unit has (`per_unit`), and amounts handed out by index (`first`).
+
+        Returns:
+          [U] uint32.
+        """
+        ...
+
+
+def _normalize(w: jax.Array, devices: Devices) -> jax.Array:
     """w times a power of two a device, so that its largest is in [1, 2): exact, the same shares."""
-    w, _ = search.normalise(w, devices.per_unit(devices.most(w)))
+    w, _ = search.normalize(w, devices.per_unit(devices.most(w)))
     return jnp.where(w >= 2.0**-90, w, 0.0)
 
 
-def _webster(w, budgets, floor, cap, devices):
+def _webster(
+    w: jax.Array, budgets: jax.Array, floor: jax.Array, cap: jax.Array, devices: Devices
+) -> jax.Array:
     """Divisor greedy: k_i = round(mu w_i) at the level mu where the sum meets the budget.
 
     A coarse search in float32 brackets mu within a few float steps. Inside the bracket the crossings
@@ -226,14 +226,16 @@ def _crossing(w: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mantissa(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x = m 2^e with m a 24-bit uint32 (0 for what float32 cannot normalise)."""
+    """x = m 2^e with m a 24-bit uint32 (0 for what float32 cannot normalize)."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     exponent = (bits >> 23).astype(jnp.int32)
     m = jnp.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0)
     return m, exponent - 150
 
 
-def _largest_remainder(w, budgets, floor, cap, devices):
+def _largest_remainder(
+    w: jax.Array, budgets: jax.Array, floor: jax.Array, cap: jax.Array, devices: Devices
+) -> jax.Array:
     """Round the real shares down, then give what is left to the largest remainders."""
     real = _real_shares(w, budgets, floor, cap, devices)
     # A hair below the share, so that rounding cannot hand out more than there is.
@@ -257,17 +259,17 @@ def _largest_remainder(w, budgets, floor, cap, devices):
 def _real_shares(w, budgets, floor, cap, devices) -> jax.Array:
     """Water-filling of each device's budget [U]; an empty budget counts as one, and is cut above."""
     limits = jnp.maximum(budgets, 1).astype(jnp.float32)
-    own = devices.device_of is not None
+    by_device = devices.device_of is not None
     return water_fill(
         w,
         jnp.sum(limits),
         floor,
         cap,
         segment_of=devices.device_of,
-        segment_cap=limits if own else None,
+        segment_cap=limits if by_device else None,
         axis_name=devices.axis_name,
     ).amount
 
 
-ROUNDINGS: dict[str, Any] = {"webster": _webster, "largest_remainder": _largest_remainder}
+ROUNDINGS: dict[str, Rounding] = {"webster": _webster, "largest_remainder": _largest_remainder}
 __all__ = ["LARGEST_REMAINDER_MAX", "ROUNDINGS", "Rounding", "whole"]

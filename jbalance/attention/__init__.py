@@ -1,12 +1,12 @@
 """Attention that computes only what was allocated."""
 
-from jbalance.attention.partial import EMPTY, Partial, merge  # noqa: I001  (pipeline order)
+from jbalance.tiling import Tiling  # noqa: I001  (pipeline order)
+from jbalance.attention.partial import EMPTY, Partial, merge
 from jbalance.attention.plan import (
     TilePlan,
     causal,
-    difference,
+    dense,
     from_mask,
-    full,
     intersection,
     segments,
     to_mask,
@@ -15,6 +15,7 @@ from jbalance.attention.plan import (
     window,
 )
 from jbalance.attention.choose import candidates, choose
+from jbalance.attention.balanced_plan import balanced_plan
 from jbalance.attention.attend import attend
 
 __all__ = [  # noqa: RUF022  (pipeline order)
@@ -22,19 +23,20 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "Partial",
     "merge",
     # tiles
+    "Tiling",
     "TilePlan",
     "from_mask",
     "to_mask",
-    "full",
+    "dense",
     "causal",
     "window",
     "segments",
     "union",
     "intersection",
-    "difference",
     "transposed",
     "candidates",
     "choose",
+    "balanced_plan",
     # attention over them
     "attend",
 ]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import EMPTY
 
 _NOWHERE = 2**30  # position of a key that is not there
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
     row: Row
     blocks: tuple
-    keys_at: Any  # positions of their keys if some element may be masked, else None
+    key_positions: Any  # positions of their keys if some element may be masked, else None
 
 
 class Sums(NamedTuple):
@@ -50,7 +50,7 @@ class Sums(NamedTuple):
 class Problem:
     """Padded operands, and how to read and write their blocks."""
 
-    def __init__(self, operands: Operands, where: Where, rules: Rules):
+    def __init__(self, operands: Operands, where: Visibility, rules: Rules):
         self.operands, self.where, self.rules = operands, where, rules
         self.plan = where.plan
         self.q_shape = operands.q.shape
@@ -112,12 +112,12 @@ class Problem:
                     places = [jnp.minimum(c, row.count - 1) for c in places]
                 blocks = tuple(_entry(self.plan.blocks, (*row.list_place, c)) for c in places)
                 if not masked:
-                    at = None
+                    positions = None
                 elif listed is None:
-                    at = self._nowhere_behind(blocks[0] * keys + _count(keys))
+                    positions = self._nowhere_behind(blocks[0] * keys + _count(keys))
                 else:
-                    at = _slice(listed, (i * keys,), (keys,))
-                return step(Tile(row, blocks, at), carry)
+                    positions = _slice(listed, (i * keys,), (keys,))
+                return step(Tile(row, blocks, positions), carry)
 
             return lax.fori_loop(first, end, body, carry)
 
@@ -138,13 +138,14 @@ class Problem:
         places = _count(-(-plan.capacity // self.joined) * self.joined)
         blocks = _slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
         blocks = jnp.pad(blocks, (0, places.size - plan.capacity))
-        at = self._nowhere_behind(blocks[:, None] * plan.block_k + _count(plan.block_k))
-        return jnp.where((places < row.count)[:, None], at, _NOWHERE).reshape(-1)
+        positions = self._nowhere_behind(blocks[:, None] * plan.block_k + _count(plan.block_k))
+        return jnp.where((places < row.count)[:, None], positions, _NOWHERE).reshape(-1)
 
-    def _nowhere_behind(self, at):
+    def _nowhere_behind(self, positions):
         """Positions, `_NOWHERE` behind the last key."""
         plan = self.plan
-        return jnp.where(at < plan.num_keys, at, _NOWHERE) if plan.num_keys % plan.block_k else at
+        inside = positions < plan.num_keys
+        return jnp.where(inside, positions, _NOWHERE) if plan.num_keys % plan.block_k else positions
 
     def read(self, x, row):
         """A row of x [B, T, H, ...] as [bq G, ...]."""
@@ -161,33 +162,33 @@ class Problem:
     def queries(self, row, scale):
         return self.read(self.operands.q, row).astype(jnp.float32) * scale
 
-    def keys(self, at):
-        return self._block(self.operands.k, at)
+    def keys(self, tile):
+        return self._block(self.operands.k, tile)
 
-    def values(self, at):
-        return self._block(self.operands.v, at)
+    def values(self, tile):
+        return self._block(self.operands.v, tile)
 
-    def _block(self, x, at):
+    def _block(self, x, tile):
         size = 1, self.plan.block_k, 1, x.shape[3]
-        parts = [_slice(x, start, size)[0, :, 0] for start in self._key_places(at)]
+        parts = [_slice(x, start, size)[0, :, 0] for start in self._key_places(tile)]
         return _joined(parts, 0).astype(jnp.float32)
 
-    def _key_places(self, at):
+    def _key_places(self, tile):
         """Where the blocks of a tile begin in [B, S, K, D]."""
-        return [(at.row.batch, b * self.plan.block_k, at.row.kv_head, 0) for b in at.blocks]
+        return [(tile.row.batch, b * self.plan.block_k, tile.row.kv_head, 0) for b in tile.blocks]
 
-    def logits(self, at, x, keys_first=False):
+    def logits(self, tile, x, keys_first=False):
         """Products of a tile [bq G, bk], or turned, as logits in base 2; the cap's slope or None."""
         slope = None
         if self.rules.soft_cap is not None:
             x = jnp.tanh(x)
             slope = 1 - x * x
             x = x * (self.rules.soft_cap * LOG2_E)
-        for bias in self._biases(at):
+        for bias in self._biases(tile):
             parts = self._parts(x, keys_first) + _order(bias, keys_first) * LOG2_E
             x = parts.reshape(x.shape)
-        if at.keys_at is not None:
-            x = jnp.where(self._seen(at, keys_first), x, EMPTY)
+        if tile.key_positions is not None:
+            x = jnp.where(self._seen(tile, keys_first), x, EMPTY)
         return x, slope
 
     def _parts(self, x, keys_first):
@@ -195,34 +196,36 @@ class Problem:
         heads = self.plan.block_q, self.together
         return x.reshape(-1, *heads) if keys_first else x.reshape(*heads, -1)
 
-    def _seen(self, at, keys_first):
+    def _seen(self, tile, keys_first):
         """Which elements [bq G, bk] of a tile the masks leave, or turned. (XLA is slow in 3 axes.)"""
         plan, where, axes = self.plan, self.where, (1, 0) if keys_first else (0, 1)
         rows = _count(plan.block_q * self.together) // self.together
-        q_at = jnp.expand_dims(rows + at.row.block * plan.block_q, axes[1])
-        k_at = jnp.expand_dims(at.keys_at, axes[0])
-        seen = _operands.visible(self.rules, q_at + _operands.first_position(where), k_at)
+        query_positions = jnp.expand_dims(rows + tile.row.block * plan.block_q, axes[1])
+        positions = jnp.expand_dims(tile.key_positions, axes[0])
+        seen = _operands.visible(
+            self.rules, query_positions + _operands.first_position(where), positions
+        )
         if self.joined > 1 or plan.num_keys % plan.block_k:
-            seen &= k_at < _NOWHERE
+            seen &= positions < _NOWHERE
         if where.q_ids is not None and where.k_ids is not None:
-            place = at.row.batch, at.row.block * plan.block_q
+            place = tile.row.batch, tile.row.block * plan.block_q
             q_ids = _slice(where.q_ids, place, (1, plan.block_q))[0]
-            places = [(at.row.batch, b * plan.block_k) for b in at.blocks]
+            places = [(tile.row.batch, b * plan.block_k) for b in tile.blocks]
             k_ids = _joined([_slice(where.k_ids, x, (1, plan.block_k))[0] for x in places], 0)
             q_ids = jnp.expand_dims(jnp.repeat(q_ids, self.together), axes[1])
             seen &= q_ids == jnp.expand_dims(k_ids, axes[0])
         return seen
 
-    def _biases(self, at):
+    def _biases(self, tile):
         """The tile's biases, each [bq|1, G|1, bk|1]."""
         bias, line = self.operands.bias, self.operands.relative_bias
         if bias is not None:
             # Blocks of keys that share one bias are one.
-            blocks = at.blocks[:1] if bias.shape[3] == 1 else at.blocks
-            parts = [_slice(bias, *self._bias_place(bias, at.row, b)) for b in blocks]
+            blocks = tile.blocks[:1] if bias.shape[3] == 1 else tile.blocks
+            parts = [_slice(bias, *self._bias_place(bias, tile.row, b)) for b in blocks]
             yield _joined([jnp.swapaxes(x[0], 0, 1) for x in parts], 2)
         if line is not None:
-            parts = [_slice(line, *self._line_place(line, at.row, b)) for b in at.blocks]
+            parts = [_slice(line, *self._line_place(line, tile.row, b)) for b in tile.blocks]
             yield _joined([self._from_line(x) for x in parts], 2)
 
     def _bias_place(self, bias, row, block):
@@ -256,9 +259,9 @@ class Problem:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self.operands[1:])
         return self.varying(Sums(*zeros))
 
-    def add_keys(self, x, at, values):
+    def add_keys(self, x, tile, values):
         """x [B, S, K, D] with those of a tile's keys added."""
-        for start, part in zip(self._key_places(at), self._apart(values), strict=True):
+        for start, part in zip(self._key_places(tile), self._apart(values), strict=True):
             x = _add_slice(x, start, part[None, :, None])
         return x
 
@@ -266,12 +269,12 @@ class Problem:
         """What belongs to each block of x [keys of a tile, ...]."""
         return jnp.split(x, self.joined) if self.joined > 1 else [x]
 
-    def add_biases(self, sums, at, dlogits):
+    def add_biases(self, sums, tile, dlogits):
         """The gradient with that of a tile's biases added, from [bk, bq G]."""
         if sums.bias is None and sums.relative_bias is None:
             return sums
-        for block, part in zip(at.blocks, self._apart(dlogits), strict=True):
-            sums = self._add_biases(sums, at.row, block, part)
+        for block, part in zip(tile.blocks, self._apart(dlogits), strict=True):
+            sums = self._add_biases(sums, tile.row, block, part)
         return sums
 
     def _add_biases(self, sums, row, block, dlogits):
@@ -305,7 +308,7 @@ class Problem:
 
 
 def empty(shape, dtype):
-    """An array whose content is not set. (`lax.empty` alone heeds no mesh with Explicit axes.)"""
+    """An array whose content is not set. (`lax.empty` by itself ignores Explicit axes of a mesh.)"""
     mesh = jax.sharding.get_abstract_mesh()
     explicit = AxisType.Explicit in mesh.axis_types
     sharding = NamedSharding(mesh, jax.P()) if explicit else None
@@ -343,7 +346,7 @@ def _update(x, values, start):
 
 
 def _indices(start):
-    return [jnp.asarray(at, jnp.int32) for at in start]
+    return [jnp.asarray(index, jnp.int32) for index in start]
 
 
 def _entry(x, place):
@@ -355,7 +358,7 @@ def _add_slice(x, start, tile):
     return _update(x, old + tile, start)
 
 
-def padded(operands: Operands, where: Where) -> tuple[Operands, Where]:
+def padded(operands: Operands, where: Visibility) -> tuple[Operands, Visibility]:
     """Whole blocks. Keys behind the end are masked, queries behind it are cut off."""
     plan = where.plan
     short_q, short_k = -plan.num_queries % plan.block_q, -plan.num_keys % plan.block_k

@@ -1,4 +1,4 @@
-"""What every back end of `attend` is given, and what it may look at."""
+"""Operands, masks and rules: the contract between `attend` and its back ends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jbalance.attention.plan import TilePlan
 
 
 class Operands(NamedTuple):
-    """What attention is differentiated by. None is absent, at no cost."""
+    """The arrays with gradients. None is absent, at no cost."""
 
     q: jax.Array  # [B, T, H, D]
     k: jax.Array  # [B, S, K, D]
-    v: jax.Array  # [B, S, K, E]: E is N D with shares, else D
+    v: jax.Array  # [B, S, K, E]: E is N D with task_shares, else D
     bias: jax.Array | None  # [B|1, H|1, T|1, S|1] float32
     relative_bias: jax.Array | None  # [H|1, T + S - 1] float32
 
 
-class Where(NamedTuple):
-    """Whole numbers that say what sees what."""
+class Visibility(NamedTuple):
+    """Which query sees which key: the tiles, the documents, and the position of the queries."""
 
     plan: TilePlan
     q_ids: jax.Array | None  # [B, T] int32
@@ -30,7 +30,7 @@ class Where(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What is known when a program is compiled."""
+    """Static rules: what is known when a program is compiled."""
 
     scale: float
     soft_cap: float | None
@@ -38,7 +38,7 @@ class Rules(NamedTuple):
     window: int | None
 
 
-def first_position(where: Where) -> jax.Array | int:
+def first_position(where: Visibility) -> jax.Array | int:
     """The position of query 0 among the keys."""
     if where.offset is None:
         return where.plan.num_keys - where.plan.num_queries

@@ -11,7 +11,7 @@ from jax import lax
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
 from jbalance.attention._blocks import pad, padded
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import TilePlan
 
@@ -81,7 +81,7 @@ def cut(operands: Operands, plan: TilePlan, dq, dk, dv, dbias) -> Operands:
     )
 
 
-def inputs_of(operands: Operands, where: Where, widen: Any) -> Inputs:
+def inputs_of(operands: Operands, where: Visibility, widen: Any) -> Inputs:
     """Whole blocks, and heads as wide as `widen` makes them."""
     operands, where = padded(operands, where)
     q, k, v, bias, _ = operands

@@ -1,4 +1,4 @@
-"""Attention over the tiles of a plan: what users call, and which back end runs it."""
+"""Block-sparse attention over the tiles of a plan, and the choice of the back end that runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 
 from jbalance import checks
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import Partial
 from jbalance.attention.plan import TilePlan
 
@@ -35,17 +35,17 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
-    shares: jax.Array | None = None,
+    task_shares: jax.Array | None = None,
     scale: float | None = None,
     offset: jax.Array | int | None = None,
     backend: str | None = None,
 ) -> Partial:
-    """Attention that computes the tiles of a plan and nothing else.
+    """Block-sparse attention: the tiles of a plan are computed and no others.
 
     y_t = sum_s softmax_s(x_ts) v_s with x_ts = cap tanh(scale q_t k_s / cap) + bias_ts +
     relative_bias_(t - s + S - 1), over the keys s that query t sees: those in the tiles of its block
     and in none of the masks. Scores and sums are float32. Differentiable in q, k, v, both biases and
-    shares, through y and lse; the gradient computes the same tiles again. New plans of the same
+    task_shares, through y and lse; the gradient computes the same tiles again. New plans of the same
     capacity do not compile anew. Under vmap the examples run one after the other, on GPUs
     side by side.
 
@@ -61,8 +61,8 @@ def attend(
       window: mask keys s <= t + offset - window and, unless causal, s >= t + offset + window.
       soft_cap: cap, > 0.
       segment_ids: ([B, T], [B, S]) int32; queries see the keys with their own id.
-      shares: [N, S] >= 0, the part of each key's attention that goes to each of N tasks (`rescale`'s
-        rule "split": columns that sum to 1). Scores are computed once for all tasks.
+      task_shares: [N, S] >= 0, the part of each key's attention that goes to each of N tasks
+        (`rescale`'s rule "split": columns that sum to 1). Scores are computed once for all tasks.
       scale: of the products; None for 1 / sqrt(D).
       offset: the position of query 0 among the keys; None for S - T, so that the last query sees every
         key. For query blocks that are split over devices.
@@ -71,7 +71,7 @@ def attend(
         several platforms at once must name "xla".
 
     Returns:
-      `Partial` with y [B, T, H, D] in q's dtype, or [B, T, N, H, D] with shares, and lse [B, T, H]
+      `Partial` with y [B, T, H, D] in q's dtype, or [B, T, N, H, D] with task_shares, and lse [B, T, H]
       float32. A query that sees no key has y = 0, lse = EMPTY and no gradient.
 
     Raises:
@@ -81,28 +81,30 @@ def attend(
     """
     _check_arrays(q, k, v, plan)
     _check_biases(q, k, bias, relative_bias)
-    _check_masks(q, k, window, soft_cap, segment_ids, shares)
+    _check_masks(q, k, window, soft_cap, segment_ids, task_shares)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}: it must be one of {_BACKENDS} or None")
-    values = v if shares is None else _for_tasks(v, shares)
+    values = v if task_shares is None else _for_tasks(v, task_shares)
     bias, relative_bias = (
         None if x is None else jnp.asarray(x, jnp.float32) for x in (bias, relative_bias)
     )
     operands = Operands(q, k, values, bias, relative_bias)
     q_ids, k_ids = (None, None) if segment_ids is None else segment_ids
-    where = Where(plan, q_ids, k_ids, None if offset is None else jnp.asarray(offset, jnp.int32))
+    where = Visibility(
+        plan, q_ids, k_ids, None if offset is None else jnp.asarray(offset, jnp.int32)
+    )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     rules = Rules(scale, soft_cap, bool(causal), window)
     out = _run(operands, where, rules, backend)
-    if shares is None:
+    if task_shares is None:
         return out
-    y = out.y.reshape(*out.y.shape[:3], shares.shape[0], -1)
+    y = out.y.reshape(*out.y.shape[:3], task_shares.shape[0], -1)
     return Partial(jnp.moveaxis(y, 3, 2), out.lse)
 
 
-def _for_tasks(v, shares):
+def _for_tasks(v, task_shares):
     """Values [B, S, K, N D] of N tasks: their products with the weights are all tasks' outputs."""
-    values = jnp.einsum("ns,bskd->bsknd", jnp.asarray(shares, jnp.float32), v)
+    values = jnp.einsum("ns,bskd->bsknd", jnp.asarray(task_shares, jnp.float32), v)
     return values.reshape(*v.shape[:3], -1).astype(v.dtype)
 
 
@@ -218,8 +220,8 @@ def _check_biases(q, k, bias, relative_bias):
         )
 
 
-def _check_masks(q, k, window, soft_cap, segment_ids, shares):
-    """ValueError unless the masks, the cap and the shares fit."""
+def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
+    """ValueError unless the masks, the cap and the task shares fit."""
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: it must be at least 1 key, or None")
     if soft_cap is not None and not soft_cap > 0:
@@ -231,15 +233,15 @@ def _check_masks(q, k, window, soft_cap, segment_ids, shares):
                 f"segment_ids has shapes {tuple(np.shape(x) for x in segment_ids)}: it must be the "
                 f"pair ([B, T], [B, S]) = {want}"
             )
-    if shares is not None:
-        checks.rank("shares", shares, 2, "[N, S]")
-        checks.non_empty("shares", shares)
-        if np.shape(shares)[1] != k.shape[1]:
+    if task_shares is not None:
+        checks.rank("task_shares", task_shares, 2, "[N, S]")
+        checks.non_empty("task_shares", task_shares)
+        if np.shape(task_shares)[1] != k.shape[1]:
             raise ValueError(
-                f"shares has shape {np.shape(shares)}: it must be [N, S] with the S = {k.shape[1]} "
-                f"of k"
+                f"task_shares has shape {np.shape(task_shares)}: it must be [N, S] with the S = "
+                f"{k.shape[1]} of k"
             )
-        checks.non_negative("shares", shares)
+        checks.non_negative("task_shares", task_shares)
 
 
 def _fits(shape, want, num_free):

@@ -1,4 +1,4 @@
-"""Which tiles to compute: those of most value, within a number of tiles for all heads together."""
+"""Budgeted top-k over tiles: those of highest score, within a number for all heads together."""
 
 from __future__ import annotations
 
@@ -14,40 +14,32 @@ from jbalance import _search as search
 from jbalance import checks
 from jbalance.attention import plan as plans
 from jbalance.attention.plan import TilePlan
+from jbalance.tiling import Tiling
 
 
 def choose(
-    value: jax.Array,
+    score: jax.Array,
     num_tiles: jax.Array | int,
+    tiling: Tiling,
     *,
-    num_queries: int,
-    num_keys: int,
-    block_q: int,
-    block_k: int,
-    causal: bool = True,
     floor: float = 0.5,
     capacity: int | None = None,
     where: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> TilePlan:
-    """The plan of most value: one price for the tiles of all heads and query blocks.
+    """Budgeted top-k over tiles: those of highest score, one price for all heads and query blocks.
 
-    Every tile costs the same, so the ladder (METHOD section 4) is a threshold on the value: found by
-    bisection on the bits, exact, ties by index. Before it, each query block has the tiles of its own
-    positions and the first key block, where much of the attention rests that has nowhere to go; and of
-    the part of its tiles that an even division would give it, `floor`, its own best ones: a value is
-    an estimate, and a query block that gets nothing is lost. If causal, the tile of the key just before
-    a block's own positions comes before all others, whatever its value: without it the block's first
-    queries see hardly more than themselves, and a sample of queries seldom has these.
+    Every tile costs the same, so the ladder (METHOD section 4) is a threshold on the score: found by
+    bisection on the bits, exact, ties by index. Three kinds of tiles come before it: the tiles of the
+    query block's own positions; the first key block, the attention sink; and, since a score is an
+    estimate, the block's best tiles up to `floor` times its even share. If causal, the tile of the key
+    just before a block's own positions comes before all others, whatever its score: without it the
+    block's first queries see hardly more than themselves, and a sample of queries seldom has these.
 
     Args:
-      value: [B, H, I, J] float >= 0 of computing each tile, such as `importance.tile_error`.
-      num_tiles: [] or [B] int, for all heads and query blocks of an example together.
-      num_queries: T.
-      num_keys: S.
-      block_q: queries of a tile.
-      block_k: keys of a tile.
-      causal: query t sees keys s <= t + S - T; other tiles are no candidates.
+      score: [B, H, I, J] float >= 0, what computing each tile gains, such as `importance.tile_error`.
+      num_tiles: [] or [B] int, the budget for all heads and query blocks of an example together.
+      tiling: the tiles; those that are not visible are no candidates.
       floor: in [0, 1].
       capacity: longest list of a plan; None for J. See `plan.from_mask`.
       where: [H] bool, the heads that there are; the others get no tiles. None for all.
@@ -58,31 +50,74 @@ def choose(
       A plan with num_tiles tiles per example, fewer only if there are no more.
 
     Raises:
-      ValueError: shapes that do not fit, values that are negative or NaN, fewer tiles than those that
+      ValueError: shapes that do not fit, scores that are negative or NaN, fewer tiles than those that
         every query block has; traced, that is a `checkify` error, and the plan has these alone.
     """
-    checks.rank("value", value, 4, "[B, H, I, J]")
-    shape = (-(-num_queries // block_q), -(-num_keys // block_k))
-    if np.shape(value)[2:] != shape:
+    _check(score, num_tiles, tiling, floor, where)
+    batch, heads = np.shape(score)[:2]
+    valid = None if where is None else jnp.asarray(where)[:, None, None]
+    num_heads = _number_of_heads(heads, valid, axis_name)
+    visible, always, previous = _structure(tiling)
+    total = _budget(num_tiles, num_heads * int(always.sum()), batch)
+    quota = _quota(floor * total / (num_heads * visible.sum()), visible, always)
+    candidate = visible & ~always
+    if valid is not None:
+        always, candidate = always & valid, candidate & valid
+    score = jnp.where(previous, jnp.inf, jnp.asarray(score, jnp.float32))
+    candidate = jnp.broadcast_to(candidate, score.shape)
+    best = _best_of_rows(score, candidate, quota)
+    mask = always | best
+    given = search.psum(jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), axis_name)
+    rest = jnp.maximum(total - given, 0)
+    flat = (batch, -1)
+    taken = _largest(score.reshape(flat), (candidate & ~best).reshape(flat), rest, axis_name)
+    return plans.from_mask(mask | taken.reshape(mask.shape), tiling, capacity)
+
+
+def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles of one head that `choose` can give, and those of them that it always does.
+
+    Returns:
+      [I, J] bool each: their sums are the most and the fewest tiles that a head can have.
+    """
+    visible, always, _ = _structure(tiling)
+    return visible, always
+
+
+def _check(score, num_tiles, tiling, floor, where):
+    """ValueError for arguments of `choose` that do not fit."""
+    checks.rank("score", score, 4, "[B, H, I, J]")
+    if np.shape(score)[2:] != tiling.shape:
         raise ValueError(
-            f"value has shape {np.shape(value)}: for {num_queries} queries in blocks of {block_q} and "
-            f"{num_keys} keys in blocks of {block_k} its last axes must be {shape}"
+            f"score has shape {np.shape(score)}: for {tiling} its last axes must be {tiling.shape}"
         )
-    checks.non_negative("value", value)
+    checks.non_negative("score", score)
     checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
     checks.whole("num_tiles", num_tiles)
     checks.in_range("floor", floor, 0, 1)
-    seen, always, before = _structure(num_queries, num_keys, block_q, block_k, causal)
-    batch, heads = np.shape(value)[:2]
-    num_heads: Any = heads
+    heads = np.shape(score)[1]
     if where is not None and np.shape(where) != (heads,):
         raise ValueError(f"where has shape {np.shape(where)}: it must be [H] = ({heads},)")
-    there = None if where is None else jnp.asarray(where)[:, None, None]
-    if there is not None:
-        num_heads = search.psum(jnp.sum(there), axis_name)
-    elif axis_name is not None:
-        num_heads *= lax.axis_size(axis_name)
-    least = num_heads * int(always.sum())
+
+
+def _structure(tiling):
+    """[I, J] bool: tiles that are visible, that are always computed, and that come first."""
+    blocks, visible = tiling.positions(), tiling.visible()
+    own = (blocks.first_key <= blocks.last_query) & (blocks.last_key >= blocks.first_query)
+    previous = blocks.first_key < blocks.first_query
+    previous &= (blocks.last_key >= blocks.first_query - 1) & tiling.causal
+    return visible, visible & (own | (blocks.first_key == 0)), previous
+
+
+def _number_of_heads(heads: Any, valid, axis_name) -> Any:
+    """Of all shards together."""
+    if valid is not None:
+        return search.psum(jnp.sum(valid), axis_name)
+    return heads if axis_name is None else heads * lax.axis_size(axis_name)
+
+
+def _budget(num_tiles, least, batch):
+    """[B] int32 tiles, at least `least`."""
     if checks.is_concrete(num_tiles, least) and (np.asarray(num_tiles) < least).any():
         raise ValueError(
             f"num_tiles is {num_tiles}: the tiles of their own positions and the first keys of all "
@@ -92,64 +127,39 @@ def choose(
     checkify.debug_check(
         jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
     )
-    value = jnp.where(before, jnp.inf, jnp.asarray(value, jnp.float32))
-    part = floor * total / (num_heads * seen.sum())
-    even = jnp.floor(part[:, None] * seen.sum(axis=1)).astype(jnp.int32)  # [B, I]
-    more = jnp.maximum(even - always.sum(axis=1), 0)[:, None]
-    rows = (-1, shape[1])
-    open_ = seen & ~always
-    if there is not None:
-        always, open_ = always & there, open_ & there
-    open_ = jnp.broadcast_to(open_, value.shape)
-    more = jnp.broadcast_to(more, value.shape[:3]).reshape(-1)
-    own = _largest(value.reshape(rows), open_.reshape(rows), more).reshape(value.shape)
-    mask = always | own
-    given = search.psum(jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), axis_name)
-    rest = jnp.maximum(total - given, 0)
-    flat = (batch, -1)
-    taken = _largest(value.reshape(flat), (open_ & ~own).reshape(flat), rest, axis_name)
-    mask |= taken.reshape(mask.shape)
-    return plans.from_mask(mask, num_queries, num_keys, block_q, block_k, capacity)
+    return total
 
 
-def candidates(
-    *, num_queries: int, num_keys: int, block_q: int, block_k: int, causal: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tiles of one head that `choose` can give, and those of them that it always does.
-
-    Returns:
-      [I, J] bool each: their sums are the most and the fewest tiles that a head can have.
-    """
-    seen, always, _ = _structure(num_queries, num_keys, block_q, block_k, causal)
-    return seen, always
+def _quota(part, visible, always):
+    """[B, 1, I] int32: how many of its best tiles every query block has beside those of `always`."""
+    even = jnp.floor(part[:, None] * visible.sum(axis=1)).astype(jnp.int32)
+    return jnp.maximum(even - always.sum(axis=1), 0)[:, None]
 
 
-def _structure(num_queries, num_keys, block_q, block_k, causal):
-    """[I, J] bool: tiles in which something is seen, that are always computed, and that come first."""
-    first, last, keys, key_ends = plans.positions(num_queries, num_keys, block_q, block_k)
-    seen = keys <= last if causal else np.ones((first.size, keys.size), bool)
-    own = (keys <= last) & (key_ends >= first)
-    before = (keys < first) & (key_ends >= first - 1) & causal
-    return seen, seen & (own | (keys == 0)), before
+def _best_of_rows(score, candidate, quota):
+    """[B, H, I, J] bool: the candidates of highest score in every row of a head."""
+    rows = (-1, score.shape[-1])
+    number = jnp.broadcast_to(quota, score.shape[:3]).reshape(-1)
+    return _largest(score.reshape(rows), candidate.reshape(rows), number).reshape(score.shape)
 
 
-def _largest(value, open_, number, axis_name=None):
-    """The `number` [R] largest of the open values [R, N], the first ones of equal values.
+def _largest(score, candidate, number, axis_name=None):
+    """The `number` [R] largest of the candidates' scores [R, N], the first ones of equal scores.
 
     The N are split over a mesh axis, if there is one.
     """
     none = jnp.uint32(search.INF_KEY + 2)
     # From the largest down, as the search spends more the higher the key.
-    down = jnp.where(open_, jnp.uint32(search.INF_KEY) - search.to_key(value), none)
+    key = jnp.where(candidate, jnp.uint32(search.INF_KEY) - search.to_key(score), none)
 
     def of_all(mask):
         return search.psum(jnp.sum(mask, axis=1, dtype=jnp.int32), axis_name)
 
-    def over(key):
-        return (of_all(down < key[:, None]) - number).astype(jnp.float32)
+    def excess(threshold):
+        return (of_all(key < threshold[:, None]) - number).astype(jnp.float32)
 
-    at = search.largest(over, search.INF_KEY + 2, number.shape)[:, None]
-    above, tied = down < at, down == at
+    threshold = search.largest(excess, search.INF_KEY + 2, number.shape)[:, None]
+    above, tied = key < threshold, key == threshold
     left = number - of_all(above)
 
     def first_ones():

@@ -1,4 +1,4 @@
-"""Attention over some of the keys, and what is needed to merge it with the rest."""
+"""Partial attention with its log-sum-exp, and the exact merge of two parts (as in flash decoding)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_TOP = 0.5 * EMPTY  # the largest of no logits, so that the weight of nothing 
 class Partial(NamedTuple):
     """Attention over some of the keys: y = softmax(logits) v, and the logits' log-sum-exp."""
 
-    y: jax.Array  # [..., D] normalised over these keys; 0 where there are none
+    y: jax.Array  # [..., D] normalized over these keys; 0 where there are none
     lse: jax.Array  # [...] float32, log-sum-exp of the logits; `EMPTY` where there are none
 
 

@@ -1,4 +1,4 @@
-"""Which tiles of attention are computed: lists of key blocks, and where they come from.
+"""Block-sparse attention patterns: lists of key blocks for each head and query block.
 
 A tile is a block of queries against a block of keys. Shapes and capacities are static, so plans of the
 same capacity run in one compiled program; which tiles they name is data.
@@ -14,8 +14,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jbalance import checks
-
-BLOCK_TOKENS = 128
+from jbalance.tiling import BLOCK_TOKENS, Tiling
 
 
 def _static():
@@ -31,7 +30,9 @@ class TilePlan:
     plan for all of them.
     """
 
-    blocks: jax.Array  # [B|1, H|1, I, C] int32 key blocks, ascending; behind `count` any in 0..J-1
+    blocks: (
+        jax.Array
+    )  # [B|1, H|1, I, C] int32 key blocks, ascending; from `count` on padding in 0..J-1
     count: jax.Array  # [B|1, H|1, I] int32, how many of the C there are
     num_queries: int = _static()  # T
     num_keys: int = _static()  # S
@@ -66,50 +67,56 @@ class TilePlan:
         return self.num_tiles / max(1, self.count.size * self.num_key_blocks)
 
 
-def from_mask(
-    mask: jax.Array,
-    num_queries: int,
-    num_keys: int,
-    block_q: int = BLOCK_TOKENS,
-    block_k: int = BLOCK_TOKENS,
-    capacity: int | None = None,
-) -> TilePlan:
+def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> TilePlan:
     """The plan of the tiles where `mask` holds.
 
     Args:
-      mask: [B|1, H|1, I, J] bool, I = ceil(num_queries / block_q), J = ceil(num_keys / block_k).
-      num_queries: T.
-      num_keys: S.
-      block_q: queries of a block.
-      block_k: keys of a block.
+      mask: [B|1, H|1, I, J] bool, (I, J) = `tiling.shape`.
+      tiling: the tiles; if causal, the mask must not name tiles in which no query sees a key.
       capacity: C, the longest list that fits; None for J. Of a traced mask with longer lists the last C
         blocks are kept (the newest keys), and `dropped` counts the others; `checkify` can make that an
         error.
 
     Raises:
-      ValueError: shapes that do not fit; a concrete mask with a longer list than `capacity`.
+      ValueError: shapes that do not fit; a concrete mask with a longer list than `capacity`, or with a
+        tile that is not visible.
     """
-    shape = _num_blocks(num_queries, num_keys, block_q, block_k)
     checks.rank("mask", mask, 4, "[B|1, H|1, I, J]")
-    if mask.shape[2:] != shape or mask.dtype != bool:
+    if mask.shape[2:] != tiling.shape or mask.dtype != bool:
         raise ValueError(
-            f"mask has shape {mask.shape} and dtype {mask.dtype}: for {num_queries} queries in blocks "
-            f"of {block_q} and {num_keys} keys in blocks of {block_k} it must be bool and its last "
-            f"axes {shape}"
+            f"mask has shape {mask.shape} and dtype {mask.dtype}: for {tiling} it must be bool and its "
+            f"last axes {tiling.shape}"
         )
-    capacity = shape[1] if capacity is None else capacity
+    capacity = tiling.shape[1] if capacity is None else capacity
     if capacity < 0:
         raise ValueError(f"capacity is {capacity}: it must be >= 0")
-    capacity = min(capacity, shape[1])
+    capacity = min(capacity, tiling.shape[1])
     if checks.is_concrete(mask):
-        longest = np.asarray(mask).sum(-1).max(initial=0)
-        if longest > capacity:
-            raise ValueError(f"capacity is {capacity}: mask needs {longest} blocks in one list")
+        _check_tiles(np.asarray(mask), tiling, capacity)
     found = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     dropped = jnp.maximum(found - capacity, 0)
     checkify.debug_check(jnp.all(dropped == 0), f"mask needs longer lists than capacity {capacity}")
-    sizes = num_queries, num_keys, block_q, block_k
-    return TilePlan(_listed(mask, dropped, capacity), found - dropped, *sizes, dropped)
+    return TilePlan(
+        _listed(mask, dropped, capacity),
+        found - dropped,
+        num_queries=tiling.num_queries,
+        num_keys=tiling.num_keys,
+        block_q=tiling.block_q,
+        block_k=tiling.block_k,
+        dropped=dropped,
+    )
+
+
+def _check_tiles(mask, tiling, capacity):
+    """ValueError for a concrete mask that names hidden tiles or needs longer lists."""
+    longest = mask.sum(-1).max(initial=0)
+    if longest > capacity:
+        raise ValueError(f"capacity is {capacity}: mask needs {longest} blocks in one list")
+    if (mask & ~tiling.visible()).any():
+        raise ValueError(
+            f"mask has tiles in which no query sees a key: for {tiling} it must be false outside of "
+            f"`tiling.visible()`, or the tiling made with causal=False"
+        )
 
 
 def _listed(mask, dropped, capacity):
@@ -133,55 +140,48 @@ def to_mask(plan: TilePlan) -> jax.Array:
     return jnp.any(same & listed[..., None], axis=-2)
 
 
-def full(
-    num_queries: int, num_keys: int, block_q: int = BLOCK_TOKENS, block_k: int = BLOCK_TOKENS
-) -> TilePlan:
-    """All tiles."""
-    shape = _num_blocks(num_queries, num_keys, block_q, block_k)
-    mask = jnp.ones((1, 1, *shape), bool)
-    return from_mask(mask, num_queries, num_keys, block_q, block_k)
+def dense(tiling: Tiling) -> TilePlan:
+    """All visible tiles: dense attention, causal or full."""
+    return from_mask(jnp.asarray(tiling.visible())[None, None], tiling)
 
 
 def causal(
     num_queries: int, num_keys: int, block_q: int = BLOCK_TOKENS, block_k: int = BLOCK_TOKENS
 ) -> TilePlan:
-    """The tiles in which some query t sees a key s <= t + S - T: the last query sees all keys."""
-    _, last, keys, _ = positions(num_queries, num_keys, block_q, block_k)
-    return from_mask((keys <= last)[None, None], num_queries, num_keys, block_q, block_k)
+    """`dense` of a causal tiling."""
+    return dense(Tiling(num_queries, num_keys, block_q, block_k))
 
 
-def window(
-    size: int,
-    num_queries: int,
-    num_keys: int,
-    block_q: int = BLOCK_TOKENS,
-    block_k: int = BLOCK_TOKENS,
-    num_sinks: int = 0,
-) -> TilePlan:
-    """The causal tiles with one of a query's last `size` keys, or one of the first `num_sinks`."""
+def window(size: int, tiling: Tiling, num_sinks: int = 0) -> TilePlan:
+    """Sliding-window attention with attention sinks.
+
+    Args:
+      size: keys that a query sees up to its own; as many behind it too, unless the tiling is causal.
+      tiling: the tiles.
+      num_sinks: first keys that every query sees besides.
+
+    Raises:
+      ValueError: a size below 1, a negative number of sinks.
+    """
     if size < 1 or num_sinks < 0:
         raise ValueError(
             f"size is {size} and num_sinks {num_sinks}: they must be >= 1 and >= 0 keys"
         )
-    first, last, keys, key_ends = positions(num_queries, num_keys, block_q, block_k)
-    near = (key_ends > first - size) | (keys < num_sinks)
-    mask = (keys <= last) & near
-    return from_mask(mask[None, None], num_queries, num_keys, block_q, block_k)
+    blocks = tiling.positions()
+    near = blocks.last_key > blocks.first_query - size
+    if not tiling.causal:
+        near &= blocks.first_key < blocks.last_query + size
+    mask = (near | (blocks.first_key < num_sinks)) & tiling.visible()
+    return from_mask(jnp.asarray(mask)[None, None], tiling)
 
 
-def segments(
-    q_ids: jax.Array,
-    k_ids: jax.Array,
-    block_q: int = BLOCK_TOKENS,
-    block_k: int = BLOCK_TOKENS,
-) -> TilePlan:
-    """The tiles in which a query and a key have the same id (packed documents).
+def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
+    """Packed documents: the visible tiles in which a query and a key have the same id.
 
     Args:
       q_ids: [B, T] int32, the document of each query.
       k_ids: [B, S] int32, that of each key.
-      block_q: queries of a block.
-      block_k: keys of a block.
+      tiling: the tiles, for T queries and S keys.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -189,15 +189,18 @@ def segments(
     checks.rank("q_ids", q_ids, 2, "[B, T]")
     checks.rank("k_ids", k_ids, 2, "[B, S]")
     checks.same_length("k_ids", k_ids, "q_ids", q_ids)
-    num_queries, num_keys = q_ids.shape[1], k_ids.shape[1]
-    _num_blocks(num_queries, num_keys, block_q, block_k)
-    q_ids, k_ids = _in_blocks(q_ids, block_q), _in_blocks(k_ids, block_k)
+    sizes = q_ids.shape[1], k_ids.shape[1]
+    if sizes != (tiling.num_queries, tiling.num_keys):
+        raise ValueError(
+            f"q_ids and k_ids have {sizes[0]} and {sizes[1]} tokens: not those of {tiling}"
+        )
+    q_ids, k_ids = _in_blocks(q_ids, tiling.block_q), _in_blocks(k_ids, tiling.block_k)
 
     def row(q_ids):
         return jnp.any(q_ids[:, :, None, None] == k_ids[:, None], axis=(1, 3))
 
-    mask = jax.lax.map(row, jnp.moveaxis(q_ids, 1, 0))
-    return from_mask(jnp.moveaxis(mask, 0, 1)[:, None], num_queries, num_keys, block_q, block_k)
+    mask = jnp.moveaxis(jax.lax.map(row, jnp.moveaxis(q_ids, 1, 0)), 0, 1)
+    return from_mask((mask & tiling.visible())[:, None], tiling)
 
 
 def union(a: TilePlan, b: TilePlan) -> TilePlan:
@@ -210,51 +213,29 @@ def intersection(a: TilePlan, b: TilePlan) -> TilePlan:
     return _combined(a, to_mask(a) & _mask_like(b, a), min(a.capacity, b.capacity))
 
 
-def difference(a: TilePlan, b: TilePlan) -> TilePlan:
-    """The tiles of `a` that are not in `b`."""
-    return _combined(a, to_mask(a) & ~_mask_like(b, a), a.capacity)
-
-
 def transposed(plan: TilePlan) -> TilePlan:
     """For every key block its query blocks: the plan of the transposed scores, of capacity I."""
     mask = jnp.swapaxes(to_mask(plan), -1, -2)
-    return from_mask(mask, plan.num_keys, plan.num_queries, plan.block_k, plan.block_q)
+    tiling = Tiling(plan.num_keys, plan.num_queries, plan.block_k, plan.block_q, causal=False)
+    return from_mask(mask, tiling)
 
 
 def _combined(like: TilePlan, mask: jax.Array, capacity: int) -> TilePlan:
-    sizes = like.num_queries, like.num_keys, like.block_q, like.block_k
-    return from_mask(mask, *sizes, min(capacity, like.num_key_blocks))
+    return from_mask(mask, Tiling(*_sizes(like), causal=False), min(capacity, like.num_key_blocks))
 
 
 def _mask_like(plan: TilePlan, other: TilePlan) -> jax.Array:
     """The mask of `plan`; ValueError unless the two are plans of the same tiles."""
-    sizes = [(p.num_queries, p.num_keys, p.block_q, p.block_k) for p in (plan, other)]
-    if sizes[0] != sizes[1]:
+    if _sizes(plan) != _sizes(other):
         raise ValueError(
-            f"the plans have (queries, keys, block_q, block_k) {sizes[1]} and {sizes[0]}: they must be "
-            f"the same"
+            f"the plans have (queries, keys, block_q, block_k) {_sizes(other)} and {_sizes(plan)}: they "
+            f"must be the same"
         )
     return to_mask(plan)
 
 
-def _num_blocks(num_queries, num_keys, block_q, block_k) -> tuple[int, int]:
-    """(I, J); ValueError for sizes that are not positive."""
-    sizes = {"num_queries": num_queries, "num_keys": num_keys}
-    for name, size in (sizes | {"block_q": block_q, "block_k": block_k}).items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
-    return -(-num_queries // block_q), -(-num_keys // block_k)
-
-
-def positions(num_queries, num_keys, block_q, block_k):
-    """Where the blocks lie among the keys: first and last query [I, 1], first and last key [J]."""
-    num_q, num_k = _num_blocks(num_queries, num_keys, block_q, block_k)
-    first = np.arange(num_q)[:, None] * block_q
-    last = np.minimum(first + block_q, num_queries) - 1
-    keys = np.arange(num_k) * block_k
-    key_ends = np.minimum(keys + block_k, num_keys) - 1
-    shift = num_keys - num_queries
-    return first + shift, last + shift, keys, key_ends
+def _sizes(plan: TilePlan) -> tuple[int, int, int, int]:
+    return plan.num_queries, plan.num_keys, plan.block_q, plan.block_k
 
 
 def _in_blocks(ids, block):

@@ -1,4 +1,4 @@
-"""Attention by its definition: dense and masked. What every other back end is tested against."""
+"""Dense masked attention: the definition that every other back end is tested against."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jbalance.attention import _operands
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import to_mask
 
 
-def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
-    """Why this back end cannot run that, or None."""
-    return None
-
-
-def attend(operands: Operands, where: Where, rules: Rules) -> Partial:
+def attend(operands: Operands, where: Visibility, rules: Rules) -> Partial:
     """`attend` over all T x S scores: y [B, T, H, E] in q's dtype, lse [B, T, H] float32."""
     q, k, v = (x.astype(jnp.float32) for x in operands[:3])
     group = q.shape[2] // k.shape[2]
@@ -40,7 +35,7 @@ def attend(operands: Operands, where: Where, rules: Rules) -> Partial:
     return Partial(y.astype(operands.q.dtype), jnp.swapaxes(lse, 1, 2))
 
 
-def allowed(where: Where, rules: Rules) -> jax.Array:
+def allowed(where: Visibility, rules: Rules) -> jax.Array:
     """[B|1, H|1, T, S] bool: which query sees which key, by tiles, positions and segments."""
     plan = where.plan
     tiles = jnp.repeat(jnp.repeat(to_mask(plan), plan.block_q, axis=2), plan.block_k, axis=3)

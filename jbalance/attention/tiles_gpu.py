@@ -1,4 +1,4 @@
-"""Attention over tiles on GPUs: Triton kernels by way of Pallas. Compiled, but not yet run on hardware.
+"""Flash attention over lists of tiles: Triton kernels by way of Pallas. Not yet run on hardware.
 
 One program takes a part of one head's query block and loops over the block's list of key blocks, as
 often as the list is long, with an online softmax. The backward pass computes the scores again from
@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plt
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention._blocks import pad
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention._tile_kernels import (
     Inputs,
     Saved,
@@ -50,7 +50,7 @@ _TILE = {2: 64, 4: 32}  # rows of a tile, at most, by bytes of a number: more sp
 _FORWARD_ROWS = {2: 2, 4: 1}  # times as many queries as keys in a tile of the forward kernel
 
 
-def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
+def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
     """Why this back end cannot run that, or None."""
     plan = where.plan
     widths = operands.q.shape[3], operands.v.shape[3]
@@ -64,7 +64,9 @@ def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
     return unsupported_bias(operands, plan)
 
 
-def forward(rules: Rules, operands: Operands, where: Where, *, interpret: bool = False) -> Partial:
+def forward(
+    rules: Rules, operands: Operands, where: Visibility, *, interpret: bool = False
+) -> Partial:
     """y [B, T, H, E] in q's dtype and lse [B, T, H] float32; `interpret` needs no GPU, for tests."""
     inputs, task = _prepared(rules, operands, where, rows=_FORWARD_ROWS[operands.q.dtype.itemsize])
     batch, size, heads, _ = inputs.q.shape
@@ -89,7 +91,7 @@ def forward(rules: Rules, operands: Operands, where: Where, *, interpret: bool =
 def backward(
     rules: Rules,
     operands: Operands,
-    where: Where,
+    where: Visibility,
     out: Partial,
     cotangent: Partial,
     *,

@@ -1,4 +1,4 @@
-"""Attention over tiles on TPUs: Mosaic kernels by way of Pallas. Compiled, but not yet run on hardware.
+"""Flash attention over lists of tiles: Mosaic kernels by way of Pallas. Not yet run on hardware.
 
 The lists of the plan are prefetched into scalar memory, and the grid runs over heads, query blocks and
 places in their lists, of which there are as many as the longest list has. The blocks that a step reads
@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _tile_kernels
 from jbalance.attention._blocks import pad
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention._tile_kernels import Inputs, Saved, Side, dot, like, logits
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
@@ -42,7 +42,7 @@ BLOCK_BYTES = 12 << 20  # of the blocks of a program, at most: they lie in vecto
 _DTYPES = ("float32", "bfloat16")
 
 
-def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
+def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
     """Why this back end cannot run that, or None."""
     plan, dtype = where.plan, operands.q.dtype
     if dtype.name not in _DTYPES:
@@ -66,7 +66,9 @@ def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
     return None
 
 
-def forward(rules: Rules, operands: Operands, where: Where, *, interpret: bool = False) -> Partial:
+def forward(
+    rules: Rules, operands: Operands, where: Visibility, *, interpret: bool = False
+) -> Partial:
     """y [B, T, H, E] in q's dtype and lse [B, T, H] float32; `interpret` needs no TPU, for tests."""
     return sequential_vmap(functools.partial(_forward, rules, interpret))(operands, where)
 
@@ -74,7 +76,7 @@ def forward(rules: Rules, operands: Operands, where: Where, *, interpret: bool =
 def backward(
     rules: Rules,
     operands: Operands,
-    where: Where,
+    where: Visibility,
     out: Partial,
     cotangent: Partial,
     *,

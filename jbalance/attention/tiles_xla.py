@@ -1,4 +1,4 @@
-"""Attention over tiles as loops that XLA compiles for any platform, written for the speed of a CPU.
+"""Flash attention over lists of tiles, as loops that XLA compiles, written for the speed of a CPU.
 
 One loop runs over the query blocks and, inside, one over the tiles of each, whose trip count is data.
 What a CPU makes fast was measured:
@@ -19,18 +19,18 @@ from jax.custom_batching import sequential_vmap
 
 from jbalance._exp2 import LOG2_E, exp2
 from jbalance.attention._blocks import Problem, empty, pad, padded
-from jbalance.attention._operands import Operands, Rules, Where
+from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 
 PLATFORM = None
 
 
-def unsupported(operands: Operands, where: Where, rules: Rules) -> str | None:
+def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
     """Why this back end cannot run that, or None."""
     return None
 
 
-def forward(rules: Rules, operands: Operands, where: Where) -> Partial:
+def forward(rules: Rules, operands: Operands, where: Visibility) -> Partial:
     """y [B, T, H, E] in q's dtype and lse [B, T, H] float32.
 
     A vmapped loop would run for the longest list of all examples, hence `sequential_vmap`.
@@ -39,7 +39,7 @@ def forward(rules: Rules, operands: Operands, where: Where) -> Partial:
 
 
 def backward(
-    rules: Rules, operands: Operands, where: Where, out: Partial, cotangent: Partial
+    rules: Rules, operands: Operands, where: Visibility, out: Partial, cotangent: Partial
 ) -> Operands:
     """The gradient to the operands, from the tiles computed once more."""
     return sequential_vmap(functools.partial(_backward, rules))(operands, where, out, cotangent)
@@ -55,14 +55,14 @@ def _forward(rules, operands, where):
         row = problem.row(r)
         query = problem.queries(row, problem.logit_scale)
 
-        def tile(at, carry):
+        def step(tile, carry):
             y, mass, top = carry
-            logits = _dot("qd,kd->qk", query, problem.keys(at))
-            logits = problem.logits(at, logits)[0]
+            logits = _dot("qd,kd->qk", query, problem.keys(tile))
+            logits = problem.logits(tile, logits)[0]
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             weight = exp2(logits - new_top[:, None])
             decay = exp2(top - new_top)
-            y = y * decay[:, None] + _dot("qk,kd->qd", weight, problem.values(at))
+            y = y * decay[:, None] + _dot("qk,kd->qd", weight, problem.values(tile))
             return y, mass * decay + jnp.sum(weight, axis=-1), new_top
 
         rows = query.shape[0]
@@ -71,7 +71,7 @@ def _forward(rules, operands, where):
             jnp.zeros(rows, jnp.float32),
             jnp.full(rows, NO_TOP, jnp.float32),
         )
-        y, mass, top = problem.over_tiles(row, tile, problem.varying(start))
+        y, mass, top = problem.over_tiles(row, step, problem.varying(start))
         some = mass > 0
         mass = jnp.where(some, mass, 1.0)
         lse = jnp.where(some, (top + jnp.log2(mass)) / LOG2_E, EMPTY)
@@ -101,24 +101,24 @@ def _backward(rules, operands, where, out, cotangent):
         delta = delta - problem.read(dlse, row)
         lse_rows = problem.read(lse, row)
 
-        def tile(at, carry):
+        def step(tile, carry):
             dq, sums = carry
-            keys = problem.keys(at)
-            logits, slope = problem.logits(at, _dot("kd,qd->kq", keys, query), keys_first=True)
+            keys = problem.keys(tile)
+            logits, slope = problem.logits(tile, _dot("kd,qd->kq", keys, query), keys_first=True)
             weight = exp2(logits - lse_rows)
-            dlogits = weight * (_dot("kd,qd->kq", problem.values(at), dy_rows) - delta)
-            sums = problem.add_biases(sums, at, dlogits)
+            dlogits = weight * (_dot("kd,qd->kq", problem.values(tile), dy_rows) - delta)
+            sums = problem.add_biases(sums, tile, dlogits)
             if slope is not None:
                 dlogits = dlogits * slope
             sums = sums._replace(
-                k=problem.add_keys(sums.k, at, _dot("kq,qd->kd", dlogits, scaled)),
-                v=problem.add_keys(sums.v, at, _dot("kq,qd->kd", weight, dy_rows)),
+                k=problem.add_keys(sums.k, tile, _dot("kq,qd->kd", dlogits, scaled)),
+                v=problem.add_keys(sums.v, tile, _dot("kq,qd->kd", weight, dy_rows)),
             )
             return dq + _dot("kd,kq->dq", keys, dlogits), sums
 
         dq, sums = carry
         start = problem.varying(jnp.zeros(query.shape[::-1], jnp.float32)), sums
-        dq_rows, sums = problem.over_tiles(row, tile, start)
+        dq_rows, sums = problem.over_tiles(row, step, start)
         return problem.write(dq, dq_rows.T * rules.scale, row), sums
 
     dq = problem.varying(empty(problem.q_shape, dtypes[0]))

@@ -3,8 +3,9 @@
 from jbalance.importance.anova import anova
 from jbalance.importance.attention_energy import attention_energy
 from jbalance.importance.attention_mass import attention_mass
+from jbalance.importance.blending import blend, decay_feedback
 from jbalance.importance.chi_squared import chi_squared
-from jbalance.importance.combine import NORMALIZERS, combine, combined, normalize_rows
+from jbalance.importance.combine import combine, combined
 from jbalance.importance.correlation import correlation
 from jbalance.importance.entropy import entropy
 from jbalance.importance.expected_attention import expected_attention
@@ -14,15 +15,13 @@ from jbalance.importance.leverage import leverage
 from jbalance.importance.max_attention import max_attention
 from jbalance.importance.mutual_information import mutual_information
 from jbalance.importance.output_error import output_error, protected
-from jbalance.importance.pooling import decay_feedback, pool
 from jbalance.importance.reconstruction import reconstruction
 from jbalance.importance.sinks_recent import sinks_recent
-from jbalance.importance.tfidf import term_importance, tfidf
+from jbalance.importance.tfidf import tfidf
 from jbalance.importance.tile_error import tile_error
 from jbalance.importance.tile_sketch import tile_sketch
 from jbalance.importance.token_worth import token_worth
 from jbalance.importance.tokens import TOKEN_SCORERS
-from jbalance.importance.value_weighted import value_weighted
 from jbalance.importance.weighted import weighted
 from jbalance.importance.window import window
 from jbalance.importance.worth_curve import CURVE_BINS, worth_curve
@@ -41,7 +40,6 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "feature_importance",
     # terms of documents
     "tfidf",
-    "term_importance",
     # cached tokens: attended to, about to be, or unlike the rest
     "attention_mass",
     "max_attention",
@@ -53,7 +51,6 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "attention_energy",
     "reconstruction",
     "token_worth",
-    "value_weighted",
     "TOKEN_SCORERS",
     # heads: what evicting their tokens costs
     "protected",
@@ -65,10 +62,8 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "worth_curve",
     "CURVE_BINS",
     # several scores, prior knowledge and feedback
-    "normalize_rows",
-    "NORMALIZERS",
     "combine",
     "combined",
-    "pool",
+    "blend",
     "decay_feedback",
 ]

@@ -39,7 +39,7 @@ def unit_interval(x: jax.Array) -> jax.Array:
     return jnp.where(span > 0, (x - low) / jnp.where(span > 0, span, 1.0), 0.0)
 
 
-def centred(x: jax.Array) -> jax.Array:
+def centered(x: jax.Array) -> jax.Array:
     """x [B, N] scaled to a span of 1 per feature and moved to mean 0; a constant feature is 0."""
     unit = unit_interval(x)
     return unit - unit.mean(axis=0)

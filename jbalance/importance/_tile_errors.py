@@ -1,4 +1,4 @@
-"""The error of leaving out each tile of attention, as a sample of the queries sees it."""
+"""Leave-one-tile-out error of attention, from a sample of the queries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance._exp2 import LOG2_E, exp2
+from jbalance.tiling import Tiling
 
 HIDDEN = -1e30  # logits of keys that a query does not see
 _CHUNK_ROWS = 64  # sampled queries looked at together, those of heads that share keys among them
@@ -22,7 +23,7 @@ _LEAST_REST = 0.05  # a tile with more of the attention than 1 - this is worth e
 
 
 class Summary(Protocol):
-    """The keys, as far as the errors of leaving out blocks of them need them."""
+    """What `errors` needs to know about the keys: exact (`_Keys`) or sketched (`_Sketch`)."""
 
     @property
     def block_k(self) -> int:
@@ -32,11 +33,11 @@ class Summary(Protocol):
     def value_stride(self) -> int:
         """One of so many values is looked at."""
 
-    def errors(self, asked: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
+    def errors(self, queries: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
         """On average over sampled queries of a block.
 
         Args:
-          asked: [B, K, G, step, rows, D] queries, scaled for logits in base 2.
+          queries: [B, K, G, step, rows, D] queries, scaled for logits in base 2.
           last: [step, rows], the last key that each sees.
           values: of the first J blocks of keys, all that are seen.
 
@@ -45,19 +46,18 @@ class Summary(Protocol):
         """
 
 
-def errors(
-    q: jax.Array, v: jax.Array, summary: Summary, *, block_q: int, rows: int, causal: bool
-) -> jax.Array:
+def errors(q: jax.Array, v: jax.Array, summary: Summary, tiling: Tiling, rows: int) -> jax.Array:
     """[B, H, I, J] squared errors of leaving out each tile: `tile_error` and its arguments."""
     batch, size, heads, head_dim = q.shape
-    num_keys, kv_heads, block_k = *v.shape[1:3], summary.block_k
-    num_rows, num_blocks = -(-size // block_q), -(-num_keys // block_k)
+    num_keys, kv_heads = v.shape[1:3]
+    block_q, block_k, causal = tiling.block_q, tiling.block_k, tiling.causal
+    num_rows, num_blocks = tiling.shape
     spots = (np.arange(rows) + 1) * block_q // rows - 1
-    at = np.minimum(np.arange(num_rows)[:, None] * block_q + spots, size - 1)  # [I, rows]
-    last = at + num_keys - size if causal else np.full_like(at, num_keys - 1)
-    asked = q[:, at].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
-    asked = asked.reshape(batch, num_rows, rows, kv_heads, -1, head_dim)
-    asked = jnp.transpose(asked, (1, 0, 3, 4, 2, 5))  # [I, B, K, G, rows, D]
+    sampled = np.minimum(np.arange(num_rows)[:, None] * block_q + spots, size - 1)  # [I, rows]
+    last = sampled + num_keys - size if causal else np.full_like(sampled, num_keys - 1)
+    queries = q[:, sampled].astype(jnp.float32) * (LOG2_E / math.sqrt(head_dim))
+    queries = queries.reshape(batch, num_rows, rows, kv_heads, -1, head_dim)
+    queries = jnp.transpose(queries, (1, 0, 3, 4, 2, 5))  # [I, B, K, G, rows, D]
     values = Moments.of(padded(v, block_k), num_keys, block_k, summary.value_stride)
 
     rows_per_block = rows * heads // kv_heads
@@ -66,23 +66,23 @@ def errors(
     out = []
     for part in np.array_split(np.arange(num_rows), min(segments, num_rows)):
         seen = min(max(int(last[part].max()) // block_k + 1, 1), num_blocks)
-        own = values.first(seen)
+        moments = values.first(seen)
 
-        def chunk(i, own=own):
-            return summary.errors(jnp.moveaxis(asked[i], 0, 3), jnp.asarray(last)[i], own)
+        def chunk(i, moments=moments):
+            return summary.errors(jnp.moveaxis(queries[i], 0, 3), jnp.asarray(last)[i], moments)
 
         chunks = -(-part.size * rows_per_block // _CHUNK_ROWS)
         step = -(-part.size // chunks)
         chosen = np.minimum(np.arange(chunks * step) + part[0], num_rows - 1).reshape(-1, step)
-        found = lax.map(chunk, jnp.asarray(chosen))  # [chunks, B, K, seen, G, step]
-        found = jnp.transpose(found, (1, 2, 4, 0, 5, 3)).reshape(batch, heads, -1, seen)
-        found = found[:, :, : part.size]
-        out.append(jnp.pad(found, ((0, 0),) * 3 + ((0, num_blocks - seen),)))
+        result = lax.map(chunk, jnp.asarray(chosen))  # [chunks, B, K, seen, G, step]
+        result = jnp.transpose(result, (1, 2, 4, 0, 5, 3)).reshape(batch, heads, -1, seen)
+        result = result[:, :, : part.size]
+        out.append(jnp.pad(result, ((0, 0),) * 3 + ((0, num_blocks - seen),)))
     return jnp.concatenate(out, axis=2)
 
 
 def checked(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, block_q: int, block_k: int, rows: int
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k and v as arrays; ValueError for shapes and numbers that do not fit."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -97,9 +97,11 @@ def checked(
             f"k has shape {k.shape}: with q {q.shape} it must be [B, S, K, D] = ({q.shape[0]}, S, a "
             f"divisor of {q.shape[2]}, {q.shape[3]})"
         )
-    for name, value in (("block_q", block_q), ("block_k", block_k)):
-        checks.positive(name, value)
-    checks.in_range("rows", rows, 1, block_q)
+    if (q.shape[1], k.shape[1]) != (tiling.num_queries, tiling.num_keys):
+        raise ValueError(
+            f"tiling is {tiling}: q and k have {q.shape[1]} queries and {k.shape[1]} keys"
+        )
+    checks.in_range("rows", rows, 1, tiling.block_q)
     return q, k, v
 
 
@@ -117,8 +119,8 @@ def by_block(
     return [jnp.moveaxis(x, 0, 2).reshape(*lead, -1, x.shape[-1]) for x in sums]
 
 
-def shares(top: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention [B, K, J, rows] to each block, of masses as multiples of 2^top; and a unit of these."""
+def normalized(top: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention weight of each block [B, K, J, rows], of masses times 2^top; and the factor."""
     part = exp2(top - jnp.max(top, axis=2, keepdims=True))
     whole = jnp.sum(mass * part, axis=2, keepdims=True)
     part = part / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
@@ -144,8 +146,8 @@ class Moments(NamedTuple):
         inside = (jnp.arange(padded) < num_keys).reshape(-1, size, 1)[:, ::stride]
         count = jnp.sum(inside, axis=1)
         mean = jnp.sum(blocks, axis=2) / count
-        apart = jnp.where(inside, blocks - mean[:, :, None], 0)
-        square = jnp.sum(jnp.square(apart), axis=2) / count
+        centered = jnp.where(inside, blocks - mean[:, :, None], 0)
+        square = jnp.sum(jnp.square(centered), axis=2) / count
         mean, square = (
             jnp.moveaxis(x.reshape(batch, -1, heads, head_dim), 1, 2) for x in (mean, square)
         )
@@ -155,7 +157,7 @@ class Moments(NamedTuple):
         """Of the first blocks."""
         return Moments(self.mean[:, :, :number], self.variance[:, :, :number])
 
-    def apart(self, share: jax.Array) -> jax.Array:
+    def squared_distance(self, share: jax.Array) -> jax.Array:
         """|v̄_j - y|² [B, K, J, rows] with y = Σ_j m_j v̄_j, of shares m [B, K, J, rows]."""
         # (Products that contract the first axis of both operands are slow on CPUs.)
         y = jnp.einsum("bkmj,bkjd->bkmd", jnp.swapaxes(share, 2, 3), self.mean)

@@ -42,7 +42,7 @@ def _float32(name: str, x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantise first"
+            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantize first"
         )
     checks.non_empty(name, x)
     x = x.astype(jnp.float32)

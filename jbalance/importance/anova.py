@@ -1,4 +1,4 @@
-"""Discrimination of features: how far apart the classes' means lie."""
+"""Analysis of variance: how well a feature discriminates between the classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def anova(x: ArrayLike, y: ArrayLike, *, num_classes: int | None = None) -> jax.
     Reference: R. A. Fisher, Statistical Methods for Research Workers, 1925.
     """
     x, y, num_classes = _samples.samples(x, y, num_classes)
-    x = _samples.centred(x)
+    x = _samples.centered(x)
     count = _samples.per_class(jnp.ones_like(x[:, 0]), y, num_classes)
     total = _samples.per_class(x, y, num_classes)
     between = jnp.sum(total**2 / jnp.maximum(count, 1.0)[:, None], axis=0)

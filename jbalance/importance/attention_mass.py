@@ -1,4 +1,4 @@
-"""Attention mass: tokens that many queries attended to (heavy hitters)."""
+"""Attention mass (H2O's heavy hitters): tokens that many queries attended to."""
 
 from __future__ import annotations
 

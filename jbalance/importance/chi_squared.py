@@ -1,4 +1,4 @@
-"""Discrimination of features that are counts: how unevenly they fall on the classes."""
+"""Chi-squared statistic: how unevenly a feature of counts falls on the classes."""
 
 from __future__ import annotations
 

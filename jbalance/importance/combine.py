@@ -1,4 +1,4 @@
-"""Scorers combined: a weighted sum after normalising each row."""
+"""Weighted sum of several scorers, each normalized row by row."""
 
 from __future__ import annotations
 
@@ -34,26 +34,12 @@ def _by_rank(w: jax.Array) -> jax.Array:
     return _by_sum(1.0 / rank.reshape(w.shape))
 
 
-NORMALIZERS = {"sum": _by_sum, "max": _by_max, "rank": _by_rank}
+_NORMALIZERS = {"sum": _by_sum, "max": _by_max, "rank": _by_rank}
 
 
-def normalize_rows(w: ArrayLike, normalize: str = "sum") -> jax.Array:
-    """Scores of different scales in one currency, row by row.
-
-    "sum": w / Σ w; "max": w / max w; "rank": 1/rank / Σ 1/rank, rank 1 the largest and equal scores
-    sharing their best rank. A row of zeros stays 0 ("rank": uniform).
-
-    Args:
-      w: [..., S], >= 0.
-      normalize: "sum", "max" or "rank", static. "rank" has gradient 0.
-
-    Returns:
-      [..., S] float32.
-
-    Raises:
-      ValueError: an unknown `normalize`, or w scalar, empty, negative or not finite.
-    """
-    rows = checks.choice("normalize", normalize, NORMALIZERS)
+def _normalized(w: ArrayLike, normalize: str) -> jax.Array:
+    """Scores [..., S] of different scales in one currency, row by row."""
+    rows = checks.choice("normalize", normalize, _NORMALIZERS)
     w = jnp.asarray(w, jnp.float32)
     checks.rank("w", w, _ROWS, "[..., S]")
     checks.non_empty("w", w)
@@ -62,25 +48,28 @@ def normalize_rows(w: ArrayLike, normalize: str = "sum") -> jax.Array:
 
 
 def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") -> jax.Array:
-    """Weighted sum of M normalised scores: w = Σ_m weights_m · normalize(scores_m).
+    """Weighted sum of M normalized scores: w = Σ_m weights_m · normalize(scores_m).
 
     Args:
       scores: [M, ..., S], >= 0.
       weights: [M], >= 0.
-      normalize: as for `normalize_rows`, static.
+      normalize: "sum": w / Σ w; "max": w / max w; "rank": 1/rank / Σ 1/rank, rank 1 the largest and
+        equal scores sharing their best rank. A row of zeros stays 0 ("rank": uniform). Static; "rank"
+        has gradient 0.
 
     Returns:
       w, [..., S] float32.
 
     Raises:
-      ValueError: weights and scores differ in M, or as `normalize_rows`.
+      ValueError: an unknown `normalize`; weights and scores that differ in M; scores that are empty,
+        negative or not finite.
     """
     checks.rank("scores", scores, _ROWS[1:], "[M, ..., S]")
     checks.rank("weights", weights, 1, "[M]")
     checks.same_length("weights", weights, "scores", scores)
     checks.non_negative("weights", weights)
     weights = jnp.asarray(weights, jnp.float32)
-    normalized = normalize_rows(scores, normalize)
+    normalized = _normalized(scores, normalize)
     return jnp.einsum("m,m...->...", weights, normalized, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -90,14 +79,14 @@ def combined(
     normalize: str | Mapping[str, str] = "sum",
     scorers: Mapping[str, TokenScorer] = TOKEN_SCORERS,
 ) -> TokenScorer:
-    """A scorer that is the weighted sum of others, each normalised row by row.
+    """A scorer that is the weighted sum of others, each normalized row by row.
 
     `combined({"window": 1.0, "leverage": 0.2}, normalize={"leverage": "rank"})`: what the last
     queries need, and some of what is unlike the rest.
 
     Args:
       weights: by name, >= 0.
-      normalize: as for `normalize_rows`; one for all, or by name ("sum" where left out).
+      normalize: as for `combine`; one for all, or by name ("sum" where left out).
       scorers: what the names mean; give your own, say with `functools.partial`, for options.
 
     Returns:
@@ -113,11 +102,11 @@ def combined(
     by_name = dict.fromkeys(weights, normalize) if isinstance(normalize, str) else dict(normalize)
     for name, how in by_name.items():
         checks.choice("a name in normalize", name, weights)
-        checks.choice("normalize", how, NORMALIZERS)
+        checks.choice("normalize", how, _NORMALIZERS)
 
     def scored(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         terms = [
-            weight * normalize_rows(scorers[name](q, k, v), by_name.get(name, "sum"))
+            weight * _normalized(scorers[name](q, k, v), by_name.get(name, "sum"))
             for name, weight in weights.items()
         ]
         return jnp.stack(terms).sum(axis=0)

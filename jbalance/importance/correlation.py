@@ -1,4 +1,4 @@
-"""Relevance of features: absolute correlation with the target."""
+"""Pearson correlation, absolute: how relevant a feature is to the target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def correlation(x: ArrayLike, y: ArrayLike, *, num_classes: int | None = None) -
     Reference: K. Pearson, 1895.
     """
     x, y, _ = _samples.samples(x, y, num_classes)
-    x, target = _samples.centred(x), _samples.centred(y[:, None].astype(jnp.float32))
+    x, target = _samples.centered(x), _samples.centered(y[:, None].astype(jnp.float32))
     norms = jnp.sum(x**2, axis=0) * jnp.sum(target**2)
     safe = jnp.sqrt(jnp.where(norms > 0, norms, 1.0))
     return jnp.where(norms > 0, _samples.ratio(jnp.abs(jnp.sum(x * target, axis=0)), safe), 0.0)

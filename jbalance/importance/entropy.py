@@ -1,4 +1,4 @@
-"""Complexity of features: how much of their range they use."""
+"""Shannon entropy of a binned feature, normalized: how much of its range it uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jbalance.importance import _samples
 def entropy(
     x: ArrayLike, y: ArrayLike, *, num_classes: int | None = None, bins: int = 16
 ) -> jax.Array:
-    """Normalised entropy of each binned feature: -Σ_b p_b log p_b / log(bins).
+    """Normalized entropy of each binned feature: -Σ_b p_b log p_b / log(bins).
 
     Args:
       x: [B, N] features.

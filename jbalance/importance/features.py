@@ -50,14 +50,13 @@ def feature_association(
     Raises:
       ValueError: an unknown name, or what the scorers themselves refuse.
     """
-    options: dict[str, Any] = {"num_classes": num_classes}
     names = {
         "relevance": relevance,
         "discrimination": discrimination,
         "complexity": complexity,
     }
     scorers = [checks.choice(role, name, FEATURE_SCORERS) for role, name in names.items()]
-    return jnp.stack([scorer(x, y, **options) for scorer in scorers], axis=1)
+    return jnp.stack([scorer(x, y, num_classes=num_classes) for scorer in scorers], axis=1)
 
 
 def feature_importance(

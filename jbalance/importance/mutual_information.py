@@ -1,4 +1,4 @@
-"""Relevance of features: mutual information with the target."""
+"""Mutual information of a binned feature with the target: its relevance."""
 
 from __future__ import annotations
 

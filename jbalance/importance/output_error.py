@@ -1,4 +1,4 @@
-"""What evicting tokens costs a head: the error of its output, measured at each number kept.
+"""Eviction error of a head: how far its output moves, measured at each number of tokens kept.
 
 Scores of different heads are not in one currency: a head that spreads its attention over everything
 may lose half of it unnoticed, another needs each of its few tokens. The error of the output is: it is
@@ -63,7 +63,7 @@ def output_error(
     """Squared error of a head's output when only its best tokens are kept, for each number of them.
 
     E_km = sum over the group's query heads of mean_t ||y_t(counts_m) - y_t||^2, y(n) the attention over
-    the n tokens of largest w and the `num_local` tokens before each query, renormalised. One pass over
+    the n tokens of largest w and the `num_local` tokens before each query, renormalized. One pass over
     the queries measures all counts: the tokens are taken in the order of w, and numerator and
     denominator of the softmax are running sums.
 

@@ -1,4 +1,4 @@
-"""Sinks and recent tokens: position alone."""
+"""Attention sinks and recent tokens (StreamingLLM): position alone."""
 
 from __future__ import annotations
 

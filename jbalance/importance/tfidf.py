@@ -1,4 +1,4 @@
-"""Importance of terms: term frequency times inverse document frequency."""
+"""TF-IDF: importance of terms in documents."""
 
 from __future__ import annotations
 
@@ -34,18 +34,3 @@ def tfidf(counts: ArrayLike) -> jax.Array:
     raw = tf * (jnp.log((1 + tf.shape[0]) / (1 + df)) + 1)
     squared = jnp.sum(raw**2, axis=1, keepdims=True)
     return raw / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
-
-
-def term_importance(counts: ArrayLike) -> jax.Array:
-    """Importance of terms, the mean of their weights over the documents: w_n = Σ_b tfidf_bn / B.
-
-    Args:
-      counts: [B, N], >= 0: how often document b holds term n.
-
-    Returns:
-      w, [N] float32 in 0..1.
-
-    Raises:
-      ValueError: as `tfidf`.
-    """
-    return tfidf(counts).mean(axis=0)

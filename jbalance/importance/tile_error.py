@@ -1,4 +1,4 @@
-"""What the tiles of attention are worth: the error of leaving each out, from a sample of the queries."""
+"""Leave-one-tile-out error: what the output loses without a tile, from a sample of the queries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jbalance._exp2 import exp2
 from jbalance.importance import _tile_errors
 from jbalance.importance._tile_errors import HIDDEN, Moments
+from jbalance.tiling import Tiling
 
 _TILE_KEYS = 512
 
@@ -20,16 +21,14 @@ def tile_error(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    tiling: Tiling,
     *,
-    block_q: int,
-    block_k: int,
     rows: int = 8,
-    causal: bool = True,
 ) -> jax.Array:
     """Squared error of a query's output if a tile is left out, on average over its block's queries.
 
     With p the attention weights of query t and y its output, leaving out the keys of block j and
-    normalising the rest changes y by |sum_{s in j} p_s (v_s - y)| / (1 - m_j), m_j = sum_{s in j} p_s.
+    normalizing the rest changes y by |sum_{s in j} p_s (v_s - y)| / (1 - m_j), m_j = sum_{s in j} p_s.
     Its square is taken as m_j² |v̄_j - y|² + σ_j² sum p_s², with the block's mean value v̄_j and variance
     σ_j²: what does not depend on which keys of the block are read, and what does. Mass alone asks for
     all tiles of heads that spread their attention, whose outputs hardly change without them.
@@ -41,24 +40,23 @@ def tile_error(
       q: [B, T, H, D] float queries, after the rotary embedding.
       k: [B, S, K, D] float keys; H a multiple of K.
       v: [B, S, K, D] float values.
-      block_q: queries of a tile.
-      block_k: keys of a tile.
+      tiling: the tiles, for T queries and S keys.
       rows: queries of a block that are looked at, 1 to block_q. Fewer are cheaper and noisier.
-      causal: query t sees keys s <= t + S - T, else all.
 
     Returns:
-      [B, H, I, J] float32 >= 0, I = ceil(T / block_q), J = ceil(S / block_k); 0 where nothing is seen.
+      [B, H, I, J] float32 >= 0, (I, J) = `tiling.shape`; 0 where nothing is visible.
 
     Raises:
       ValueError: shapes that do not fit, or numbers outside their range.
     """
-    q, k, v = _tile_errors.checked(q, k, v, block_q, block_k, rows)
-    together = max(1, min(_TILE_KEYS // block_k, -(-k.shape[1] // block_k)))
-    tiles = _Tiles(_tile_errors.padded(k, block_k * together), together, block_k)
-    return _tile_errors.errors(q, v, tiles, block_q=block_q, rows=rows, causal=causal)
+    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    block_k = tiling.block_k
+    together = max(1, min(_TILE_KEYS // block_k, tiling.shape[1]))
+    keys = _Keys(_tile_errors.padded(k, block_k * together), together, block_k)
+    return _tile_errors.errors(q, v, keys, tiling, rows)
 
 
-class _Tiles(NamedTuple):
+class _Keys(NamedTuple):
     """Keys, to be looked at some blocks at a time."""
 
     keys: jax.Array  # [B, S', K, D], whole tiles
@@ -66,20 +64,20 @@ class _Tiles(NamedTuple):
     block_k: int
     value_stride: int = 1
 
-    def errors(self, asked: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
+    def errors(self, queries: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
         """`Summary.errors`, exact.
 
         Keys lie before rows, whose axis a CPU then takes as vectors; a tile at a time, so that the
         logits stay in its cache.
         """
-        lead, shape = asked.shape[:2], asked.shape[2:5]
-        asked = asked.reshape(*lead, -1, asked.shape[-1])
+        lead, shape = queries.shape[:2], queries.shape[2:5]
+        queries = queries.reshape(*lead, -1, queries.shape[-1])
         last = jnp.broadcast_to(last, shape).reshape(-1)
         width, number = self.together * self.block_k, values.mean.shape[2]
 
         def one(i):
             keys = lax.dynamic_slice_in_dim(self.keys, i * width, width, axis=1)
-            logits = jnp.einsum("bskd,bkmd->bksm", keys, asked)
+            logits = jnp.einsum("bskd,bkmd->bksm", keys, queries)
             hidden = jnp.arange(width)[:, None] > last - i * width
             logits = jnp.where(hidden, HIDDEN, logits)
             logits = logits.reshape(*lead, self.together, self.block_k, -1)
@@ -89,9 +87,9 @@ class _Tiles(NamedTuple):
 
         sums = _tile_errors.by_block(one, -(-number // self.together), lead)
         top, mass, square = (x[:, :, :number] for x in sums)
-        share, unit = _tile_errors.shares(top, mass)
+        share, factor = _tile_errors.normalized(top, mass)
         # Σ p² of a block's keys, of (Σ p)²: what is not shared by its keys.
-        single = square * unit * unit / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
-        apart = values.apart(share) + single * values.variance[..., None]
-        error = _tile_errors.of_the_rest(share) * apart
+        single = square * factor * factor / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
+        distance = values.squared_distance(share) + single * values.variance[..., None]
+        error = _tile_errors.of_the_rest(share) * distance
         return jnp.mean(error.reshape(*lead, number, *shape), axis=-1)

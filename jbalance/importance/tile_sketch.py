@@ -1,4 +1,4 @@
-"""What the tiles of attention are worth, from a sketch of the keys."""
+"""Leave-one-tile-out error from a sketch of the keys: group means, variances and outliers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jbalance._exp2 import LOG2_E, exp2
 from jbalance.importance import _tile_errors
 from jbalance.importance._tile_errors import HIDDEN, Moments
+from jbalance.tiling import Tiling
 
 _GROUP_KEYS, _TILE_GROUPS = 32, 128
 _VALUES = 32  # of a block, at most, stand for it
@@ -24,15 +25,13 @@ def tile_sketch(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    tiling: Tiling,
     *,
-    block_q: int,
-    block_k: int,
     rows: int = 8,
-    causal: bool = True,
 ) -> jax.Array:
     """`tile_error` from a sketch of the keys, for a fraction of its cost.
 
-    Of up to 32 neighbouring keys the one that is least like their mean stays as it is: attention may
+    Of up to 32 neighboring keys the one that is least like their mean stays as it is: attention may
     single it out. The n others are taken as a normal distribution with their mean μ and the variances of
     their coordinates, of which the sum of exp(q · k) is n exp(q · μ + s / 2), with s the variance of
     q · k. Means alone do not see a tile that is peaked. The output y is that of the block's queries on
@@ -40,13 +39,13 @@ def tile_sketch(
 
     Args, Returns, Raises: those of `tile_error`.
     """
-    q, k, v = _tile_errors.checked(q, k, v, block_q, block_k, rows)
-    sketch = _Sketch.of(k.astype(jnp.float32), block_k)
-    return _tile_errors.errors(q, v, sketch, block_q=block_q, rows=rows, causal=causal)
+    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    sketch = _Sketch.of(k.astype(jnp.float32), tiling.block_k)
+    return _tile_errors.errors(q, v, sketch, tiling, rows)
 
 
 class _Sketch(NamedTuple):
-    """Groups of neighbouring keys: one key as it is, the mean and the variances of the others."""
+    """Groups of neighboring keys: one key as it is, the mean and the variances of the others."""
 
     key: jax.Array  # [B, K, N', D], whole tiles of groups
     position: jax.Array  # [B, K, N'] int32 of that key
@@ -65,13 +64,13 @@ class _Sketch(NamedTuple):
         together = max(1, min(_TILE_GROUPS * group // block_k, -(-size // block_k)))
         keys = _tile_errors.padded(keys, block_k * together)
         groups = keys.reshape(batch, -1, group, heads * head_dim)
-        at = jnp.arange(keys.shape[1], dtype=jnp.int32).reshape(-1, group, 1)
-        count = jnp.sum(at < size, axis=1)
+        index = jnp.arange(keys.shape[1], dtype=jnp.int32).reshape(-1, group, 1)
+        count = jnp.sum(index < size, axis=1)
         mean = jnp.sum(groups, axis=2) / jnp.maximum(count, 1)
-        apart = (groups - mean[:, :, None]).reshape(batch, -1, group, heads, head_dim)
-        apart = jnp.einsum("bngkd,bngkd->bngk", apart, apart)
-        chosen = jnp.argmax(jnp.where(at < size, apart, -1.0), axis=2).astype(jnp.int32)
-        position = at[:, 0] + chosen
+        distance = (groups - mean[:, :, None]).reshape(batch, -1, group, heads, head_dim)
+        distance = jnp.einsum("bngkd,bngkd->bngk", distance, distance)
+        chosen = jnp.argmax(jnp.where(index < size, distance, -1.0), axis=2).astype(jnp.int32)
+        position = index[:, 0] + chosen
         flat = jnp.arange(batch)[:, None, None] * keys.shape[1] + position
         key = keys.reshape(-1, head_dim)[flat * heads + jnp.arange(heads)]
         # Of the others. Padding is zeros, and so adds nothing.
@@ -86,28 +85,28 @@ class _Sketch(NamedTuple):
         stride = next(n for n in range(max(1, block_k // _VALUES), 0, -1) if block_k % n == 0)
         return cls(key, position, mean, variance, group, together, block_k, stride)
 
-    def errors(self, asked: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
+    def errors(self, queries: jax.Array, last: jax.Array, values: Moments) -> jax.Array:
         """`Summary.errors`, as expected of what the sketch does not say."""
-        lead, shape = asked.shape[:2], asked.shape[2:5]
+        lead, shape = queries.shape[:2], queries.shape[2:5]
         number = values.mean.shape[2]
-        asked = asked.reshape(*lead, -1, asked.shape[-1])
+        queries = queries.reshape(*lead, -1, queries.shape[-1])
         last = jnp.broadcast_to(last, shape).reshape(-1)
-        squared, width = jnp.square(asked), self.together * self.block_k // self.group
+        squared, width = jnp.square(queries), self.together * self.block_k // self.group
 
         def one(i):
             parts = self.key, self.position, self.mean, self.variance
             key, position, mean, variance = (
                 lax.dynamic_slice_in_dim(x, i * width, width, axis=2) for x in parts
             )
-            single = jnp.einsum("bksd,bkmd->bksm", key, asked)
-            middle = jnp.einsum("bksd,bkmd->bksm", mean, asked)
+            single = jnp.einsum("bksd,bkmd->bksm", key, queries)
+            middle = jnp.einsum("bksd,bkmd->bksm", mean, queries)
             spread = jnp.einsum("bksd,bkmd->bksm", variance, squared)
-            there = position[..., None] <= last
+            visible = position[..., None] <= last
             begin = (i * width + jnp.arange(width)[:, None]) * self.group
-            count = jnp.clip(last - begin + 1, 0, self.group) - there
+            count = jnp.clip(last - begin + 1, 0, self.group) - visible
             others = middle + jnp.minimum(spread, _MOST_SPREAD) * np.float32(0.5 / LOG2_E)
             blocks = (*lead, self.together, -1, last.size)
-            single = jnp.where(there, single, HIDDEN).reshape(blocks)
+            single = jnp.where(visible, single, HIDDEN).reshape(blocks)
             others = jnp.where(count > 0, others, HIDDEN).reshape(blocks)
             top = jnp.maximum(jnp.max(jnp.maximum(single, others), axis=3), 0.5 * HIDDEN)
             near = top[:, :, :, None]
@@ -115,10 +114,10 @@ class _Sketch(NamedTuple):
             return top, jnp.sum(mass, axis=3)
 
         sums = _tile_errors.by_block(one, -(-number // self.together), lead)
-        share, _ = _tile_errors.shares(*(x[:, :, :number] for x in sums))
+        share, _ = _tile_errors.normalized(*(x[:, :, :number] for x in sums))
         moved = _tile_errors.of_the_rest(share)
         share, moved = (
             jnp.mean(x.reshape(*lead, number, -1, shape[2]), axis=-1) for x in (share, moved)
         )
-        error = moved * (values.apart(share) + values.variance[..., None])
+        error = moved * (values.squared_distance(share) + values.variance[..., None])
         return error.reshape(*lead, number, *shape[:2])

@@ -1,4 +1,4 @@
-"""METHOD step 1: importance as the complexity that a unit is associated with."""
+"""Weighted sum of indicators: how much complexity a unit is associated with (METHOD step 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window attention: tokens that the last queries attended to."""
+"""Observation window (SnapKV): tokens that the last queries attended to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def window(
     kernel: int = 5,
     pooling: str = "mean",
 ) -> jax.Array:
-    """Mean attention received from the last `window` queries, pooled over neighbours.
+    """Mean attention received from the last `window` queries, pooled over neighbors.
 
     w_s = pool over |s' - s| <= kernel // 2 of mean over t in the window and the heads of the group
     of A_ts', zeros beyond the ends. The window's own tokens get the row's largest w: they are kept.
@@ -54,13 +54,13 @@ def window(
     if window == k.shape[0]:
         return jnp.full(k.shape[1::-1], 1.0 / window)
     total = _tokens.fold_attention(lambda w, a, _: w + a.mean(axis=1).sum(axis=1), q[-window:], k)
-    own = jnp.arange(k.shape[0]) >= k.shape[0] - window
-    pooled = _pool(jnp.where(own, 0.0, total / window), kernel, pooling)
-    return _tokens.keep_first(pooled, own)
+    recent = jnp.arange(k.shape[0]) >= k.shape[0] - window
+    pooled = _pool(jnp.where(recent, 0.0, total / window), kernel, pooling)
+    return _tokens.keep_first(pooled, recent)
 
 
 def _pool(w: jax.Array, kernel: int, pooling: str) -> jax.Array:
-    """Mean (or maximum) of w [K, S] over `kernel` neighbours, zeros beyond the ends."""
+    """Mean (or maximum) of w [K, S] over `kernel` neighbors, zeros beyond the ends."""
     combine, start = _POOLINGS[pooling]
     reach = kernel // 2
     padded = jnp.pad(w, ((0, 0), (reach, reach)))

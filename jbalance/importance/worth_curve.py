@@ -1,4 +1,4 @@
-"""How many of many small units are worth how much: all that sharing among their owners has to know."""
+"""Histogram of scores by half octave: how many small units of an owner are worth how much."""
 
 from __future__ import annotations
 

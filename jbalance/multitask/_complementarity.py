@@ -1,4 +1,4 @@
-"""Small quadratic programmes with bounds, solved exactly: x >= 0, A x + q >= 0, x · (A x + q) = 0."""
+"""Small linear complementarity problems, solved exactly: x >= 0, A x + q >= 0, x · (A x + q) = 0."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _MOST_PER_UNKNOWN = 4
 _PROXIMAL_STEPS = 4
 
 
-def minimise(gram: jax.Array, q: jax.Array, ridge: float) -> jax.Array:
-    """The minimiser x >= 0 of x G x / 2 + q · x for each row q, where G may be nearly singular.
+def minimize(gram: jax.Array, q: jax.Array, ridge: float) -> jax.Array:
+    """The minimizer x >= 0 of x G x / 2 + q · x for each row q, where G may be nearly singular.
 
     A ridge makes it definite, and holds x to what was found before (the proximal point method), so that
     it biases nothing in the end. Rockafellar (1976), doi:10.1137/0314056.
@@ -35,7 +35,7 @@ def minimise(gram: jax.Array, q: jax.Array, ridge: float) -> jax.Array:
 
 
 def solve(matrix: jax.Array, q: jax.Array, guess: jax.Array) -> jax.Array:
-    """The minimiser x >= 0 of x A x / 2 + q · x for each row q.
+    """The minimizer x >= 0 of x A x / 2 + q · x for each row q.
 
     Block principal pivoting: guess which x are positive, solve for them, exchange those that came out
     on the wrong side; one at a time, the last one, where exchanging all does not lead on, which

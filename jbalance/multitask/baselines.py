@@ -1,33 +1,34 @@
-"""Weights that need no gradients: the same, random, and from how fast the losses fall."""
+"""Equal, random and dynamic-weight-average (DWA) weights, which need no gradients."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
-def mean() -> Weighing:
+def mean() -> TaskWeighting:
     """1 / K for every task."""
 
     def init(tasks: int) -> jax.Array:
         return jnp.full(tasks, 1 / tasks, jnp.float32)
 
-    return Weighing(init, lambda facts, state: (state, state))
+    return TaskWeighting(init, lambda stats, state: (state, state))
 
 
 class RandomState(NamedTuple):
     """State of `random`."""
 
-    key: jax.Array
+    key: chex.PRNGKey
     like: jax.Array  # [K]
 
 
-def random(key: jax.Array) -> Weighing:
+def random(key: chex.PRNGKey) -> TaskWeighting:
     """Softmax of standard normal numbers, drawn anew in every step: a baseline that is hard to beat.
 
     Lin et al. (2022), Reasonable Effectiveness of Random Weighting, arXiv:2111.10603, eq. 4.
@@ -36,12 +37,12 @@ def random(key: jax.Array) -> Weighing:
       key: consumed: the state's key is split from it.
     """
 
-    def weigh(facts: Facts, state: RandomState) -> tuple[jax.Array, RandomState]:
-        key, own = jax.random.split(state.key)
-        weights = jax.nn.softmax(jax.random.normal(own, state.like.shape))
+    def weigh(stats: TaskStats, state: RandomState) -> tuple[jax.Array, RandomState]:
+        key, subkey = jax.random.split(state.key)
+        weights = jax.nn.softmax(jax.random.normal(subkey, state.like.shape))
         return weights, state._replace(key=key)
 
-    return Weighing(lambda tasks: RandomState(key, jnp.zeros(tasks)), weigh)
+    return TaskWeighting(lambda tasks: RandomState(key, jnp.zeros(tasks)), weigh)
 
 
 class DwaState(NamedTuple):
@@ -52,7 +53,7 @@ class DwaState(NamedTuple):
     step: jax.Array  # [] int32
 
 
-def dwa(temperature: float = 2.0) -> Weighing:
+def dwa(temperature: float = 2.0) -> TaskWeighting:
     """softmax(r / temperature), r_k the last loss over that before it: more for what falls slowly.
 
     Equal weights in the first two steps. The losses are those of single steps here; the paper takes the
@@ -70,10 +71,10 @@ def dwa(temperature: float = 2.0) -> Weighing:
     def init(tasks: int) -> DwaState:
         return DwaState(jnp.ones(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
 
-    def weigh(facts: Facts, state: DwaState) -> tuple[jax.Array, DwaState]:
+    def weigh(stats: TaskStats, state: DwaState) -> tuple[jax.Array, DwaState]:
         ratio = state.last / jnp.maximum(state.before, jnp.finfo(jnp.float32).tiny)
         ratio = jnp.where(state.step < 2, 1.0, ratio)
         weights = jax.nn.softmax(ratio / temperature)
-        return weights, DwaState(facts.losses, state.last, state.step + 1)
+        return weights, DwaState(stats.losses, state.last, state.step + 1)
 
-    return Weighing(init, weigh, needs_losses=True)
+    return TaskWeighting(init, weigh, needs_losses=True)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbalance.multitask._complementarity import minimise
+from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 _NEWTON_STEPS = 40
 
 
-def fair(alpha: float = 1.0, *, ridge: float = 1e-6) -> Weighing:
+def fair(alpha: float = 1.0, *, ridge: float = 1e-6) -> TaskWeighting:
     """Weights w > 0 with G w = w^(-1/α): of most α-fair utility of what the step gains for each task.
 
     α = 0 is the mean, 1 Nash bargaining, and infinity MGDA's point of least length in the convex hull of
@@ -34,10 +34,10 @@ def fair(alpha: float = 1.0, *, ridge: float = 1e-6) -> Weighing:
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be above 0")
 
-    def weigh(facts: Facts, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-        return fair_weights(facts.gram, alpha, ridge), state
+    def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+        return fair_weights(stats.gram, alpha, ridge), state
 
-    return Weighing(lambda tasks: (), weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: (), weigh, needs_gram=True)
 
 
 def fair_weights(gram: jax.Array, alpha: float, ridge: float = 1e-6) -> jax.Array:
@@ -50,14 +50,14 @@ def fair_weights(gram: jax.Array, alpha: float, ridge: float = 1e-6) -> jax.Arra
 
 
 def _least_length(gram, ridge):
-    """A multiple of the minimiser of w G w on the simplex: min w G w / 2 - sum(w) over w >= 0.
+    """A multiple of the minimizer of w G w on the simplex: min w G w / 2 - sum(w) over w >= 0.
 
     With w = u / |g|: the directions' Gramian, and 1 / |g| in place of ones.
     """
     direction, inverse = unit_diagonal(gram)
     zero = inverse == 0
     target = inverse / jnp.maximum(jnp.max(inverse), jnp.finfo(jnp.float32).tiny)
-    u = minimise(direction + jnp.diag(1.0 * zero), -target[None], ridge)[0]
+    u = minimize(direction + jnp.diag(1.0 * zero), -target[None], ridge)[0]
     # A gradient of zero is the least there is.
     return jnp.where(jnp.any(zero), zero.astype(jnp.float32), u * inverse)
 
@@ -69,11 +69,11 @@ def _alpha_fair(gram, alpha):
     part in it.
     """
     direction, inverse = unit_diagonal(gram)
-    power, there = 1 / alpha, inverse > 0
-    length = jnp.where(there, 1 / jnp.where(there, inverse, 1), 1)
+    power, positive = 1 / alpha, inverse > 0
+    length = jnp.where(positive, 1 / jnp.where(positive, inverse, 1), 1)
     length = length / jnp.exp(jnp.mean(jnp.log(length)))  # w changes by a factor only
     target = length ** (power - 1)
-    matrix = direction + jnp.diag(1.0 - there)
+    matrix = direction + jnp.diag(1.0 - positive)
 
     def step(_, u):
         pull = target * u**-power
@@ -83,4 +83,4 @@ def _alpha_fair(gram, alpha):
         return u - move / jnp.maximum(reach, 1)
 
     u = lax.fori_loop(0, _NEWTON_STEPS, step, target ** (1 / (1 + power)))
-    return jnp.where(there, u * inverse, 0)
+    return jnp.where(positive, u * inverse, 0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
 class FamoState(NamedTuple):
@@ -19,7 +19,7 @@ class FamoState(NamedTuple):
     step: jax.Array  # [] int32
 
 
-def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> Weighing:
+def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> TaskWeighting:
     """Weights z_k / L_k over their sum, z = softmax(ξ); ξ moves towards tasks whose log-loss fell least.
 
     The loss after a step is that which the next update is given: of another batch, in place of a second
@@ -39,8 +39,8 @@ def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> Weighing:
     def init(tasks: int) -> FamoState:
         return FamoState(jnp.zeros(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
 
-    def weigh(facts: Facts, state: FamoState) -> tuple[jax.Array, FamoState]:
-        losses = jnp.maximum(facts.losses, tiny)
+    def weigh(stats: TaskStats, state: FamoState) -> tuple[jax.Array, FamoState]:
+        losses = jnp.maximum(stats.losses, tiny)
         z = jax.nn.softmax(state.logits)
         fell = jnp.where(state.step == 0, 0.0, jnp.log(state.losses) - jnp.log(losses))
         slope = z * (fell - jnp.sum(z * fell))  # of z · fell with respect to the logits
@@ -48,4 +48,4 @@ def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> Weighing:
         share = jax.nn.softmax(logits) / losses
         return share / jnp.sum(share), FamoState(logits, losses, state.step + 1)
 
-    return Weighing(init, weigh, needs_losses=True)
+    return TaskWeighting(init, weigh, needs_losses=True)

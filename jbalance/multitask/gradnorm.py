@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
 class GradNormState(NamedTuple):
@@ -19,7 +19,7 @@ class GradNormState(NamedTuple):
     step: jax.Array  # [] int32
 
 
-def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> Weighing:
+def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> TaskWeighting:
     """Weights follow the gradient of sum_k | w_k |g_k| - mean_j(w_j |g_j|) r_k^a |, and sum to K.
 
     r_k is the part of its first loss that task k still has, over the mean of all; the target is held
@@ -40,10 +40,10 @@ def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> Weighing:
     def init(tasks: int) -> GradNormState:
         return GradNormState(jnp.ones(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
 
-    def weigh(facts: Facts, state: GradNormState) -> tuple[jax.Array, GradNormState]:
-        first = jnp.where(state.step == 0, facts.losses, state.first)
-        length = jnp.sqrt(jnp.diagonal(facts.gram))
-        left = facts.losses / jnp.maximum(first, tiny)
+    def weigh(stats: TaskStats, state: GradNormState) -> tuple[jax.Array, GradNormState]:
+        first = jnp.where(state.step == 0, stats.losses, state.first)
+        length = jnp.sqrt(jnp.diagonal(stats.gram))
+        left = stats.losses / jnp.maximum(first, tiny)
         lag = left / jnp.maximum(jnp.mean(left), tiny)
         scaled = state.weights * length
         slope = jnp.sign(scaled - jnp.mean(scaled) * lag**asymmetry) * length
@@ -53,4 +53,4 @@ def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> Weighing:
         weights = weights * (weights.size / jnp.sum(weights))
         return state.weights, GradNormState(weights, first, state.step + 1)
 
-    return Weighing(init, weigh, needs_gram=True, needs_losses=True)
+    return TaskWeighting(init, weigh, needs_gram=True, needs_losses=True)

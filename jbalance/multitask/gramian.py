@@ -1,9 +1,8 @@
-"""The Gramian of the tasks' gradients: all that most ways of weighing tasks need to know of them."""
+"""The Gramian of the tasks' gradients: all that most task weightings need to know of them."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +10,7 @@ from jax import lax
 _COLUMNS = 8192
 
 
-def gramian(task_grads: Any, *, axis_name: str | None = None) -> jax.Array:
+def gramian(task_grads: chex.ArrayTree, *, axis_name: str | None = None) -> jax.Array:
     """G_ij = g_i · g_j over all leaves, in float32.
 
     Args:
@@ -47,7 +46,7 @@ def _of_rows(rows: jax.Array) -> jax.Array:
     return lax.fori_loop(0, whole, add, last) if whole else last
 
 
-def combine(weights: jax.Array, task_grads: Any) -> Any:
+def combine(weights: jax.Array, task_grads: chex.ArrayTree) -> chex.ArrayTree:
     """sum_k weights_k g_k, each leaf in its own dtype: [K, ...] to [...]."""
 
     def one(leaf: jax.Array) -> jax.Array:
@@ -58,7 +57,7 @@ def combine(weights: jax.Array, task_grads: Any) -> Any:
     return jax.tree.map(one, task_grads)
 
 
-def num_tasks(task_grads: Any) -> int:
+def num_tasks(task_grads: chex.ArrayTree) -> int:
     """K; ValueError unless all leaves have the same first axis."""
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(task_grads)}
     if len(sizes) != 1 or 0 in sizes:

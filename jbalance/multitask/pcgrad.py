@@ -1,15 +1,16 @@
-"""PCGrad: each gradient without what opposes the others, one after the other."""
+"""PCGrad (gradient surgery): conflicting parts are projected out, one task after the other."""
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
-def pcgrad(key: jax.Array) -> Weighing:
+def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
     """The mean of the gradients, each less its projections on those it conflicts with, in random order.
 
     In the Gramian's form: what is kept of g_i is a row of coefficients, and a product with g_j is one
@@ -19,24 +20,24 @@ def pcgrad(key: jax.Array) -> Weighing:
       key: consumed: the state is split from it.
     """
 
-    def weigh(facts: Facts, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state, own = jax.random.split(state)
-        return pcgrad_weights(facts.gram, own), state
+    def weigh(stats: TaskStats, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state, subkey = jax.random.split(state)
+        return pcgrad_weights(stats.gram, subkey), state
 
-    return Weighing(lambda tasks: key, weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: key, weigh, needs_gram=True)
 
 
-def pcgrad_weights(gram: jax.Array, key: jax.Array) -> jax.Array:
+def pcgrad_weights(gram: jax.Array, key: chex.PRNGKey) -> jax.Array:
     """Weights [K] of `pcgrad` for a Gramian [K, K]."""
     size = gram.shape[0]
     orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, size))
-    own = jnp.arange(size)
+    index = jnp.arange(size)
 
     def step(coefficients, j):  # j [K]: for each task, the one it meets
         conflict = jnp.sum(coefficients * gram[j], axis=-1)
         length = gram[j, j]
-        least = jnp.where((conflict < 0) & (j != own) & (length > 0), conflict, 0.0)
-        return coefficients.at[own, j].add(-least / jnp.where(length > 0, length, 1)), None
+        least = jnp.where((conflict < 0) & (j != index) & (length > 0), conflict, 0.0)
+        return coefficients.at[index, j].add(-least / jnp.where(length > 0, length, 1)), None
 
     coefficients, _ = lax.scan(step, jnp.eye(size, dtype=jnp.float32), orders.T)
     return jnp.mean(coefficients, axis=0)

@@ -1,10 +1,11 @@
-"""What a way of weighing tasks is: a pair of pure functions, and the optax aggregator made of it."""
+"""Task weightings for multi-task gradients: a pair of pure functions, and the optax aggregator of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
@@ -12,18 +13,18 @@ from optax.experimental import aggregating
 from jbalance.multitask.gramian import combine, gramian, num_tasks
 
 
-class Facts(NamedTuple):
-    """What is known of the tasks in a step."""
+class TaskStats(NamedTuple):
+    """Gradient Gramian and losses of the tasks in a step."""
 
-    gram: Any  # [K, K] float32, or None if the weighing does not ask for it
+    gram: Any  # [K, K] float32, or None if the weighting does not ask for it
     losses: Any  # [K] float32, or None if it does not ask for them
 
 
-class Weighing(NamedTuple):
-    """Weights of tasks: `init(K) -> state`, `weigh(facts, state) -> (weights [K], state)`."""
+class TaskWeighting(NamedTuple):
+    """Weights of tasks: `init(K) -> state`, `weigh(stats, state) -> (weights [K], state)`."""
 
     init: Callable[[int], Any]
-    weigh: Callable[[Facts, Any], tuple[jax.Array, Any]]
+    weigh: Callable[[TaskStats, Any], tuple[jax.Array, Any]]
     needs_gram: bool = False
     needs_losses: bool = False
 
@@ -36,16 +37,16 @@ class AggregatorState(NamedTuple):
 
 
 def aggregator(
-    weighing: Weighing, tasks: int, *, axis_name: str | None = None
+    weighting: TaskWeighting, tasks: int, *, axis_name: str | None = None
 ) -> aggregating.Aggregator:
     """The optax aggregator that adds the gradients of K tasks by these weights.
 
     In a chain it comes first: `optax.chain(aggregator(upgrad(), 2), optax.adamw(1e-3))`. The update
     takes a tree of [K, ...] gradients, as from `jax.vmap(jax.grad(loss), (None, 0))` or `jax.jacrev`,
-    and, where the weighing asks for them, `losses=` [K].
+    and, where the weighting asks for them, `losses=` [K].
 
     Args:
-      weighing: such as `upgrad()`.
+      weighting: such as `upgrad()`.
       tasks: K.
       axis_name: mesh axis that the parameters are split over.
 
@@ -55,29 +56,29 @@ def aggregator(
     if tasks < 1:
         raise ValueError(f"tasks is {tasks}: it must be at least 1")
 
-    def init(params: Any) -> AggregatorState:
+    def init(params: chex.ArrayTree) -> AggregatorState:
         del params
-        return AggregatorState(jnp.zeros(tasks, jnp.float32), weighing.init(tasks))
+        return AggregatorState(jnp.zeros(tasks, jnp.float32), weighting.init(tasks))
 
     def update(
-        task_grads: Any,
+        task_grads: chex.ArrayTree,
         state: AggregatorState,
-        params: Any = None,
+        params: chex.ArrayTree | None = None,
         *,
         losses: jax.Array | None = None,
         **extra: Any,
-    ) -> tuple[Any, AggregatorState]:
+    ) -> tuple[chex.ArrayTree, AggregatorState]:
         del params, extra
         if (found := num_tasks(task_grads)) != tasks:
             raise ValueError(f"task_grads has {found} tasks along its first axis, not {tasks}")
-        if weighing.needs_losses:
+        if weighting.needs_losses:
             if losses is None:
-                raise ValueError("losses is None: this weighing needs losses=[K] in every update")
+                raise ValueError("losses is None: this weighting needs losses=[K] in every update")
             losses = jnp.asarray(losses, jnp.float32)
             if losses.shape != (tasks,):
                 raise ValueError(f"losses has shape {losses.shape}: it must be [K] = ({tasks},)")
-        gram = gramian(task_grads, axis_name=axis_name) if weighing.needs_gram else None
-        weights, inner = weighing.weigh(Facts(gram, losses), state.inner)
+        gram = gramian(task_grads, axis_name=axis_name) if weighting.needs_gram else None
+        weights, inner = weighting.weigh(TaskStats(gram, losses), state.inner)
         return combine(weights, task_grads), AggregatorState(weights, inner)
 
     return aggregating.Aggregator(init, update)

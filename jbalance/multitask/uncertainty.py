@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
-def uncertainty(learning_rate: float = 1e-2) -> Weighing:
+def uncertainty(learning_rate: float = 1e-2) -> TaskWeighting:
     """Weights exp(-s_k), where s follows the gradient of sum_k exp(-s_k) L_k + s_k.
 
     At rest s_k = log L_k, so a task weighs 1 / L_k. Kendall et al. (2018), Multi-Task Learning Using
@@ -23,8 +23,8 @@ def uncertainty(learning_rate: float = 1e-2) -> Weighing:
     """
     checks.positive("learning_rate", learning_rate)
 
-    def weigh(facts: Facts, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weigh(stats: TaskStats, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = jnp.exp(-state)
-        return weights, state - learning_rate * (1 - weights * facts.losses)
+        return weights, state - learning_rate * (1 - weights * stats.losses)
 
-    return Weighing(lambda tasks: jnp.zeros(tasks, jnp.float32), weigh, needs_losses=True)
+    return TaskWeighting(lambda tasks: jnp.zeros(tasks, jnp.float32), weigh, needs_losses=True)

@@ -1,20 +1,20 @@
-"""UPGrad: every task's gradient, projected to where it harms no task."""
+"""UPGrad: every task's gradient projected onto the cone in which it conflicts with no task."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from jbalance.multitask._complementarity import minimise
+from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
-def upgrad(ridge: float = 1e-6) -> Weighing:
+def upgrad(ridge: float = 1e-6) -> TaskWeighting:
     """The mean of the gradients' projections onto {v: g_j · v >= 0 for all j}: no task is harmed.
 
     The projection of g_i is sum_j w_j g_j, w = argmin wᵀ G w over w >= e_i. It is linear in the length
-    of each gradient, so the programmes are solved for directions: G has diagonal one, and a ridge does
+    of each gradient, so the programs are solved for directions: G has diagonal one, and a ridge does
     not swamp short gradients. Quinton and Rey (2024), Jacobian Descent, arXiv:2406.16232, eq. 5.
 
     Args:
@@ -26,10 +26,10 @@ def upgrad(ridge: float = 1e-6) -> Weighing:
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be above 0")
 
-    def weigh(facts: Facts, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-        return upgrad_weights(facts.gram, ridge), state
+    def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+        return upgrad_weights(stats.gram, ridge), state
 
-    return Weighing(lambda tasks: (), weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: (), weigh, needs_gram=True)
 
 
 def upgrad_weights(gram: jax.Array, ridge: float = 1e-6) -> jax.Array:
@@ -38,6 +38,6 @@ def upgrad_weights(gram: jax.Array, ridge: float = 1e-6) -> jax.Array:
     direction, inverse = unit_diagonal(gram)
     direction += jnp.diag(1.0 * (inverse == 0))
     # Row i: weights of directions for g_i / |g_i|.
-    projected = jnp.eye(size) + minimise(direction, direction, ridge)
+    projected = jnp.eye(size) + minimize(direction, direction, ridge)
     length = jnp.sqrt(jnp.diagonal(gram))
     return length @ projected * inverse / size

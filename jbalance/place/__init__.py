@@ -5,12 +5,20 @@ import functools
 from jbalance.place.bound import bound
 from jbalance.place.causal import causal_tiles, visible_keys
 from jbalance.place.contiguous import contiguous
-from jbalance.place.drift import rebalance, rebalance_replicas
+from jbalance.place.drift import rebalance
 from jbalance.place.over_layers import over_layers, over_layers_bound
 from jbalance.place.pack import pack
 from jbalance.place.replicate import replicate
 from jbalance.place.step_time import step_time
-from jbalance.types import Placer
+from jbalance.place.types import (
+    Bound,
+    Placement,
+    Placer,
+    Rebalanced,
+    Replicas,
+    StepTime,
+    Term,
+)
 
 PLACERS: dict[str, Placer] = {
     "exchange": pack,
@@ -20,6 +28,13 @@ PLACERS: dict[str, Placer] = {
 
 __all__ = [
     "PLACERS",
+    "Bound",
+    "Placement",
+    "Placer",
+    "Rebalanced",
+    "Replicas",
+    "StepTime",
+    "Term",
     "bound",
     "causal_tiles",
     "contiguous",
@@ -27,7 +42,6 @@ __all__ = [
     "over_layers_bound",
     "pack",
     "rebalance",
-    "rebalance_replicas",
     "replicate",
     "step_time",
     "visible_keys",

@@ -20,7 +20,7 @@ def fewest(loads: jax.Array, num_slots: int, num_devices: int) -> jax.Array:
     """Copies [U] int32 >= 1, num_slots in all, at most one a device, whose largest load is least.
 
     Each spare slot goes to the unit whose copies are the largest; Adams' divisor method, which
-    minimises the largest load of a copy (Balinski and Young, Fair Representation, 1982).
+    minimizes the largest load of a copy (Balinski and Young, Fair Representation, 1982).
     """
 
     def give(_, copies):
@@ -99,9 +99,9 @@ def _candidate(loads, copies, grid, i):
     givers = lax.top_k(-merged, min(_GIVERS, num_units))[1]
     smallest = lax.top_k(jnp.where(open_to, -load, -jnp.inf), min(_SMALLEST, num_units))[1]
     largest = lax.top_k(jnp.where(open_to, load, -1.0), min(_LARGEST, num_units))[1]
-    held = with_empty(load)[grid]
-    full = first_least(-jnp.sum(held, axis=1))
-    pressing = grid[full, jnp.argmax(held[full])]
+    slot_loads = with_empty(load)[grid]
+    full = first_least(-jnp.sum(slot_loads, axis=1))
+    pressing = grid[full, jnp.argmax(slot_loads[full])]
     takers = jnp.concatenate([smallest, largest, pressing[None]])
     return givers[i // takers.size % givers.size], takers[i % takers.size]
 

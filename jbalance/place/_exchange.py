@@ -1,4 +1,4 @@
-"""Exchanges between the fullest device and another: the engine that refines every placement.
+"""Tabu search by exchanges between the fullest device and another: it refines every placement.
 
 A placement is a grid [G, C] of unit ids, C places on each device; an empty place holds U, a unit of
 no load, so that a move is an exchange with an empty place. Each step makes the exchange that leaves
@@ -52,14 +52,14 @@ def amounts(problem: Problem, units: jax.Array) -> Amounts:
     return Amounts(problem.load[units], memory)
 
 
-def pressure(held: Amounts, per_capacity: jax.Array, room: jax.Array | None) -> jax.Array:
+def pressure(totals: Amounts, per_capacity: jax.Array, room: jax.Array | None) -> jax.Array:
     """Load over capacity; far above any where memory is exceeded, so that this is mended first."""
-    relative = held.load * per_capacity
-    if held.memory is None or room is None:
+    relative = totals.load * per_capacity
+    if totals.memory is None or room is None:
         return relative
-    over = held.memory > room * (1 + ROUNDING)
+    over = totals.memory > room * (1 + ROUNDING)
     # Room may be negative, where units outside of the grid take more than there is.
-    return jnp.where(over, _OVER * (1 + held.memory - room), relative)
+    return jnp.where(over, _OVER * (1 + totals.memory - room), relative)
 
 
 def _on_devices(problem, each):
@@ -95,8 +95,8 @@ def exchange(
 
     def step(carry):
         i, (grid, each), rests_until, best, least = carry
-        here, there, found = _best_exchange(problem, grid, each, rests_until <= i, copies)
-        at_here, at_there = (cells(grid) == here) & found, (cells(grid) == there) & found
+        here, there, possible = _best_exchange(problem, grid, each, rests_until <= i, copies)
+        at_here, at_there = (cells(grid) == here) & possible, (cells(grid) == there) & possible
 
         def swapped(x):
             flat = x.reshape(-1)
@@ -121,19 +121,19 @@ def _best_exchange(problem, grid, each, free, copies):
     num_devices, places = grid.shape
     num_units = problem.load.shape[0] - 1
     devices = jnp.arange(num_devices)
-    held = _on_devices(problem, each)
-    full = first_least(-pressure(held, problem.per_capacity, problem.room))
+    totals = _on_devices(problem, each)
+    full = first_least(-pressure(totals, problem.per_capacity, problem.room))
     # Axes: a place of the fullest device, a device, a place of it.
     mine = jax.tree.map(lambda x: x[full][:, None, None], (grid, each, free))
     shift = jax.tree.map(jnp.subtract, mine[1], each)
     room = problem.room
     here = pressure(
-        jax.tree.map(lambda x, y: x[full] - y, held, shift),
+        jax.tree.map(lambda x, y: x[full] - y, totals, shift),
         problem.per_capacity[full],
         None if room is None else room[full],
     )
     there = pressure(
-        jax.tree.map(lambda x, y: x[:, None] + y, held, shift),
+        jax.tree.map(lambda x, y: x[:, None] + y, totals, shift),
         problem.per_capacity[:, None],
         None if room is None else room[:, None],
     )
@@ -145,8 +145,8 @@ def _best_exchange(problem, grid, each, free, copies):
     after = jnp.where(allowed, jnp.maximum(here, there), jnp.inf)
     best = first_least(after)
     # No exchange is allowed where all are infinite.
-    found = jnp.min(after) < jnp.inf
-    return full * places + best // grid.size, best % grid.size, found
+    possible = jnp.min(after) < jnp.inf
+    return full * places + best // grid.size, best % grid.size, possible
 
 
 def cells(grid: jax.Array) -> jax.Array:
@@ -155,7 +155,7 @@ def cells(grid: jax.Array) -> jax.Array:
 
 
 def first_least(x: jax.Array) -> jax.Array:
-    """Flat index of the least entry, the first of equals: argmin in two passes that vectorise."""
+    """Flat index of the least entry, the first of equals: argmin in two passes that vectorize."""
     index = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
     least = jnp.min(x)
     # Where all is NaN no entry equals the least: the last index then.

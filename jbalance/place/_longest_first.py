@@ -1,4 +1,4 @@
-"""Longest-processing-time first: items by falling load, each to the device that it fills least."""
+"""Longest processing time first (LPT): items by falling load, each to the least filled device."""
 
 from __future__ import annotations
 

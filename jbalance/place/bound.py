@@ -1,4 +1,4 @@
-"""What no placement can beat, and why: lower bounds on the load of the fullest device."""
+"""Lower bounds on the makespan of any placement, and which of them binds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jbalance import checks
 from jbalance.place._copies import fewest
 from jbalance.place._inputs import check_capacity, check_loads, check_max_count, check_slots
-from jbalance.types import Bound, Term
+from jbalance.place.types import Bound, Term
 
 _MOST_HOLES = 16
 

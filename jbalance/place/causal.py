@@ -1,4 +1,4 @@
-"""Tiles of causal attention on context-parallel ranks, weighed by the keys that they see."""
+"""Load balance of causal context parallelism: query blocks weighed by the keys that they see."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance.place.pack import pack
-from jbalance.types import Placement
+from jbalance.place.types import Placement
 
 
 def visible_keys(segment_ids: ArrayLike, block_q: int) -> jax.Array:
     """How many pairs of a query and a key that it sees each block of queries has.
 
     Args:
-      segment_ids: [T] int, the document of each token; neighbours of one id are one document.
+      segment_ids: [T] int, the document of each token; neighbors of one id are one document.
       block_q: queries of a block; the last one may be shorter.
 
     Returns:
@@ -55,7 +55,7 @@ def causal_tiles(
     the blocks are to be weighed by what they see.
 
     Args:
-      segment_ids: [T] int, the document of each token; neighbours of one id are one document.
+      segment_ids: [T] int, the document of each token; neighbors of one id are one document.
       num_ranks: G.
       block_q: queries of a block.
       swaps: as in `pack`.

@@ -1,4 +1,4 @@
-"""Neighbours stay together: layers to the stages of a pipeline."""
+"""Linear partition: consecutive layers to the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jbalance.place._inputs import ROUNDING, check_capacity, check_loads, check_memory
 from jbalance.place.bound import of_units
 from jbalance.place.pack import placement
-from jbalance.types import Placement
+from jbalance.place.types import Placement
 
 
 def contiguous(
@@ -38,7 +38,7 @@ def contiguous(
       memory_capacity: [G] > 0, as for `pack`.
 
     Returns:
-      A `Placement`; its bound is that of `pack`, which need not keep neighbours together.
+      A `Placement`; its bound is that of `pack`, which need not keep neighbors together.
       INFEASIBLE where no cut fits the memory (all units are then cut alike), or a device holds more
       than its capacity.
 

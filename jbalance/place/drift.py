@@ -1,20 +1,18 @@
-"""Placement again when loads have drifted: what would move, and whether it is worth it."""
+"""Replacement with hysteresis: move units under new loads only where it is worth what it moves."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import _search as search
 from jbalance import checks
 from jbalance.place import _copies
-from jbalance.place._exchange import Problem, exchange, first_least
+from jbalance.place._exchange import Problem
 from jbalance.place._inputs import (
     check_capacity,
     check_loads,
@@ -25,8 +23,8 @@ from jbalance.place._inputs import (
 )
 from jbalance.place.bound import largest_term, of_units
 from jbalance.place.pack import placement, refine
-from jbalance.place.replicate import place_copies, replicas
-from jbalance.types import Placement, Rebalanced, Status
+from jbalance.place.types import Placement, Rebalanced
+from jbalance.types import Status
 
 
 def rebalance(
@@ -80,46 +78,6 @@ def rebalance(
     return _rebalance(*args, num_devices, max_count, swaps)
 
 
-def rebalance_replicas(
-    unit_of: ArrayLike,
-    loads: ArrayLike,
-    size: ArrayLike,
-    *,
-    cost: ArrayLike = 0.0,
-    threshold: ArrayLike = 0.05,
-    swaps: int = 128,
-) -> Rebalanced:
-    """The same for units with copies: exchanges of the copies that there are, or `replicate` anew.
-
-    What is placed anew goes to the devices that hold the most of it already, pair by pair of new
-    and old device, the largest overlap first. Of the two and staying, the one of least relative
-    load + cost * what moves is taken, if it gains the threshold.
-
-    Args:
-      unit_of: [G, C] int in 0..U, the unit in each slot, U in empty slots; every unit somewhere,
-        none twice on a device (`Replicas.unit_of`).
-      loads: [U] >= 0, as they now are.
-      size: [U] whole blocks that a copy of each unit takes.
-      cost: as for `rebalance`.
-      threshold: as for `rebalance`.
-      swaps: exchanges that are tried, each way.
-
-    Returns:
-      `Rebalanced` with `Replicas`.
-
-    Raises:
-      ValueError: as `rebalance`; a unit without a slot or twice on one device.
-    """
-    checks.rank("unit_of", unit_of, 2, "[G, C]")
-    check_loads(loads, np.shape(unit_of)[0])
-    num_units = np.shape(loads)[0]
-    checks.index_below("unit_of", unit_of, num_units + 1)
-    if checks.is_concrete(unit_of):
-        _check_slots_of(np.asarray(unit_of), num_units)
-    _check_drift(loads, size, cost, threshold, swaps)
-    return _rebalance_replicas(unit_of, loads, size, cost, threshold, swaps)
-
-
 def _check_drift(loads, size, cost, threshold, swaps) -> None:
     checks.rank("size", size, 1, "[U]")
     checks.same_length("size", size, "loads", loads)
@@ -128,20 +86,6 @@ def _check_drift(loads, size, cost, threshold, swaps) -> None:
         checks.rank(name, x, 0, "[]")
         checks.non_negative(name, x)
     check_swaps(swaps)
-
-
-def _check_slots_of(unit_of: np.ndarray, num_units: int) -> None:
-    held = np.zeros((unit_of.shape[0], num_units + 1), int)
-    np.add.at(held, (np.arange(unit_of.shape[0])[:, None], unit_of), 1)
-    held = held[:, :num_units]
-    if (held > 1).any():
-        d, unit = (int(i) for i in np.argwhere(held > 1)[0])
-        raise ValueError(
-            f"unit_of[{d}] has unit {unit} {held[d, unit]} times: once on a device is enough"
-        )
-    if (held.sum(axis=0) == 0).any():
-        unit = int(np.argmin(held.sum(axis=0)))
-        raise ValueError(f"unit_of has no slot of unit {unit}: every unit needs one")
 
 
 @functools.partial(jax.jit, static_argnames=("num_devices", "max_count", "swaps"))
@@ -171,9 +115,9 @@ def _rebalance(
     target = largest_term(terms).value / scale
     place_of = _rank_on_device(device_of, -loads, num_devices)
     new = refine(problem, device_of, place_of, max_count, swaps, target)
-    there = new[:, None] == jnp.arange(num_devices)
+    holder = new[:, None] == jnp.arange(num_devices)
     old = placed(device_of)
-    return _unless_worth_it(old, placed(new), there & ~home, size, cost, threshold)
+    return _unless_worth_it(old, placed(new), holder & ~home, size, cost, threshold)
 
 
 def _rank_on_device(device_of, key, num_devices):
@@ -185,58 +129,10 @@ def _rank_on_device(device_of, key, num_devices):
     return jnp.zeros_like(device_of).at[order].set(index - starts[device_of[order]])
 
 
-@functools.partial(jax.jit, static_argnames=("swaps",))
-def _rebalance_replicas(unit_of, loads, size, cost, threshold, swaps):
-    grid = jnp.asarray(unit_of, jnp.int32)
-    loads = jnp.asarray(loads, jnp.float32)
-    num_devices, num_units = grid.shape[0], loads.shape[0]
-    copies, bound, anew = place_copies(loads, num_devices, grid.size, swaps)
-    held = _holds(grid, num_units)
-    old_copies = jnp.sum(held, axis=1, dtype=jnp.int32)
-    scale = scale_of(loads, jnp.ones(num_devices))
-    problem = dataclasses.replace(
-        _copies.problem_of(loads / scale, old_copies, num_devices),
-        away=_away(held, size, cost / scale),
-    )
-    exchanged, _ = exchange(problem, grid, swaps, bound.value / scale, copies=True)
-    anew = anew[_matching(held, _holds(anew, num_units), size)]
-
-    stay = replicas(loads, old_copies, grid, bound)
-    first = replicas(loads, old_copies, exchanged, bound)
-    second = replicas(loads, copies, anew, bound)
-    moves = [_holds(x.unit_of, num_units) & ~held for x in (first, second)]
-    paid = [
-        x.relative_load + cost * moved_blocks(moved, size)
-        for x, moved in zip((first, second), moves, strict=True)
-    ]
-    new, moved = _copies.choose(paid[1] < paid[0], (second, moves[1]), (first, moves[0]))
-    return _unless_worth_it(stay, new, moved, size, cost, threshold)
-
-
-def _holds(grid, num_units):
-    """Whether each unit is on each device: [U, G]."""
-    held = jnp.any(grid[:, :, None] == jnp.arange(num_units), axis=1)
-    return held.T
-
-
 def _away(home, size, price):
     """What each unit costs on each device, [U + 1, G]: nothing where it is already."""
     cost = jnp.where(home, 0.0, price * jnp.asarray(size, jnp.float32)[:, None])
     return jnp.pad(cost, ((0, 1), (0, 0)))
-
-
-def _matching(held, new, size):
-    """The new device [G] whose units each old device takes over, largest overlap first."""
-    overlap = jnp.einsum("ud,ue,u->de", held, new, jnp.asarray(size, jnp.float32))
-
-    def pair(_, carry):
-        left, chosen = carry
-        best = first_least(-left)
-        old, other = best // left.shape[0], best % left.shape[0]
-        return left.at[old].set(-1.0).at[:, other].set(-1.0), chosen.at[old].set(other)
-
-    start = (overlap, jnp.zeros(overlap.shape[0], jnp.int32))
-    return lax.fori_loop(0, overlap.shape[0], pair, start)[1]
 
 
 def moved_blocks(moved: jax.Array, size: ArrayLike) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Units of all layers to devices: each layer's time and each device's memory are both even."""
+"""LPT and tabu search over layers: each layer's time and each device's memory are both even."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jbalance.place._inputs import (
 )
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_units
-from jbalance.types import Bound, Placement
+from jbalance.place.types import Bound, Placement
 
 _REST = 8  # steps for which an exchanged unit stays where it is
 # What the squared unevenness of the devices' memory counts against the layers' time over its bound:
@@ -147,14 +147,14 @@ def _over_layers(loads, memory, room, speed, swaps) -> Placement:
     first, _ = longest_first(start, order, order.shape[0], copies=False)
     device_of = jnp.zeros_like(order).at[order].set(first)
     device_of = _search(units, device_of, num_layers, swaps).reshape(loads.shape)
-    at = jnp.arange(num_layers)[:, None], device_of
-    load = jnp.zeros((num_layers, num_devices)).at[at].add(loads)
-    held = jax.ops.segment_sum(memory.reshape(-1), device_of.reshape(-1), num_devices)
-    over = jnp.any(held > room * (1 + ROUNDING))
+    index = jnp.arange(num_layers)[:, None], device_of
+    load = jnp.zeros((num_layers, num_devices)).at[index].add(loads)
+    used = jax.ops.segment_sum(memory.reshape(-1), device_of.reshape(-1), num_devices)
+    over = jnp.any(used > room * (1 + ROUNDING))
     return Placement(
         device_of=device_of,
         load=load,
-        count=jnp.zeros((num_layers, num_devices), jnp.int32).at[at].add(1),
+        count=jnp.zeros((num_layers, num_devices), jnp.int32).at[index].add(1),
         relative_load=jnp.max(load / speed, axis=1),
         bound=terms.value,
         term=terms.term,
@@ -203,9 +203,9 @@ def _times(units: _Units, device_of, num_layers: int):
 
 def _objective(units: _Units, device_of, num_layers: int):
     times = _times(units, device_of, num_layers) * units.per_speed
-    held = jax.ops.segment_sum(units.memory, device_of, units.per_speed.shape[0])
+    used = jax.ops.segment_sum(units.memory, device_of, units.per_speed.shape[0])
     return jnp.sum(jnp.max(times, axis=1)) + jnp.sum(
-        _uneven(units, held, jnp.arange(held.shape[0]))
+        _uneven(units, used, jnp.arange(used.shape[0]))
     )
 
 
@@ -213,13 +213,13 @@ def _best_step(units: _Units, device_of, num_layers: int, free):
     """The unit a to move, where to, and the unit b that takes its place; U for none."""
     num_units, num_devices = units.load.shape[0], units.per_speed.shape[0]
     devices = jnp.arange(num_devices)
-    held = jax.ops.segment_sum(units.memory, device_of, num_devices)
-    costs = _uneven(units, held, devices)
+    used = jax.ops.segment_sum(units.memory, device_of, num_devices)
+    costs = _uneven(units, used, devices)
     move, pair = _slower(units, device_of, num_layers)
 
     def memory_cost(shift, p, q):
         """Of so much memory from p to q."""
-        after = _uneven(units, held[p] - shift, p) + _uneven(units, held[q] + shift, q)
+        after = _uneven(units, used[p] - shift, p) + _uneven(units, used[q] + shift, q)
         return after - costs[p] - costs[q]
 
     mine, yours = device_of[:, None], device_of[None]
@@ -230,12 +230,12 @@ def _best_step(units: _Units, device_of, num_layers: int, free):
     after = jnp.concatenate([pair, move], axis=1)
     best = first_least(after)
     a, b = best // after.shape[1], best % after.shape[1]
-    found = jnp.min(after) < jnp.inf
+    possible = jnp.min(after) < jnp.inf
     to = jnp.where(b < num_units, device_of[jnp.minimum(b, num_units - 1)], b - num_units)
     return (
         a,
-        jnp.where(found & (b < num_units), b, num_units),
-        jnp.where(found, to, device_of[a]),
+        jnp.where(possible & (b < num_units), b, num_units),
+        jnp.where(possible, to, device_of[a]),
     )
 
 
@@ -261,12 +261,12 @@ def _slower(units: _Units, device_of, num_layers: int):
     # Units of different layers: two moves. Of the same: one, of the difference.
     yours = jnp.broadcast_to(device_of, (device_of.size, device_of.size))
     same = after(units.load[:, None] - units.load, yours, rest[:, device_of]) - before
-    apart = move[:, device_of] + move[:, device_of].T
-    return move, jnp.where(units.layer[:, None] == units.layer, same, apart)
+    across_layers = move[:, device_of] + move[:, device_of].T
+    return move, jnp.where(units.layer[:, None] == units.layer, same, across_layers)
 
 
-def _uneven(units: _Units, held, device):
+def _uneven(units: _Units, used, device):
     """What the memory held on devices costs there."""
-    relative = held * units.per_even[device]
+    relative = used * units.per_even[device]
     over = jnp.maximum(relative - units.room[device] * (1 + ROUNDING), 0)
     return units.weight[device] * _EVEN * (relative - 1) ** 2 + _OVER * over

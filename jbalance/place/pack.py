@@ -1,4 +1,4 @@
-"""Units to devices, one place each: longest first, refined by swaps and moves."""
+"""LPT with tabu search: units to devices, one place each, refined by swaps and moves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jbalance.place._inputs import (
 )
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_units
-from jbalance.types import Placement
+from jbalance.place.types import Placement
 
 
 def pack(
@@ -133,8 +133,8 @@ def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placem
     relative = jnp.max(load / capacity)
     over = jnp.array(False) if limits is None else relative > 1 + ROUNDING
     if memory is not None:
-        held = jax.ops.segment_sum(memory, device_of, num_devices)
-        over |= jnp.any(held > room * (1 + ROUNDING))
+        used = jax.ops.segment_sum(memory, device_of, num_devices)
+        over |= jnp.any(used > room * (1 + ROUNDING))
     least = largest_term(terms)
     return Placement(
         device_of=device_of,

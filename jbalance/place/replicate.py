@@ -1,4 +1,4 @@
-"""Units to slots of devices, with copies of those that are heavy: experts, key/value heads."""
+"""Replicated placement (as of experts): heavy units get copies, by Adams' divisor method and LPT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jbalance.place._exchange import exchange
 from jbalance.place._inputs import check_loads, check_slots, check_swaps, scale_of, status
 from jbalance.place._longest_first import longest_first
 from jbalance.place.bound import largest_term, of_copies
-from jbalance.types import Replicas
+from jbalance.place.types import Replicas
 
 _FEW_SLOTS = 3  # a device; up to here copies and places are searched for together
 
@@ -54,11 +54,11 @@ def replicate(loads: ArrayLike, num_devices: int, num_slots: int, *, swaps: int 
 @functools.partial(jax.jit, static_argnames=("num_devices", "num_slots", "swaps"))
 def _replicate(loads, num_devices, num_slots, swaps) -> Replicas:
     loads = jnp.asarray(loads, jnp.float32)
-    copies, bound, grid = place_copies(loads, num_devices, num_slots, swaps)
-    return replicas(loads, copies, grid, bound)
+    copies, bound, grid = _place_copies(loads, num_devices, num_slots, swaps)
+    return _replicas(loads, copies, grid, bound)
 
 
-def place_copies(loads, num_devices: int, num_slots: int, swaps: int):
+def _place_copies(loads, num_devices: int, num_slots: int, swaps: int):
     """(copies [U], `Bound`, grid [G, C] of units) of loads [U]."""
     num_units, capacity = loads.shape[0], jnp.ones(num_devices)
     copies = _copies.fewest(loads, num_slots, num_devices)
@@ -88,7 +88,7 @@ def _items(load, copies, num_slots):
     return order[position].astype(jnp.int32)
 
 
-def replicas(loads, copies, grid, bound) -> Replicas:
+def _replicas(loads, copies, grid, bound) -> Replicas:
     """What the units of grid [G, C] are to the devices."""
     share = jnp.append(loads / copies, 0.0)
     load = jnp.sum(share[grid], axis=1)

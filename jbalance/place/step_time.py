@@ -1,4 +1,4 @@
-"""What a placement means for the time of a step."""
+"""Step time of a placement in which all devices wait for the fullest one, layer after layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.types import Placement, Replicas, StepTime, Term
+from jbalance.place.types import Placement, Replicas, StepTime, Term
 
 
 def step_time(placed: Placement | Replicas, seconds: jax.Array | float = 1.0) -> StepTime:

@@ -12,13 +12,13 @@ from jbalance.sharded.attention import attend, block_order
 from jbalance.sharded.cache import MeshCache
 from jbalance.sharded.choose import choose
 from jbalance.sharded.importance import tile_importance, token_importance
-from jbalance.sharded.units import ladder, pool, shares, whole
+from jbalance.sharded.units import blend, ladder, shares, whole
 
 __all__ = [  # noqa: RUF022  (pipeline order)
     "padding",
     "Padding",
     # w
-    "pool",
+    "blend",
     "token_importance",
     "tile_importance",
     # alpha, and amounts

@@ -23,6 +23,8 @@ from jbalance.attention import Partial, TilePlan
 from jbalance.sharded._layout import Dims, axis_size, padding, shapes, sizes_of, spread
 
 _Q, _KV = Dims("BTHD"), Dims("BSKD")
+# The arrays among the options of `attention.attend`.
+_ARRAYS = ("bias", "relative_bias", "segment_ids", "task_shares")
 
 
 def attend(
@@ -37,16 +39,7 @@ def attend(
     queries: str | None = None,
     tasks: str | None = None,
     block_at: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    relative_bias: jax.Array | None = None,
-    segment_ids: tuple[jax.Array, jax.Array] | None = None,
-    shares: jax.Array | None = None,
-    offset: jax.Array | int | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> Partial:
     """`attention.attend` over a mesh; differentiable as it is.
 
@@ -57,7 +50,7 @@ def attend(
     sequence wait for the last one. `block_at` lets the tokens lie on the devices in another order:
     `place.pack` of what the blocks cost (the counts of a plan; `place.causal_tiles` where all is
     computed) says which block goes where, `block_order` in which order that is, and everything by
-    token (q, k, v, segment_ids, the keys of bias and shares) comes in that order; plan and
+    token (q, k, v, segment_ids, the keys of bias and task_shares) comes in that order; plan and
     relative_bias stay in that of the sequence.
 
     Args:
@@ -69,51 +62,38 @@ def attend(
       batch: the mesh axis that examples are split over, or None.
       heads: that of key/value heads, with the query heads that share them.
       queries: that of query blocks and keys.
-      tasks: that of the rows of shares.
+      tasks: that of the rows of task_shares.
       block_at: [I] int32, the block of the sequence that each block of q is; for T = S, whole blocks,
         as many on each device.
-      bias, relative_bias, segment_ids, shares, offset, causal, window, soft_cap, scale, backend: those
-        of `attention.attend`.
+      **options: those of `attention.attend`: causal, bias, segment_ids, task_shares, ...
 
     Returns:
       The `Partial` of one device.
 
     Raises:
-      ValueError: those of `attention.attend`; an axis that the mesh does not have; tasks without shares;
-        a block_at whose blocks do not fit.
+      ValueError: those of `attention.attend`; an axis that the mesh does not have; tasks without
+        task_shares; a block_at whose blocks do not fit.
     """
-    rules: dict[str, Any] = {
-        "causal": causal,
-        "window": window,
-        "soft_cap": soft_cap,
-        "scale": scale,
-        "backend": backend,
-    }
-    given: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "bias": bias,
-        "relative_bias": relative_bias,
-        "segment_ids": segment_ids,
-        "shares": shares,
-    }
-    given = {name: x for name, x in given.items() if x is not None}
+    options = {name: x for name, x in options.items() if x is not None}
+    offset = options.pop("offset", None)
+    given = {name: options.pop(name) for name in _ARRAYS if name in options}
     num_ranks = axis_size(mesh, "queries", queries)
     if block_at is not None:
         _check_block_at(block_at, plan, num_ranks)
         if offset is not None:
             raise ValueError(f"offset is {offset}: with block_at the queries are those of the keys")
-    if tasks is not None and shares is None:
-        raise ValueError(f"tasks is {tasks!r}, but shares is None: there are no tasks to split")
+    if tasks is not None and "task_shares" not in given:
+        raise ValueError(
+            f"tasks is {tasks!r}, but task_shares is None: there are no tasks to split"
+        )
     return _attend(
-        given,
+        {"q": q, "k": k, "v": v} | given,
         plan,
         block_at,
         offset,
         mesh=mesh,
         axes=(batch, heads, queries, tasks),
-        rules=tuple(rules.items()),
+        rules=tuple(options.items()),
     )
 
 
@@ -177,7 +157,7 @@ def _attend(given, plan, block_at, offset, *, mesh, axes, rules):
         sizes["T"] = sizes["I"] * plan.block_q
         sizes["S"] = padding(plan.num_keys, num_ranks).size
     if tasks is not None:
-        num_tasks = given["shares"].shape[0]
+        num_tasks = given["task_shares"].shape[0]
         sizes["N"] = padding(num_tasks, axis_size(mesh, "tasks", tasks)).size
     # "s" and "x" are whole on every device.
     dims: dict[str, Any] = {"q": _Q, "k": _KV, "v": _KV}
@@ -185,7 +165,7 @@ def _attend(given, plan, block_at, offset, *, mesh, axes, rules):
         "bias": Dims("BHTs"),
         "relative_bias": Dims("Hx"),
         "segment_ids": (Dims("BT"), Dims("Bs")),
-        "shares": Dims("Ns"),
+        "task_shares": Dims("Ns"),
     }
     dims |= {name: d for name, d in of_others.items() if name in given}
     lists = {"blocks": plan.blocks, "count": plan.count}
@@ -199,7 +179,7 @@ def _attend(given, plan, block_at, offset, *, mesh, axes, rules):
     if offset is not None:
         args["offset"], dims["offset"] = jnp.asarray(offset, jnp.int32), Dims("")
     local = functools.partial(_local, plan=plan, queries=queries, tasks=tasks, rules=dict(rules))
-    out_dims = Dims("BTNHD" if "shares" in given else "BTHD"), Dims("BTH")
+    out_dims = Dims("BTNHD" if "task_shares" in given else "BTHD"), Dims("BTH")
     out_shapes = want.y.shape, want.lse.shape
     return Partial(*spread(local, mesh, axis_of, sizes, args, dims, out_dims, out_shapes))
 
@@ -236,8 +216,8 @@ def _in_order(args, order, block):
     if "segment_ids" in args:
         q_ids, k_ids = args["segment_ids"]
         args["segment_ids"] = q_ids, sorted_(k_ids, 1)
-    if "shares" in args:
-        args["shares"] = sorted_(args["shares"], 1)
+    if "task_shares" in args:
+        args["task_shares"] = sorted_(args["task_shares"], 1)
     if "bias" in args and args["bias"].shape[3] > 1:
         args["bias"] = sorted_(args["bias"], 3)
     return args

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jbalance import checks
 from jbalance.sharded._layout import Dims, shapes, sizes_of, spread
+from jbalance.tiling import Tiling
+from jbalance.types import TileScorer
 
 
 def token_importance(
@@ -44,15 +45,16 @@ def token_importance(
 
 
 def tile_importance(
-    scorer: Callable[..., jax.Array],
+    scorer: TileScorer,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    tiling: Tiling,
     *,
     mesh: Mesh,
     batch: str | None = None,
     heads: str | None = None,
-    **options: Any,
+    rows: int = 8,
 ) -> jax.Array:
     """`importance.tile_error` or `tile_sketch` over a mesh; nothing is exchanged.
 
@@ -61,10 +63,11 @@ def tile_importance(
       q: [B, T, H, D].
       k: [B, S, K, D].
       v: [B, S, K, D].
+      tiling: the tiles, for T queries and S keys.
       mesh: of the devices.
       batch: the mesh axis that examples are split over, or None.
       heads: that of key/value heads, with the query heads that share them.
-      **options: of the scorer: block_q, block_k, ...
+      rows: queries of a block that the scorer looks at.
 
     Returns:
       [B, H, I, J].
@@ -72,7 +75,8 @@ def tile_importance(
     Raises:
       ValueError: shapes; an axis that the mesh does not have.
     """
-    return _scores(q, k, v, scorer, tuple(options.items()), False, mesh, batch, heads)
+    options = ("tiling", tiling), ("rows", rows)
+    return _scores(q, k, v, scorer, options, False, mesh, batch, heads)
 
 
 @functools.partial(

@@ -17,18 +17,15 @@ from jax.typing import ArrayLike
 
 from jbalance import allocate, checks, importance
 from jbalance import shares as share_rules
-from jbalance.allocate.ladder import check_feasible as check_ladder_feasible
-from jbalance.allocate.ladder import check_inputs as check_ladder
-from jbalance.allocate.whole import check_feasible as check_whole_feasible
-from jbalance.allocate.whole import check_inputs as check_whole
+from jbalance.allocate import _checks
 from jbalance.sharded._layout import axis_size, cut, lay_out, padded, padding
-from jbalance.types import Allocation, Whole
+from jbalance.types import Allocation, IntegerAllocation
 
 # What the leaves of a result are: one entry a unit, one a device, or the same on all devices.
 _UNIT, _DEVICE, _ALL = "unit", "device", "all"
 
 
-def pool(
+def blend(
     w: ArrayLike,
     prior: ArrayLike | None = None,
     beta: ArrayLike = 0.0,
@@ -38,7 +35,7 @@ def pool(
     mesh: Mesh,
     axis_name: str,
 ) -> jax.Array:
-    """`importance.pool` of units [U] over a mesh axis: a maximum and two sums are exchanged.
+    """`importance.blend` of units [U] over a mesh axis: a maximum and two sums are exchanged.
 
     Args:
       w: [U] importance, >= 0.
@@ -68,12 +65,12 @@ def pool(
             common[name] = x
         elif not (checks.is_concrete(x) and float(x) == 0):  # type: ignore[arg-type]
             raise ValueError(f"{name} is {x} but {of} is None: give {of}, or {name}=0")
-    return _over_units(_pool, units, common, {}, mesh, axis_name, _UNIT)
+    return _over_units(_blend, units, common, {}, mesh, axis_name, _UNIT)
 
 
-def _pool(arguments, where, axis_name):
+def _blend(arguments, where, axis_name):
     del where  # padding weighs nothing
-    return importance.pool(**arguments, axis_name=axis_name)
+    return importance.blend(**arguments, axis_name=axis_name)
 
 
 def shares(
@@ -116,19 +113,21 @@ def whole(
     *,
     mesh: Mesh,
     axis_name: str,
-) -> Whole:
+) -> IntegerAllocation:
     """`allocate.whole` of units [U] over a mesh axis: the result of one device, bit for bit.
 
     Args, Returns, Raises: those of `allocate.whole`; values are checked where they are concrete.
     """
-    check_whole(w, budget, floor, cap, device_of)
+    _checks.whole_inputs(w, budget, floor, cap, device_of)
     units, common = {"w": w}, {"budget": budget}
     units |= {} if device_of is None else {"device_of": device_of}
     for name, x in (("floor", floor), ("cap", cap)):
         (units if np.ndim(x) else common)[name] = x
-    kinds = _kinds(Whole, amount=_UNIT, price=_ALL, binding=_UNIT, slack=_ALL, status=_ALL)
+    kinds = _kinds(
+        IntegerAllocation, amount=_UNIT, price=_ALL, binding=_UNIT, slack=_ALL, status=_ALL
+    )
     out = _over_units(_whole, units, common, {}, mesh, axis_name, kinds)
-    check_whole_feasible(out, w, budget, floor, device_of)
+    _checks.whole_feasible(out, w, budget, floor, device_of)
     return out
 
 
@@ -175,23 +174,23 @@ def ladder(
     checks.rank("values", values, 2, "[U, M]")
     num_units, levels = np.shape(values)
     each = padding(num_units, num_devices).size // num_devices
-    own = device_of is None
-    if own and np.shape(budgets) != (num_devices,):
+    by_shard = device_of is None
+    if by_shard and np.shape(budgets) != (num_devices,):
         raise ValueError(
             f"budgets has shape {np.shape(budgets)}: without device_of it must be one of each of the "
             f"{num_devices} devices along {axis_name!r}"
         )
-    owner = np.arange(num_units, dtype=np.int32) // each if own else device_of
-    check_ladder(values, costs, budgets, owner, total_budget)
-    units: dict[str, Any] = {"values": values} | ({} if own else {"device_of": device_of})
+    owner = np.arange(num_units, dtype=np.int32) // each if by_shard else device_of
+    _checks.ladder_inputs(values, costs, budgets, owner, total_budget)
+    units: dict[str, Any] = {"values": values} | ({} if by_shard else {"device_of": device_of})
     common: dict[str, Any] = {} if total_budget is None else {"total_budget": total_budget}
     if np.ndim(costs) == 1 and each * num_devices == num_units:
         common["costs"] = costs
     else:
         units["costs"] = jnp.broadcast_to(jnp.asarray(costs, jnp.int32), (num_units, levels))
-    split = {"budgets": budgets} if own else {}
-    common |= {} if own else {"budgets": budgets}
-    by_device = _DEVICE if own else _ALL
+    split = {"budgets": budgets} if by_shard else {}
+    common |= {} if by_shard else {"budgets": budgets}
+    by_device = _DEVICE if by_shard else _ALL
     kinds = _kinds(
         Allocation,
         level=_UNIT,
@@ -204,17 +203,17 @@ def ladder(
         binding=_UNIT,
         status=_ALL,
     )
-    run = _ladder_of_own if own else _ladder
+    run = _ladder_of_own if by_shard else _ladder
     out = _over_units(run, units, common, split, mesh, axis_name, kinds)
-    check_ladder_feasible(out, values, costs, budgets, owner, total_budget)
+    _checks.ladder_feasible(out, values, costs, budgets, owner, total_budget)
     return out
 
 
-def _ladder(arguments, where, axis_name, **own):
+def _ladder(arguments, where, axis_name, **options):
     if where is not None:  # of no value, and for nothing
         free = np.arange(arguments["values"].shape[1])
         arguments["costs"] = jnp.where(where[:, None], arguments["costs"], free)
-    return allocate.ladder(**arguments, axis_name=axis_name, **own)
+    return allocate.ladder(**arguments, axis_name=axis_name, **options)
 
 
 def _ladder_of_own(arguments, where, axis_name):

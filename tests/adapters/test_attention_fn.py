@@ -152,7 +152,7 @@ def test_checkpoints_load_both_ways():
         nnx.merge(graph, nnx.state(model))(tokens, mask), want, rtol=1e-4, atol=1e-5
     )
     assert jax.tree.structure(state) == jax.tree.structure(nnx.state(model))
-    balanced = adapters.balance_nnx(model, OURS)
+    balanced = adapters.set_attention_fn(model, OURS)
     assert balanced is model
     np.testing.assert_allclose(balanced(tokens, mask), want, rtol=1e-4, atol=1e-5)
 
@@ -221,12 +221,62 @@ def test_the_plans_tiles_are_what_is_computed():
 
     def window(q, k, v, /, *, causal):
         asked.append(causal)
-        return attention.window(16, 64, 64, 16, 16)
+        return attention.window(16, attention.Tiling(64, 64, 16, 16))
 
     got = adapters.attention_fn(window)(q, k, v, is_causal=True)
-    want = attention.attend(q, k, v, attention.window(16, 64, 64, 16, 16), causal=True)
+    want = attention.attend(
+        q, k, v, attention.window(16, attention.Tiling(64, 64, 16, 16)), causal=True
+    )
     np.testing.assert_array_equal(got, want.y)
     assert asked == [True]
+
+
+MASKS = {
+    "causal": (np.tri(T, dtype=bool), True),
+    "causal, of numbers": (linen.make_causal_mask(jnp.zeros((B, T))), True),
+    "causal with padding": (padded_causal_mask(), True),
+    "full": (np.ones((T, T), bool), False),
+    "one key after its query": (np.tri(T, dtype=bool) | (np.arange(T) == 9), False),
+    "padding": (np.arange(T)[None] < T - 5, False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_causal_masks_are_recognized(name):
+    mask, causal = MASKS[name]
+    told = []
+
+    def plan_of(q, k, v, /, *, causal):
+        told.append(causal)
+        return attention.dense(attention.Tiling(T, T, causal=bool(causal)))
+
+    q = jnp.ones((B, T, HEADS, 8))
+    jax.eval_shape(lambda q: adapters.attention_fn(plan_of)(q, q, q, mask=mask), q)
+    jax.eval_shape(lambda q, mask: adapters.attention_fn(plan_of)(q, q, q, mask=mask), q, mask)
+    assert told == [causal, None]
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_plans_are_told_what_masks_say(size):
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(B, size, HEADS, 8)), jnp.float32)
+    k, v = jnp.asarray(np.random.default_rng(1).normal(size=(2, B, 24, HEADS, 8)), jnp.float32)
+    told = []
+
+    def plan_of(q, k, v, /, *, causal):
+        told.append(causal)
+        return attention.dense(attention.Tiling(q.shape[1], 24, 8, 8, bool(causal)))
+
+    ours = adapters.attention_fn(plan_of)
+    masks = [padded_causal_mask()[:, :, -size:], np.tri(size, 24, 24 - size, dtype=bool), None]
+    masks += [np.ones((B, 1, size, 24), bool)]
+    for mask in masks:
+        want = nnx_stock(q, k, v, mask=mask)
+        np.testing.assert_allclose(ours(q, k, v, mask=mask), want, rtol=1e-4, atol=1e-5)
+        traced = jax.jit(lambda mask: ours(q, k, v, mask=mask))(mask)
+        np.testing.assert_allclose(traced, want, rtol=1e-4, atol=1e-5)
+    one = size == 1  # sees no key that comes after
+    assert told[::2] == [True, True, False, one]
+    assert told[1::2] == [one or None, one or None, False, one or None]
 
 
 def test_queries_that_see_nothing_get_zero():
@@ -255,4 +305,4 @@ def test_what_it_cannot_do_is_named(given, names):
 
 def test_a_model_without_attention_is_named():
     with pytest.raises(ValueError, match=r"Linear without any nnx\.MultiHeadAttention"):
-        adapters.balance_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), OURS)
+        adapters.set_attention_fn(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), OURS)

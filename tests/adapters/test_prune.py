@@ -37,7 +37,7 @@ def gradient(model, x):
 
 
 def flops(model, x):
-    graph, state = nnx.split(adapters.balance_nnx(model, nnx.dot_product_attention))
+    graph, state = nnx.split(adapters.set_attention_fn(model, nnx.dot_product_attention))
     lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x)
     return lowered.cost_analysis()["flops"]
 

@@ -45,7 +45,7 @@ def test_all_tiles_are_what_the_stock_function_gives(name):
 
     @nnx.jit
     def ours(model, x):
-        with adapters.swapped(adapters.attention_fn()):
+        with adapters.patch_dot_product_attention(adapters.attention_fn()):
             return model(x, **CALLS[name])
 
     got, want = (
@@ -64,15 +64,15 @@ def test_a_budget_reaches_it_and_errors_leave_the_name_as_it_was():
 
     def plan_of(q, k, v, /, *, causal):
         asked.append((q.shape, k.shape))
-        return attention.window(8, T, T, 8, 8)
+        return attention.window(8, attention.Tiling(T, T, 8, 8))
 
     stock = jax.nn.dot_product_attention
-    with adapters.swapped(adapters.attention_fn(plan_of)):
+    with adapters.patch_dot_product_attention(adapters.attention_fn(plan_of)):
         jax.eval_shape(model, x)
     assert asked == [((B, T, HEADS, D), (B, T, KV_HEADS, D))]
     with (
         pytest.raises(ValueError, match="return_residual"),
-        adapters.swapped(adapters.attention_fn()),
+        adapters.patch_dot_product_attention(adapters.attention_fn()),
     ):
         model(x, return_residual=True)
     assert jax.nn.dot_product_attention is stock

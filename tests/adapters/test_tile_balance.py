@@ -1,5 +1,6 @@
 """Budgets of tiles that move between the layers of a Flax model while it trains: linen and nnx."""
 
+import chex
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jbalance.adapters import NnxBalance, TileBalancer, TileBudget, Tiles
 
 B, T, WIDTH, HEADS, LAYERS, STEPS = 1, 128, 16, 2, 2, 60
 TILES = Tiles(block_q=16, block_k=8, rows=4)
-SEEN, ALWAYS = attention.candidates(num_queries=T, num_keys=T, block_q=16, block_k=8)
+SEEN, ALWAYS = attention.candidates(attention.Tiling(T, T, 16, 8))
 MOST, LEAST = HEADS * int(SEEN.sum()), HEADS * int(ALWAYS.sum())
 
 
@@ -68,7 +69,7 @@ def inputs(i):
 def tiles_of(budgets):
     """Whole tiles of all layers together."""
     each = jax.tree.leaves(budgets, is_leaf=lambda x: isinstance(x, TileBudget))
-    return np.concatenate([np.round(np.atleast_1d(x.share) * MOST) for x in each])
+    return np.concatenate([np.round(np.atleast_1d(x.fraction) * MOST) for x in each])
 
 
 def nnx_tiles(model):
@@ -78,29 +79,27 @@ def nnx_tiles(model):
 def test_steps_with_changing_budgets_are_traced_once_and_keep_each():
     model = Nnx(nnx.Rngs(0))
     balance = NnxBalance(model, 0.5, TILES)
-    optimiser = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    traces = []
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimiser, balance, x, density):
-        traces.append(1)
+    @chex.assert_max_traces(1)
+    def step(model, optimizer, balance, x, density):
         loss, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(x) - x[:, ::-1]) ** 2))(
             model
         )
-        optimiser.update(model, gradient)
+        optimizer.update(model, gradient)
         balance.update(model, density)
         return loss
 
     density = np.linspace(0.4, 0.9, STEPS).astype(np.float32)
     losses = []
     for i in range(STEPS):
-        losses.append(float(step(model, optimiser, balance, inputs(i % 3), density[i])))
+        losses.append(float(step(model, optimizer, balance, inputs(i % 3), density[i])))
         if i % 10 == 0:
             given = nnx_tiles(model)
             assert given.sum() == np.floor(density[i] * np.float32(LAYERS * MOST))
             assert (given >= LEAST).all()
             assert (given <= MOST).all()
-    assert len(traces) == 1
     assert losses[-1] < losses[0]
 
 
@@ -111,11 +110,12 @@ def test_linen_budgets_move_between_layers_too(scanned):
     variables = jax.jit(model.init)(jax.random.key(0), inputs(0), mask)
     params, budgets = variables["params"], variables["balance"]
     balancer = TileBalancer()
-    state, traces = balancer.init(budgets), []
+    state = balancer.init(budgets)
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def step(budgets, state, x, density):
-        traces.append(1)
         _, new = model.apply({"params": params, "balance": budgets}, x, mask, mutable=["balance"])
         return balancer.update(new["balance"], state, density)
 
@@ -123,7 +123,6 @@ def test_linen_budgets_move_between_layers_too(scanned):
         before = tiles_of(budgets)
         budgets, state = step(budgets, state, inputs(i), density)
         assert tiles_of(budgets).sum() == np.floor(np.float32(density) * LAYERS * MOST)
-    assert len(traces) == 1
     assert (tiles_of(budgets) != before).any()
     frozen = jax.jit(model.apply)({"params": params, "balance": budgets}, inputs(0), mask)
     assert frozen.shape == (B, T, WIDTH)  # without `mutable`, as in evaluation
@@ -131,7 +130,7 @@ def test_linen_budgets_move_between_layers_too(scanned):
 
 def test_the_parameters_are_those_of_the_stock_model():
     stock, model = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(1))
-    NnxBalance(model, 1.0, TILES)
+    NnxBalance(model, 1.0, Tiles(TILES.block_q, TILES.block_k, TILES.rows, causal=True))
     nnx.update(model, nnx.state(stock, nnx.Param))
     call = nnx.jit(lambda model, x, **given: model(x, **given))
     want = call(stock, inputs(0))
@@ -173,6 +172,59 @@ def test_the_price_is_one_for_all_layers():
     for taken, (most, least) in zip(got, within, strict=True):
         assert least <= taken <= most
     np.testing.assert_allclose(got.sum(), amount, rtol=1e-5)
+
+
+def _linen_budget(tiles, mask, jit=jax.jit):
+    """A linen layer's outputs and budget; None for a mask that is made inside of the call."""
+    own = adapters.LinenBalancedAttention(0.5, tiles)
+    layer = linen.MultiHeadDotProductAttention(HEADS, attention_fn=own)
+
+    def apply(x, ids):
+        seen = linen.make_causal_mask(ids) if mask is None else mask
+        return layer.init_with_output(jax.random.key(0), x, mask=seen)
+
+    y, variables = jit(apply)(inputs(0), jnp.zeros((B, T)))
+    (budget,) = jax.tree.leaves(variables["balance"], is_leaf=lambda x: isinstance(x, TileBudget))
+    return y, budget
+
+
+def _nnx_budget(tiles, mask, jit=nnx.jit):
+    layer = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
+    NnxBalance(layer, 0.5, tiles)
+
+    def call(layer, x, ids):
+        return layer(x, mask=nnx.make_causal_mask(ids) if mask is None else mask)
+
+    y = jit(call)(layer, inputs(0), jnp.zeros((B, T)))
+    return y, adapters.budgets_of(layer)[0]
+
+
+@pytest.mark.parametrize("budget_of", [_linen_budget, _nnx_budget])
+def test_a_budget_is_a_part_of_the_tiles_that_masks_show(budget_of):
+    causal = linen.make_causal_mask(jnp.zeros((B, T)))
+    want, budget = budget_of(TILES, causal)  # made outside of the jitted function
+    assert budget.limits[1] == MOST
+    with pytest.raises(ValueError, match=r"mask is traced.*is_causal=True.*Tiles\(causal=True\)"):
+        budget_of(TILES, None)
+    y, budget = budget_of(Tiles(16, 8, 4, causal=True), None)
+    assert budget.limits[1] == MOST
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    _, budget = budget_of(TILES, None, jit=lambda call: call)  # eager: the mask has values
+    assert budget.limits[1] == MOST
+    _, budget = budget_of(TILES, jnp.ones_like(causal))
+    assert budget.limits[1] == HEADS * SEEN.size
+
+
+def test_tiles_say_what_traced_masks_are():
+    for causal, number in ((True, SEEN.sum()), (False, SEEN.size)):
+        assert Tiles(16, 8, 4, causal).tiling(T, T, None).num_tiles == number
+
+
+@pytest.mark.parametrize("given", [{}, {"mask": jnp.ones((1, 1, T, T), bool)}])
+def test_what_tiles_say_of_masks_must_be_so(given):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, T, HEADS, 8))
+    with pytest.raises(ValueError, match=r"tiles\.causal is True, but"):
+        adapters.attend_within(TileBudget.of(0.5), q, k, v, Tiles(16, 8, 4, causal=True), **given)
 
 
 @pytest.mark.parametrize(

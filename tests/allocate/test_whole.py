@@ -188,3 +188,14 @@ def test_batches_and_compilation_change_nothing(method):
         jax.tree.map(
             np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], batched), eager
         )
+
+
+def test_a_rounding_of_ones_own_is_a_row_of_the_table(monkeypatch):
+    def first_come(w, budgets, floor, cap, devices):
+        return floor + devices.first(cap - floor, budgets - devices.total(floor))
+
+    monkeypatch.setitem(ROUNDINGS, "first_come", first_come)
+    device_of = np.array([0, 0, 1, 1, 1])
+    out = whole(np.ones(5), np.array([6, 7]), 1, 4, device_of, method="first_come")
+    assert out.amount.tolist() == [4, 2, 4, 2, 1]
+    assert out.slack.tolist() == [0, 0]

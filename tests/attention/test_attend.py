@@ -96,9 +96,13 @@ def test_gradient_to_a_key_bias_is_that_of_finite_differences():
         np.testing.assert_allclose(got[0, 0, 0, s], (values[0] - values[1]) / 2e-5, atol=1e-4)
 
 
+GRID = attention.Tiling(90, 100, 16, 32, causal=False)  # of a Case
+
+
 def test_dense_plans_are_attention_of_jax():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 70, 4, 16))
-    for causal, plan in ((False, attention.full(70, 70, 32, 16)), (True, attention.causal(70, 70))):
+    for causal, blocks in ((False, (32, 16)), (True, (128, 128))):
+        plan = attention.dense(attention.Tiling(70, 70, *blocks, causal))
         got = jax.jit(functools.partial(attention.attend, causal=causal))(q, k, v, plan)
         want = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
         np.testing.assert_allclose(got.y, want, atol=1e-5)
@@ -107,7 +111,7 @@ def test_dense_plans_are_attention_of_jax():
 def test_the_bias_of_shares_is_their_rule_and_has_gradients_to_them():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 60, 2, 16))
     alpha, association = jnp.array([0.3, 0.7]), jax.random.uniform(jax.random.key(1), (2, 60))
-    plan = attention.full(60, 60, 32, 16)
+    plan = attention.dense(attention.Tiling(60, 60, 32, 16, causal=False))
 
     def tiled(alpha):
         bias = rescale.logit_bias(alpha, association)[None, None, None]
@@ -126,7 +130,7 @@ def test_the_bias_of_shares_is_their_rule_and_has_gradients_to_them():
 def test_shares_divide_the_attention_of_one_pass():
     floats, rest = problem(CASES["tasks"], 1)
     run = jax.jit(lambda floats: attention.attend(**floats, **rest))
-    out, plain = run(floats), run(floats | {"shares": None})
+    out, plain = run(floats), run(floats | {"task_shares": None})
     assert out.y.shape == (2, 90, 3, 2, 16)
     np.testing.assert_allclose(jnp.sum(out.y, axis=2), plain.y, atol=1e-5)
     np.testing.assert_array_equal(out.lse, plain.lse)
@@ -135,9 +139,9 @@ def test_shares_divide_the_attention_of_one_pass():
 def test_parts_merge_to_the_whole_and_so_do_their_gradients():
     floats, rest = problem(CASES["plain"], 2)
     plan = rest["plan"]
-    left = attention.to_mask(plan) & (jnp.arange(plan.num_key_blocks) % 2 == 0)
-    left = attention.from_mask(left, *(90, 100, 16, 32))
-    plans = left, attention.difference(plan, left)
+    even = jnp.arange(plan.num_key_blocks) % 2 == 0
+    masks = (attention.to_mask(plan) & half for half in (even, ~even))
+    plans = [attention.from_mask(mask, GRID) for mask in masks]
 
     def whole(floats):
         return jnp.sum(jnp.sin(attention.attend(**floats, plan=plan).y))
@@ -153,7 +157,7 @@ def test_parts_merge_to_the_whole_and_so_do_their_gradients():
 def test_a_query_without_keys_gives_zero_and_no_gradient():
     floats, _ = problem(Case(bias=(1, 1, 1, None)), 0)
     mask = jnp.zeros((1, 1, 6, 4), bool).at[:, :, 2:, 1].set(True)
-    rest = {"plan": attention.from_mask(mask, 90, 100, 16, 32)}
+    rest = {"plan": attention.from_mask(mask, GRID)}
     (_, out), gradients = value_and_grad((), "xla")(floats, rest)
     np.testing.assert_array_equal(out.y[:, :32], 0)
     np.testing.assert_array_equal(out.lse[:, :32], np.float32(EMPTY))
@@ -178,13 +182,13 @@ BAD = {
     "q": (jnp.ones((2, 90, 16)), ("q", "[B, T, H, D]")),
     "k": (jnp.ones((2, 100, 1, 8)), ("k has shape (2, 100, 1, 8)", "(2, 90, 2, 16)")),
     "v": (jnp.ones((2, 99, 1, 16)), ("v has shape (2, 99, 1, 16)", "(2, 100, 1, 16)")),
-    "plan": (attention.full(90, 99), ("90 queries and 99 keys", "100")),
+    "plan": (attention.dense(attention.Tiling(90, 99)), ("90 queries and 99 keys", "100")),
     "bias": (jnp.ones((1, 3, 1, 100)), ("bias has shape (1, 3, 1, 100)", "(2, 2, 90, 100)")),
     "relative_bias": (jnp.ones((2, 190)), ("relative_bias has shape (2, 190)", "189")),
     "window": (0, ("window is 0", "at least 1")),
     "soft_cap": (-1.0, ("soft_cap is -1.0", "> 0")),
     "segment_ids": ((jnp.ones((2, 90)), jnp.ones((2, 90))), ("segment_ids", "(2, 100)")),
-    "shares": (jnp.ones((3, 90)), ("shares has shape (3, 90)", "100")),
+    "task_shares": (jnp.ones((3, 90)), ("task_shares has shape (3, 90)", "100")),
     "backend": ("cuda", ("backend is 'cuda'", "'xla'", "'reference'")),
 }
 
@@ -206,7 +210,7 @@ def test_more_bad_input_is_named():
         ({"k": floats["k"].astype(jnp.bfloat16)}, "bfloat16"),
         ({x: floats[x].astype(int) for x in "qkv"}, "int32"),
         ({"bias": jnp.ones((1, 1, 1, 1), int)}, "floating point"),
-        ({"shares": jnp.full((1, 100), -1.0)}, "shares[(0, 0)] is -1.0"),
+        ({"task_shares": jnp.full((1, 100), -1.0)}, "task_shares[(0, 0)] is -1.0"),
         ({"plan": problem(Case(heads=2), 0)[1]["plan"]}, "(2, 3, 6)"),
     ):
         with pytest.raises(ValueError, match="must") as error:

@@ -1,15 +1,17 @@
 """Tiles of most value: exactly as many as allowed, none better left out, floors kept."""
 
+import chex
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jbalance.attention import choose, to_mask
+from jbalance import importance
+from jbalance.attention import Tiling, balanced_plan, choose, to_mask
 
 H, T, S, BQ, BK = 3, 100, 120, 16, 8
-SIZES = {"num_queries": T, "num_keys": S, "block_q": BQ, "block_k": BK}
+TILING = Tiling(T, S, BQ, BK)
 ROWS, COLUMNS = 7, 15
 
 
@@ -36,7 +38,7 @@ def test_the_best_tiles_are_chosen_and_no_other(seed, part, causal, floor):
     value = value.astype(np.float32)
     seen, own, before = structure(causal)
     number = max(int(part * H * seen.sum()), H * own.sum())
-    plan = choose(value, number, causal=causal, floor=floor, **SIZES)
+    plan = choose(value, number, Tiling(T, S, BQ, BK, causal), floor=floor)
     mask = np.asarray(to_mask(plan))[0]
     assert mask.sum() == min(number, H * seen.sum())
     assert not (mask & ~seen).any()
@@ -56,7 +58,7 @@ def test_of_equal_values_the_first_tiles_are_taken():
     seen, own, before = structure()
     value = np.ones((1, H, ROWS, COLUMNS), np.float32)
     own |= before
-    plan = choose(value, H * own.sum() + 10, floor=0.0, **SIZES)
+    plan = choose(value, H * own.sum() + 10, TILING, floor=0.0)
     taken = (np.asarray(to_mask(plan))[0] & ~own).reshape(-1)
     candidates = np.flatnonzero(np.broadcast_to(seen & ~own, (H, ROWS, COLUMNS)).reshape(-1))
     np.testing.assert_array_equal(np.flatnonzero(taken), candidates[:10])
@@ -64,17 +66,32 @@ def test_of_equal_values_the_first_tiles_are_taken():
 
 def test_examples_have_budgets_of_their_own_and_new_ones_compile_nothing():
     value = np.random.default_rng(0).random((2, H, ROWS, COLUMNS)).astype(np.float32)
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def chosen(value, number):
-        traces.append(1)
-        return choose(value, number, **SIZES)
+        return choose(value, number, TILING)
 
     for numbers in ([150, 90], [100, 200]):
         plan = chosen(value, np.array(numbers))
         np.testing.assert_array_equal(np.asarray(plan.count).sum(axis=(1, 2)), numbers)
-    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("scorer", [importance.tile_error, importance.tile_sketch])
+def test_a_balanced_plan_is_the_choice_by_the_scores_and_has_no_gradient(scorer):
+    q = jax.random.normal(jax.random.key(0), (2, T, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, S, 2, 8))
+    want = choose(scorer(q, k, v, TILING, rows=4), 200, TILING, floor=0.2)
+
+    def density(q):
+        plan = balanced_plan(q, k, v, 200, TILING, scorer=scorer, rows=4, floor=0.2)
+        return plan.density, plan
+
+    (_, got), gradient = jax.value_and_grad(density, has_aux=True)(q)
+    np.testing.assert_array_equal(got.count, want.count)
+    np.testing.assert_array_equal(to_mask(got), to_mask(want))
+    assert got.num_tiles == 2 * 200
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -83,13 +100,13 @@ def test_examples_have_budgets_of_their_own_and_new_ones_compile_nothing():
         ({"num_tiles": 5}, ("num_tiles is 5", "take")),
         ({"num_tiles": -1}, ("num_tiles is -1",)),
         ({"floor": 1.5}, ("floor is 1.5",)),
-        ({"value": -np.ones((1, H, ROWS, COLUMNS))}, ("value[(0, 0, 0, 0)] is -1.0", ">= 0")),
-        ({"value": np.ones((1, H, ROWS, 9))}, ("(1, 3, 7, 9)", "(7, 15)")),
+        ({"score": -np.ones((1, H, ROWS, COLUMNS))}, ("score[(0, 0, 0, 0)] is -1.0", ">= 0")),
+        ({"score": np.ones((1, H, ROWS, 9))}, ("(1, 3, 7, 9)", "(7, 15)")),
     ],
 )
 def test_bad_input_is_named(changes, names):
-    call = {"value": np.ones((1, H, ROWS, COLUMNS), np.float32), "num_tiles": 200} | SIZES | changes
+    call = {"score": np.ones((1, H, ROWS, COLUMNS), np.float32), "num_tiles": 200} | changes
     with pytest.raises(ValueError, match=r"is|has") as error:
-        choose(call.pop("value"), call.pop("num_tiles"), **call)
+        choose(**call, tiling=TILING)
     for name in names:
         assert name in str(error.value)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from jbalance import attention
+from jbalance.attention import Tiling
 
+GRID = Tiling(20, 27, 4, 4, causal=False)
 SIZES = st.tuples(*(st.integers(1, n) for n in (40, 40, 12, 12)))  # T, S, block_q, block_k
 
 
@@ -41,19 +43,30 @@ def random_mask(seed, shape=(2, 3, 5, 7)):
 
 @settings(max_examples=20)
 @given(SIZES)
-def test_causal_and_full(sizes):
-    seen = distance(*sizes[:2]) >= 0
-    assert_tiles(attention.causal(*sizes), tiles_of(seen, *sizes[2:]))
-    assert_tiles(attention.full(*sizes), tiles_of(np.ones(sizes[:2], bool), *sizes[2:]))
+def test_dense_plans_hold_every_visible_tile(sizes):
+    for causal in (True, False):
+        seen = (distance(*sizes[:2]) >= 0) | (not causal)
+        tiling, want = Tiling(*sizes, causal), tiles_of(seen, *sizes[2:])
+        assert_tiles(attention.dense(tiling), want)
+        assert tiling.num_tiles == want.sum()
+
+
+def test_a_tiling_is_static():
+    tiling = Tiling(100, 120, 16, 8)
+    assert len({tiling, Tiling(100, 120, 16, 8), Tiling(100, 120, 16, 8, causal=False)}) == 2
+    plan = jax.jit(attention.window, static_argnums=0)(3, tiling)
+    np.testing.assert_array_equal(plan.count, attention.window(3, tiling).count)
 
 
 @settings(max_examples=20)
 @given(SIZES, st.integers(1, 50), st.integers(0, 20))
 def test_window_with_sinks(sizes, size, num_sinks):
     behind = distance(*sizes[:2])
-    near = (behind < size) | (np.arange(sizes[1]) < num_sinks)
-    want = tiles_of((behind >= 0) & near, *sizes[2:])
-    assert_tiles(attention.window(size, *sizes, num_sinks=num_sinks), want)
+    sinks = np.arange(sizes[1]) < num_sinks
+    want = tiles_of((behind >= 0) & ((behind < size) | sinks), *sizes[2:])
+    assert_tiles(attention.window(size, Tiling(*sizes), num_sinks), want)
+    want = tiles_of((np.abs(behind) < size) | sinks, *sizes[2:])
+    assert_tiles(attention.window(size, Tiling(*sizes, causal=False), num_sinks), want)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -62,15 +75,17 @@ def test_segments(sizes, packed):
     rng = np.random.default_rng(0)
     ids = [rng.integers(-2, 5, (3, n)) for n in sizes[:2]]
     ids = [np.sort(x) for x in ids] if packed else ids
-    plan = attention.segments(*ids, *sizes[2:])
-    for row, (q_ids, k_ids) in enumerate(zip(*ids, strict=True)):
-        want = tiles_of(q_ids[:, None] == k_ids, *sizes[2:])
-        np.testing.assert_array_equal(attention.to_mask(plan)[row, 0], want)
+    for causal in (True, False):
+        tiling = Tiling(*sizes, causal)
+        plan = attention.segments(*ids, tiling)
+        for row, (q_ids, k_ids) in enumerate(zip(*ids, strict=True)):
+            want = tiles_of(q_ids[:, None] == k_ids, *sizes[2:]) & tiling.visible()
+            np.testing.assert_array_equal(attention.to_mask(plan)[row, 0], want)
 
 
 def test_lists_ascend_and_hold_the_mask():
     mask = random_mask(0)
-    plan = attention.from_mask(mask, 20, 27, 4, 4)
+    plan = attention.from_mask(mask, GRID)
     assert (plan.num_query_blocks, plan.num_key_blocks, plan.capacity) == (5, 7, 7)
     for index in np.ndindex(mask.shape[:3]):
         count = plan.count[index]
@@ -79,7 +94,7 @@ def test_lists_ascend_and_hold_the_mask():
     assert not plan.dropped.any()
     np.testing.assert_array_equal(attention.to_mask(plan), mask)
     np.testing.assert_array_equal(
-        jax.jit(attention.from_mask, static_argnums=range(1, 5))(mask, 20, 27, 4, 4).count,
+        jax.jit(attention.from_mask)(mask, GRID).count,
         plan.count,
     )
     assert plan.num_tiles == mask.sum()
@@ -88,11 +103,10 @@ def test_lists_ascend_and_hold_the_mask():
 
 def test_set_operations_are_those_of_masks():
     a, b = random_mask(1), random_mask(2, (1, 3, 5, 7))
-    plans = [attention.from_mask(x, 20, 27, 4, 4) for x in (a, b)]
+    plans = [attention.from_mask(x, GRID) for x in (a, b)]
     for operation, want in (
         (attention.union, a | b),
         (attention.intersection, a & b),
-        (attention.difference, a & ~b),
     ):
         got = jax.jit(operation)(*plans)
         np.testing.assert_array_equal(attention.to_mask(got), want)
@@ -100,15 +114,14 @@ def test_set_operations_are_those_of_masks():
 
 
 def test_small_capacities_are_enough_for_set_operations():
-    a, b = (attention.from_mask(random_mask(i), 20, 27, 4, 4, capacity=6) for i in (1, 2))
+    a, b = (attention.from_mask(random_mask(i), GRID, capacity=6) for i in (1, 2))
     assert attention.union(a, b).capacity == 7
     assert attention.intersection(a, b).capacity == 6
-    assert attention.difference(a, b).capacity == 6
 
 
 def test_transposed_lists_the_query_blocks_of_every_key_block():
     mask = random_mask(3)
-    plan = attention.from_mask(mask, 20, 27, 4, 4)
+    plan = attention.from_mask(mask, GRID)
     turned = attention.transposed(plan)
     assert (turned.num_queries, turned.num_keys, turned.capacity) == (27, 20, 5)
     np.testing.assert_array_equal(attention.to_mask(turned), jnp.swapaxes(mask, 2, 3))
@@ -122,7 +135,7 @@ def test_a_traced_mask_that_does_not_fit_keeps_the_newest_keys_and_says_so():
 
     @jax.jit
     def planned(mask):
-        return attention.from_mask(mask, 20, 27, 4, 4, capacity=2)
+        return attention.from_mask(mask, GRID, capacity=2)
 
     plan = planned(mask)
     found = np.asarray(mask).sum(-1)
@@ -136,7 +149,7 @@ def test_a_traced_mask_that_does_not_fit_keeps_the_newest_keys_and_says_so():
 
 
 def test_a_plan_is_a_pytree_of_arrays():
-    plan = attention.causal(300, 500)
+    plan = attention.dense(Tiling(300, 500))
     leaves, tree = jax.tree.flatten(plan)
     assert all(leaf.dtype == jnp.int32 for leaf in leaves)
     assert jax.tree.unflatten(tree, leaves) == dataclasses.replace(plan)
@@ -145,32 +158,46 @@ def test_a_plan_is_a_pytree_of_arrays():
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda: attention.causal(0, 4), ("num_queries is 0", "at least 1")),
-        (lambda: attention.full(4, 4, block_k=-1), ("block_k is -1", "at least 1")),
-        (lambda: attention.window(0, 4, 4), ("size is 0", ">= 1")),
-        (lambda: attention.from_mask(random_mask(0), 20, 20, 4, 4), ("(2, 3, 5, 7)", "(5, 5)")),
+        (lambda: Tiling(0, 4), ("num_queries is 0", "at least 1")),
+        (lambda: Tiling(4, 4, block_k=-1), ("block_k is -1", "at least 1")),
+        (lambda: attention.window(0, Tiling(4, 4)), ("size is 0", ">= 1")),
         (
-            lambda: attention.from_mask(random_mask(0)[0], 20, 27, 4, 4),
+            lambda: attention.from_mask(random_mask(0), Tiling(20, 20, 4, 4)),
+            ("(2, 3, 5, 7)", "(5, 5)"),
+        ),
+        (
+            lambda: attention.from_mask(random_mask(0)[0], GRID),
             ("mask", "[B|1, H|1, I, J]"),
         ),
-        (lambda: attention.from_mask(jnp.ones((1, 1, 1, 1)), 4, 4), ("float32", "bool")),
+        (lambda: attention.from_mask(jnp.ones((1, 1, 1, 1)), Tiling(4, 4)), ("float32", "bool")),
         (
-            lambda: attention.from_mask(jnp.ones((1, 1, 5, 7), bool), 20, 27, 4, 4, capacity=3),
+            lambda: attention.from_mask(jnp.ones((1, 1, 5, 7), bool), GRID, capacity=3),
             ("capacity is 3", "7 blocks"),
         ),
         (
-            lambda: attention.from_mask(random_mask(0), 20, 27, 4, 4, capacity=-1),
+            lambda: attention.from_mask(random_mask(0), GRID, capacity=-1),
             ("capacity is -1", ">= 0"),
         ),
-        (lambda: attention.union(attention.full(4, 4), attention.full(4, 5)), ("(4, 5", "(4, 4")),
         (
-            lambda: attention.segments(jnp.zeros((2, 4), int), jnp.zeros((3, 4), int)),
+            lambda: attention.from_mask(jnp.ones((1, 1, 2, 2), bool), Tiling(8, 8, 4, 4)),
+            ("no query sees", "causal=False"),
+        ),
+        (
+            lambda: attention.union(*(attention.dense(Tiling(4, n)) for n in (4, 5))),
+            ("(4, 5", "(4, 4"),
+        ),
+        (
+            lambda: attention.segments(jnp.zeros((2, 4), int), jnp.zeros((3, 4), int), GRID),
             ("k_ids has 3", "2"),
+        ),
+        (
+            lambda: attention.segments(jnp.zeros((2, 4), int), jnp.zeros((2, 5), int), GRID),
+            ("4 and 5 tokens", "num_queries=20"),
         ),
     ],
 )
 def test_bad_input_is_named(call, names):
-    with pytest.raises(ValueError, match=r"must|give|need|at least") as error:
+    with pytest.raises(ValueError, match=r"must|give|need|at least|not those") as error:
         call()
     for name in names:
         assert name in str(error.value), error.value

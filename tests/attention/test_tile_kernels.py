@@ -112,7 +112,7 @@ def test_a_query_without_keys_gives_zero_and_no_gradient(interpreted, kernel):
     case = CASES["cap and key bias, one plan"]
     floats, _ = problem(case, 0)
     mask = jnp.zeros((1, 1, 6, 4), bool).at[:, :, 2:, 1].set(True)
-    rest = {"plan": attention.from_mask(mask, 90, 100, 16, 32)}
+    rest = {"plan": attention.from_mask(mask, attention.Tiling(90, 100, 16, 32, causal=False))}
     # Tiles that are left out are not read.
     listed = (jnp.arange(100) // 32 == 1)[None, :, None, None]
     floats |= {x: jnp.where(listed, floats[x], jnp.nan) for x in "kv"}
@@ -128,7 +128,11 @@ def test_a_query_without_keys_gives_zero_and_no_gradient(interpreted, kernel):
     # A bias of -infinity everywhere is nothing, and so is a plan without tiles.
     floats, _ = problem(case, 0)
     nothing = {"bias": jnp.full_like(floats["bias"], -jnp.inf)}
-    no_plan = {"plan": attention.from_mask(jnp.zeros_like(mask), 90, 100, 16, 32)}
+    no_plan = {
+        "plan": attention.from_mask(
+            jnp.zeros_like(mask), attention.Tiling(90, 100, 16, 32, causal=False)
+        )
+    }
     for got in (run(floats | nothing, rest), run(floats, no_plan)):
         np.testing.assert_array_equal(got[0][1].y, 0)
         np.testing.assert_array_equal(got[0][1].lse, np.float32(EMPTY))
@@ -220,14 +224,30 @@ def test_inside_of_shard_map():
     assert text.count("pallas_call[") == 2 * 3  # of both kernels, forward and twice backward
 
 
-PLAN = attention.full(300, 400, 128, 128)
+PLAN = attention.dense(attention.Tiling(300, 400, causal=False))
 REASONS = [
-    ("gpu", {"plan": attention.full(300, 400, 24, 128)}, ("24 queries and 128 keys", "16")),
-    ("tpu", {"plan": attention.full(300, 400, 128, 64)}, ("128 queries and 64 keys", "128")),
-    ("gpu", {"shares": jnp.ones((5, 400)) / 5}, ("(64, 320)", "at most 256")),
-    ("tpu", {"shares": jnp.ones((90, 400)) / 90}, ("bytes", "at most 12582912")),
+    (
+        "gpu",
+        {"plan": attention.dense(attention.Tiling(300, 400, 24, 128))},
+        ("24 queries and 128 keys", "16"),
+    ),
+    (
+        "tpu",
+        {"plan": attention.dense(attention.Tiling(300, 400, 128, 64))},
+        ("128 queries and 64 keys", "128"),
+    ),
+    ("gpu", {"task_shares": jnp.ones((5, 400)) / 5}, ("(64, 320)", "at most 256")),
+    ("tpu", {"task_shares": jnp.ones((90, 400)) / 90}, ("bytes", "at most 12582912")),
     ("tpu", {x: jnp.ones((1, 300, 4, 64), jnp.float16) for x in "q"}, ("float16", "bfloat16")),
-    ("gpu", {"plan": attention.from_mask(jnp.zeros((1, 1, 3, 4), bool), 300, 400, capacity=0)}, ()),
+    (
+        "gpu",
+        {
+            "plan": attention.from_mask(
+                jnp.zeros((1, 1, 3, 4), bool), attention.Tiling(300, 400), capacity=0
+            )
+        },
+        (),
+    ),
 ]
 REASONS += [
     (name, change, parts)
@@ -258,7 +278,7 @@ def test_lists_must_fit_in_the_scalar_memory_of_a_tpu():
             *(128, 128),
         )
         x = jax.ShapeDtypeStruct((1, blocks * 128, heads, 64), jnp.bfloat16)
-        where = DISPATCH.Where(plan, None, None, None)
+        where = DISPATCH.Visibility(plan, None, None, None)
         rules = DISPATCH.Rules(1.0, None, True, None)
         operands = DISPATCH.Operands(x, x, x, None, None)
         assert tiles_gpu.unsupported(operands, where, rules) is None
@@ -273,4 +293,4 @@ def test_kernels_cannot_run_on_a_cpu():
     x = jnp.ones((1, 128, 1, 64))
     for kernel in KERNELS:
         with pytest.raises(ValueError, match="interpret mode"):
-            attention.attend(x, x, x, attention.full(128, 128), backend=kernel)
+            attention.attend(x, x, x, attention.dense(attention.Tiling(128, 128)), backend=kernel)

@@ -53,8 +53,9 @@ NORMALIZED = {
 @pytest.mark.parametrize("normalize", NORMALIZED)
 def test_combine(normalize):
     first, zero, second = np.asarray(NORMALIZED[normalize])
-    rows = importance.normalize_rows(SCORES, normalize)
-    np.testing.assert_allclose(rows, [[first, zero], [second, second]], rtol=1e-6)
+    for m, rows in enumerate([[first, zero], [second, second]]):
+        alone = importance.combine(SCORES, np.eye(2)[m], normalize=normalize)
+        np.testing.assert_allclose(alone, rows, rtol=1e-6)
     w = importance.combine(SCORES, [2.0, 0.5], normalize=normalize)
     np.testing.assert_allclose(w, [2 * first + second / 2, 2 * zero + second / 2], rtol=1e-6)
     gradient = jax.grad(
@@ -64,9 +65,11 @@ def test_combine(normalize):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZED)
-def test_normalize_rows_is_float32_with_64_bits_enabled(normalize):
+def test_combine_is_float32_with_64_bits_enabled(normalize):
     with jax.enable_x64(True):
-        rows = jax.eval_shape(lambda w: importance.normalize_rows(w, normalize), jnp.ones((2, 3)))
+        rows = jax.eval_shape(
+            lambda w: importance.combine(w, jnp.ones(2), normalize=normalize), jnp.ones((2, 3))
+        )
     assert rows.dtype == jnp.float32
 
 
@@ -85,14 +88,14 @@ amounts = st.one_of(st.just(0.0), st.floats(2**-10, 2**10, width=32))
 rows = st.lists(amounts, min_size=UNITS, max_size=UNITS).map(lambda x: np.array(x, np.float32))
 feedbacks = st.lists(st.floats(-1, 1, width=32), min_size=UNITS, max_size=UNITS)
 feedbacks = feedbacks.map(lambda x: np.array(x, np.float32))
-pool = jax.jit(importance.pool)
+blend = jax.jit(importance.blend)
 relaxed = settings(max_examples=60, deadline=None)
 
 
 @relaxed
 @given(rows, rows, st.floats(0, 1, width=32), feedbacks, st.floats(0, 20, width=32))
 def test_pool_keeps_the_sum_and_stays_finite(w, prior, beta, feedback, eta):
-    got = pool(w, prior, beta, feedback, eta)
+    got = blend(w, prior, beta, feedback, eta)
     assert jnp.isfinite(got).all()
     assert (got >= 0).all()
     np.testing.assert_allclose(got.sum(), w.sum(), rtol=1e-5)
@@ -101,7 +104,7 @@ def test_pool_keeps_the_sum_and_stays_finite(w, prior, beta, feedback, eta):
 @relaxed
 @given(rows, rows, feedbacks)
 def test_pool_at_zero_changes_no_bit(w, prior, feedback):
-    np.testing.assert_array_equal(pool(w, prior, 0.0, feedback, 0.0), w)
+    np.testing.assert_array_equal(blend(w, prior, 0.0, feedback, 0.0), w)
 
 
 @relaxed
@@ -109,7 +112,7 @@ def test_pool_at_zero_changes_no_bit(w, prior, feedback):
 def test_pool_at_one_is_the_prior(w, prior):
     if prior.sum() > 0:
         want = prior / prior.sum() * w.sum()
-        np.testing.assert_allclose(pool(w, prior, 1.0), want, rtol=1e-4, atol=1e-30)
+        np.testing.assert_allclose(blend(w, prior, 1.0), want, rtol=1e-4, atol=1e-30)
 
 
 @relaxed
@@ -118,7 +121,7 @@ def test_pool_matches_the_formula(w, prior, beta, feedback, eta):
     w64, p64 = w.astype(np.float64), prior.astype(np.float64)  # numpy too says 0^0 = 1
     raw = w64 ** (1.0 - beta) * p64**beta * np.exp(eta * (feedback.astype(np.float64) - 1))
     want = raw * w64.sum() / raw.sum() if raw.sum() > 0 else w64
-    got = pool(w, prior, beta, feedback, eta)
+    got = blend(w, prior, beta, feedback, eta)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6 * w64.sum())
 
 
@@ -130,23 +133,23 @@ def test_pool_gradients_are_finite(w, prior, beta, feedback, eta):
 
 
 _gradients = jax.jit(
-    jax.grad(lambda *a: (importance.pool(*a) * jnp.arange(UNITS)).sum(), argnums=(0, 1, 2, 3, 4))
+    jax.grad(lambda *a: (importance.blend(*a) * jnp.arange(UNITS)).sum(), argnums=(0, 1, 2, 3, 4))
 )
 
 
 def test_pool_gradient_matches_differences():
     w, prior, feedback = (np.array(x, np.float32) for x in ([3, 1, 2], [1, 5, 2], [1, -1, 0]))
-    slope = jax.jit(jax.grad(lambda eta: pool(w, prior, 0.3, feedback, eta)[0]))(0.5)
-    low, high = (pool(w, prior, 0.3, feedback, 0.5 + d)[0] for d in (-0.01, 0.01))
+    slope = jax.jit(jax.grad(lambda eta: blend(w, prior, 0.3, feedback, eta)[0]))(0.5)
+    low, high = (blend(w, prior, 0.3, feedback, 0.5 + d)[0] for d in (-0.01, 0.01))
     np.testing.assert_allclose(slope, (high - low) / 0.02, rtol=1e-3)
 
 
 def test_strengths_can_be_learned_from_zero():
     w, prior, feedback = (jnp.array(x) for x in ([3.0, 1, 2], [1.0, 5, 2], [1.0, -1, 0]))
-    by_beta, by_eta = jax.jacobian(pool, argnums=(2, 4))(w, prior, 0.0, feedback, 0.0)
+    by_beta, by_eta = jax.jacobian(blend, argnums=(2, 4))(w, prior, 0.0, feedback, 0.0)
     for slope, tilt in ((by_beta, jnp.log(prior / w)), (by_eta, feedback)):
         np.testing.assert_allclose(slope, w * (tilt - w @ tilt / w.sum()), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(jax.grad(lambda w: importance.pool(w)[0])(0 * w), [1, 0, 0])
+    np.testing.assert_array_equal(jax.grad(lambda w: importance.blend(w)[0])(0 * w), [1, 0, 0])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
@@ -158,31 +161,31 @@ def test_pool_over_a_mesh(beta):
     feedback = rng.uniform(-1, 1, 8).astype(np.float32)
 
     def local(w, prior, feedback):
-        return importance.pool(w, prior, beta, feedback, 0.7, axis_name="u")
+        return importance.blend(w, prior, beta, feedback, 0.7, axis_name="u")
 
     split = jax.shard_map(local, mesh=mesh, in_specs=(jax.P("u"),) * 3, out_specs=jax.P("u"))
     args = w, prior, feedback
-    want = pool(w, prior, beta, feedback, 0.7)
+    want = blend(w, prior, beta, feedback, 0.7)
     np.testing.assert_allclose(jax.jit(split)(*args), want, rtol=1e-6)
     gradient = jax.jit(jax.grad(lambda *a: (split(*a) ** 2).sum()))(*args)
-    alone = jax.jit(jax.grad(lambda w: (pool(w, prior, beta, feedback, 0.7) ** 2).sum()))(w)
+    alone = jax.jit(jax.grad(lambda w: (blend(w, prior, beta, feedback, 0.7) ** 2).sum()))(w)
     np.testing.assert_allclose(gradient, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_pool_of_rows_is_row_by_row():
     w = np.arange(12, dtype=np.float32).reshape(2, 6)
     prior = np.arange(6, 0, -1, dtype=np.float32)
-    want = jnp.stack([pool(row, prior, 0.5) for row in w])
-    np.testing.assert_allclose(pool(w, prior, 0.5), want, rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(lambda w: pool(w, prior, 0.5))(w), want, rtol=1e-6)
+    want = jnp.stack([blend(row, prior, 0.5) for row in w])
+    np.testing.assert_allclose(blend(w, prior, 0.5), want, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda w: blend(w, prior, 0.5))(w), want, rtol=1e-6)
 
 
 def test_feedback_moves_importance_and_decays():
     w, f = jnp.ones(2), importance.decay_feedback([0.0, 0.0], 0.5, [1.0, 0.0])
     ratio = []
     for _ in range(3):
-        pooled = importance.pool(w, feedback=f, eta=1.0)
-        ratio.append(float(pooled[0] / pooled[1]))
+        blended = importance.blend(w, feedback=f, eta=1.0)
+        ratio.append(float(blended[0] / blended[1]))
         f = importance.decay_feedback(f, 0.5)
     np.testing.assert_allclose(ratio, np.exp([1.0, 0.5, 0.25]), rtol=1e-5)
     np.testing.assert_array_equal(importance.decay_feedback([0.9, -0.9], 1.0, [1.0, -1.0]), [1, -1])
@@ -205,38 +208,43 @@ BAD = {
     ),
     "complexity NaN": (importance.weighted, (A, [1, np.nan]), {}, r"complexity\[1\] is nan"),
     "no units": (importance.weighted, (np.ones((0, 2)), P2), {}, "association is empty"),
-    "negative w": (importance.pool, ([1.0, -2.0],), {}, r"w\[1\] is -2.0"),
-    "w scalar": (importance.pool, (1.0,), {}, r"w must have shape \[..., U\]"),
-    "beta above one": (importance.pool, (W, P2, 1.5), {}, r"beta is 1.5.*\[0.0, 1.0\]"),
+    "negative w": (importance.blend, ([1.0, -2.0],), {}, r"w\[1\] is -2.0"),
+    "w scalar": (importance.blend, (1.0,), {}, r"w must have shape \[..., U\]"),
+    "beta above one": (importance.blend, (W, P2, 1.5), {}, r"beta is 1.5.*\[0.0, 1.0\]"),
     "beta of each": (
-        importance.pool,
+        importance.blend,
         (W, P2, P2),
         {},
         r"beta must have shape \[\], got shape \(2,\)",
     ),
-    "beta without prior": (importance.pool, (W,), {"beta": 0.5}, "beta is 0.5 but prior is None"),
+    "beta without prior": (importance.blend, (W,), {"beta": 0.5}, "beta is 0.5 but prior is None"),
     "eta without feedback": (
-        importance.pool,
+        importance.blend,
         (W,),
         {"eta": 2.0},
         "eta is 2.0 but feedback is None",
     ),
-    "negative eta": (importance.pool, (W,), {"feedback": P2, "eta": -1.0}, "eta is -1.0"),
+    "negative eta": (importance.blend, (W,), {"feedback": P2, "eta": -1.0}, "eta is -1.0"),
     "feedback too strong": (
-        importance.pool,
+        importance.blend,
         (W,),
         {"feedback": [0, 3], "eta": 1.0},
         r"feedback\[1\] is 3",
     ),
-    "prior too long": (importance.pool, (W, [1, 1, 1], 0.5), {}, r"prior has shape \(3,\).*\(2,\)"),
-    "negative prior": (importance.pool, (W, [-1, 1], 0.5), {}, r"prior\[0\] is -1"),
-    "nothing shared": (importance.pool, ([1, 0], [0, 1], 0.5), {}, "w and prior share no unit"),
+    "prior too long": (
+        importance.blend,
+        (W, [1, 1, 1], 0.5),
+        {},
+        r"prior has shape \(3,\).*\(2,\)",
+    ),
+    "negative prior": (importance.blend, (W, [-1, 1], 0.5), {}, r"prior\[0\] is -1"),
+    "nothing shared": (importance.blend, ([1, 0], [0, 1], 0.5), {}, "w and prior share no unit"),
     "decay": (importance.decay_feedback, (P2, 1.5), {}, r"decay is 1.5.*\[0.0, 1.0\]"),
     "new": (importance.decay_feedback, (P2, 0.5, [2.0, 0.0]), {}, r"new\[0\] is 2.0"),
     "normalize": (
-        importance.normalize_rows,
-        (W, "mean"),
-        {},
+        importance.combine,
+        ([W], [1.0]),
+        {"normalize": "mean"},
         "normalize is 'mean'.*'sum', 'max', 'rank'",
     ),
     "scores": (importance.combine, ([W], [1.0, 2.0]), {}, "weights has 2 entries.*scores has 1"),
@@ -265,11 +273,11 @@ def test_bad_input_is_named(function, args, options, message):
 
 
 def test_traced_values_are_checked_by_checkify():
-    error, _ = checkify.checkify(jax.jit(importance.pool))(jnp.array([1.0, -1.0]))
+    error, _ = checkify.checkify(jax.jit(importance.blend))(jnp.array([1.0, -1.0]))
     with pytest.raises(checkify.JaxRuntimeError, match="w must be finite and >= 0"):
         error.throw()
 
 
 def test_traced_beta_needs_a_prior():
     with pytest.raises(ValueError, match="prior is None"):
-        jax.jit(lambda beta: importance.pool(jnp.ones(2), beta=beta))(0.0)
+        jax.jit(lambda beta: importance.blend(jnp.ones(2), beta=beta))(0.0)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jbalance import importance
+from jbalance.attention import Tiling
 
 B, T, S, H, K, D = 2, 70, 90, 4, 2, 8
-BLOCKS = {"block_q": 16, "block_k": 8}
+TILING = Tiling(T, S, 16, 8)
 BOTH = pytest.mark.parametrize("method", [importance.tile_error, importance.tile_sketch])
 
 
@@ -71,7 +72,7 @@ def assert_is(got, definition, q, k, v, rows, block, causal):
 )
 def test_it_is_the_error_of_its_definition(size, keys, rows, causal):
     q, k, v = tokens(size=size, keys=keys)
-    got = importance.tile_error(q, k, v, rows=rows, causal=causal, **BLOCKS)
+    got = importance.tile_error(q, k, v, Tiling(size, keys, 16, 8, causal), rows=rows)
     assert_is(got, by_definition, q, k, v, rows, 8, causal)
 
 
@@ -83,13 +84,13 @@ def test_the_sketch_is_exact_where_one_key_of_a_group_is_unlike_the_others(size,
         alike = k[:, start : start + 8]
         alike[:] = alike[:, :1]
         alike[:, rng.integers(alike.shape[1])] += 3 * rng.normal(size=(B, K, D))
-    got = importance.tile_sketch(q, k, v, rows=4, causal=causal, **BLOCKS)
+    got = importance.tile_sketch(q, k, v, Tiling(size, keys, 16, 8, causal), rows=4)
     assert_is(got, sketched_by_definition, q, k, v, 4, 8, causal)
 
 
 def test_the_sketch_of_groups_of_one_key_is_exact():
     q, k, v = tokens()
-    got = importance.tile_sketch(q, k, v, block_q=16, block_k=1, rows=16)
+    got = importance.tile_sketch(q, k, v, Tiling(T, S, 16, 1), rows=16)
     assert_is(got, sketched_by_definition, q, k, v, 16, 1, True)
 
 
@@ -101,9 +102,9 @@ def test_the_sketch_expects_what_normal_keys_give():
     scale = rng.uniform(0.2, 1.0, size=(1, blocks, heads, 16)).repeat(size, axis=1)  # of each block
     k = 1 + scale * rng.normal(size=v.shape)
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
-    given = {"block_q": size, "block_k": size, "causal": False}
+    tiling = Tiling(*(blocks * size,) * 2, size, size, causal=False)
     got, want = (
-        np.log(np.asarray(f(q, k, v, **given))).reshape(-1)
+        np.log(np.asarray(f(q, k, v, tiling))).reshape(-1)
         for f in (importance.tile_sketch, importance.tile_error)
     )
     assert abs(np.mean(got - want)) < 0.1
@@ -117,7 +118,7 @@ def test_a_key_that_some_read_alone_makes_its_tile_count(method):
     q, k, v = (np.zeros((1, 128, 1, D), np.float32) for _ in range(3))
     k[0, 37, 0, 0], q[..., 0] = 3, 20
     v[:] = np.random.default_rng(0).normal(size=v.shape)
-    error = np.asarray(method(q, k, v, block_q=32, block_k=32))
+    error = np.asarray(method(q, k, v, Tiling(128, 128, 32, 32)))
     assert (error[0, 0, 2:].argmax(axis=-1) == 1).all()
 
 
@@ -127,7 +128,7 @@ def test_heads_that_spread_their_attention_ask_for_less_than_those_that_read_one
     q, k = np.zeros((1, 64, 2, D), np.float32), np.zeros((1, 64, 2, D), np.float32)
     k[0, 20, 1, 0], q[..., 1, 0] = 1, 20  # head 1 reads key 20, head 0 reads all alike
     v = rng.normal(size=(1, 64, 2, D)).astype(np.float32)
-    error = np.asarray(method(q, k, v, rows=4, **BLOCKS))
+    error = np.asarray(method(q, k, v, Tiling(64, 64, 16, 8), rows=4))
     assert error[0, 1, 3, 2] > 100 * error[0, 0, 3].max()
     assert error[0, 1, 3].argmax() == 2
 
@@ -135,12 +136,12 @@ def test_heads_that_spread_their_attention_ask_for_less_than_those_that_read_one
 @BOTH
 def test_permuted_heads_give_permuted_errors(method):
     q, k, v = tokens()
-    got = method(q, k, v, **BLOCKS)
+    got = method(q, k, v, TILING)
     turned = method(
         np.flip(q.reshape(B, T, K, -1, D), axis=2).reshape(q.shape),
         k[:, :, ::-1],
         v[:, :, ::-1],
-        **BLOCKS,
+        TILING,
     )
     want = np.flip(np.asarray(got).reshape(B, K, -1, *got.shape[2:]), axis=1).reshape(got.shape)
     np.testing.assert_allclose(turned, want, rtol=1e-5, atol=1e-7)
@@ -150,8 +151,8 @@ def test_permuted_heads_give_permuted_errors(method):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_computed_in_float32(dtype, method):
     q, k, v = (jnp.asarray(x, dtype) for x in tokens())
-    got = method(q, k, v, **BLOCKS)
-    want = method(*(x.astype(jnp.float32) for x in (q, k, v)), **BLOCKS)
+    got = method(q, k, v, TILING)
+    want = method(*(x.astype(jnp.float32) for x in (q, k, v)), TILING)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
@@ -161,7 +162,7 @@ def test_logits_of_all_rows_never_exist_at_once(method):
     shape = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
 
     def error(q, k, v):
-        return method(q, k, v, block_q=64, block_k=64)
+        return method(q, k, v, Tiling(2048, 2048, 64, 64))
 
     memory = jax.jit(error).lower(shape, shape, shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 4 * 2048 * 256 * 3  # beside a chunk, q, k and v turned
@@ -173,7 +174,7 @@ def test_logits_of_all_rows_never_exist_at_once(method):
     [
         ({"rows": 17}, ("rows is 17", "16")),
         ({"rows": 0}, ("rows is 0",)),
-        ({"block_k": 0}, ("block_k is 0",)),
+        ({"tiling": Tiling(80, S, 16, 8)}, ("tiling is", "num_queries=80", "70 queries")),
         ({"v": np.zeros((B, S, K, 9), np.float32)}, ("v has shape (2, 90, 2, 9)", "(2, 90, 2, 8)")),
         ({"q": np.zeros((B, T, 3, D), np.float32)}, ("k has shape", "divisor of 3")),
         ({"q": np.zeros((T, H, D), np.float32)}, ("q must have shape [B, T, H, D]",)),
@@ -181,7 +182,7 @@ def test_logits_of_all_rows_never_exist_at_once(method):
 )
 def test_bad_input_is_named(changes, names, method):
     q, k, v = tokens()
-    given = {"q": q, "k": k, "v": v, **BLOCKS} | changes
+    given = {"q": q, "k": k, "v": v, "tiling": TILING} | changes
     with pytest.raises(ValueError, match=r"is|has|must") as error:
         method(**given)
     for name in names:

@@ -18,7 +18,6 @@ from tests.support import traced
 S, T, K, G, D = 40, 24, 2, 3, 8
 H = K * G
 FREQUENCIES = 100.0 ** (-np.arange(0, D, 2) / D)
-W_O = np.random.default_rng(5).normal(size=(H, D, 5)).astype(np.float32)
 
 
 class Row(NamedTuple):
@@ -47,14 +46,6 @@ TABLE = {
     "leverage": _row("leverage"),
     "leverage, unrotated": _row("leverage", frequencies=FREQUENCIES, ridge=0.1),
     "sinks_recent": _row("sinks_recent"),
-    "value_weighted": Row(
-        importance.value_weighted(TOKEN_SCORERS["attention_mass"]),
-        partial(dense.value_weighted, scorer=dense.attention_mass),
-    ),
-    "value_weighted, w_o": Row(
-        importance.value_weighted(partial(TOKEN_SCORERS["window"], window=4), W_O),
-        partial(dense.value_weighted, scorer=dense.window, w_o=W_O, window=4),
-    ),
     "combined": Row(
         importance.combined({"attention_mass": 1.0, "key_norm": 0.5}, normalize="max"),
         lambda q, k, v: sum(
@@ -334,11 +325,3 @@ def test_bad_input_is_named(name, args, options, message):
 def test_shapes_are_checked_under_jit():
     with pytest.raises(ValueError, match="window is 32 but q has 24"):
         jax.jit(importance.window)(q0, k0, v0)
-
-
-def test_bad_projection_is_named():
-    scorer = TOKEN_SCORERS["key_norm"]
-    with pytest.raises(ValueError, match=r"w_o must have shape \[H, D, E\], got shape \(6, 8\)"):
-        importance.value_weighted(scorer, W_O[..., 0])
-    with pytest.raises(ValueError, match=r"w_o has shape \(4, 8, 5\).*\[6, 8, E\]"):
-        importance.value_weighted(scorer, W_O[:4])(q0, k0, v0)

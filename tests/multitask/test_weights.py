@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from jbalance import multitask
 from jbalance.multitask.fair import fair_weights
 from jbalance.multitask.pcgrad import pcgrad_weights
-from jbalance.multitask.types import Facts
+from jbalance.multitask.types import TaskStats
 from jbalance.multitask.upgrad import upgrad_weights
 from tests.support.gradients import bounded_minimiser, conflicting, least_cosine
 
@@ -28,7 +28,7 @@ def weights(name, gradients):
     """Weights [K] by a method that needs the Gramian alone."""
     method = GRAM[name]
     gram = multitask.gramian(jnp.asarray(gradients))
-    return np.asarray(jax.jit(method.weigh)(Facts(gram, None), method.init(len(gradients)))[0])
+    return np.asarray(jax.jit(method.weigh)(TaskStats(gram, None), method.init(len(gradients)))[0])
 
 
 @pytest.mark.parametrize("name", NO_HARM)
@@ -184,7 +184,10 @@ def test_the_same_task_twice_counts_as_one_direction():
         (lambda: multitask.gradnorm(learning_rate=0.0), ("learning_rate",)),
         (lambda: multitask.famo(decay=-1.0), ("decay",)),
         (lambda: multitask.uncertainty(0.0), ("learning_rate",)),
-        (lambda: multitask.importance(np.eye(2), rule="best"), ("rule is 'best'", "proportional")),
+        (
+            lambda: multitask.by_importance(np.eye(2), rule="best"),
+            ("rule is 'best'", "proportional"),
+        ),
     ],
 )
 def test_bad_input_is_named(build, names):

@@ -272,16 +272,6 @@ BAD = {
         "cost is -1.0",
         ">= 0",
     ),
-    "copies, twice": (
-        lambda: place.rebalance_replicas(jnp.array([[0, 0], [1, 2]]), W, jnp.arange(3)),
-        "unit_of[0] has unit 0 2 times",
-        "once",
-    ),
-    "copies, none": (
-        lambda: place.rebalance_replicas(jnp.array([[0, 1], [1, 3]]), W, jnp.arange(3)),
-        "no slot of unit 2",
-        "needs one",
-    ),
     "seconds": (
         lambda: place.step_time(place.pack(W, 2, swaps=0), jnp.ones(3)),
         "seconds has shape (3,)",

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance import Status, Term, place
+from jbalance import Status, place
+from jbalance.place import Term
 
 
 def best_cut(loads, capacity, memory, room):

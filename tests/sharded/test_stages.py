@@ -119,7 +119,10 @@ def test_what_divides_stays_where_it_is():
     alpha = sharded.shares(np.ones(8, np.float32), mesh=mesh, axis_name=AXIS)
     assert {shard.data.shape for shard in alpha.addressable_shards} == {(2,)}
     out = sharded.attend(
-        *(jnp.ones((4, 8, 2, 4)),) * 3, attention.plan.full(8, 8, 8, 8), mesh=mesh, batch=AXIS
+        *(jnp.ones((4, 8, 2, 4)),) * 3,
+        attention.dense(attention.Tiling(8, 8, 8, 8)),
+        mesh=mesh,
+        batch=AXIS,
     )
     assert {shard.data.shape for shard in out.y.addressable_shards} == {(1, 8, 2, 4)}
 
@@ -142,7 +145,7 @@ def test_padding_is_reported():
     [
         (lambda m: sharded.shares([1.0], mesh=m, axis_name="y"), "axis_name is 'y'.*'x'"),
         (lambda m: sharded.shares([1.0, -1.0], mesh=m, axis_name=AXIS), r"w\[1\] is -1"),
-        (lambda m: sharded.pool([1.0], beta=0.5, mesh=m, axis_name=AXIS), "beta is 0.5 but prior"),
+        (lambda m: sharded.blend([1.0], beta=0.5, mesh=m, axis_name=AXIS), "beta is 0.5 but prior"),
         (lambda m: sharded.shares([1.0], "best", mesh=m, axis_name=AXIS), "rule is 'best'"),
         (
             lambda m: sharded.ladder(stages.VALUES, stages.COSTS, [9], mesh=m, axis_name=AXIS),
@@ -155,7 +158,7 @@ def test_padding_is_reported():
         (
             lambda m: sharded.attend(
                 *(jnp.ones((1, 8, 1, 4)),) * 3,
-                attention.plan.full(8, 8, 4, 4),
+                attention.dense(attention.Tiling(8, 8, 4, 4)),
                 mesh=m,
                 queries=AXIS,
                 block_at=np.arange(3),

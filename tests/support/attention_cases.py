@@ -77,12 +77,12 @@ def problem(case: Case, seed: int, dtype: Any = jnp.float32) -> tuple[dict, dict
         floats["relative_bias"] = normal(case.relative_heads, queries + keys - 1)
     if case.tasks is not None:
         shares = rng.random((case.tasks, keys))
-        floats["shares"] = jnp.asarray(shares / shares.sum(axis=0), jnp.float32)
-    sizes = queries, keys, case.block_q, case.block_k
+        floats["task_shares"] = jnp.asarray(shares / shares.sum(axis=0), jnp.float32)
+    tiling = attention.Tiling(queries, keys, case.block_q, case.block_k, causal=False)
     shape = (1, 1) if case.one_plan else (batch, heads)
     density = rng.choice([0.15, 0.5, 0.9])  # at the least, some queries see nothing
-    mask = rng.random((*shape, -(-queries // sizes[2]), -(-keys // sizes[3]))) < density
-    rest = {"plan": attention.from_mask(jnp.asarray(mask), *sizes)}
+    mask = rng.random((*shape, *tiling.shape)) < density
+    rest = {"plan": attention.from_mask(jnp.asarray(mask), tiling)}
     if case.segments:
         ids = (np.sort(rng.integers(0, 4, (batch, n))) for n in (queries, keys))
         rest["segment_ids"] = tuple(jnp.asarray(x, jnp.int32) for x in ids)

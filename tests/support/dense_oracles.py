@@ -104,13 +104,3 @@ def sinks_recent(q, k, v, *, num_sinks=4):
     w = np.zeros(s)
     w[order] = np.arange(s, 0, -1) / s
     return np.tile(w, (kv, 1))
-
-
-def value_weighted(q, k, v, *, scorer, w_o=None, **options):
-    v = np.asarray(v, np.float64)
-    w = scorer(q, k, v, **options)
-    if w_o is None:
-        return w * np.linalg.norm(v, axis=-1).T
-    group = w_o.shape[0] // v.shape[1]
-    norms = [np.linalg.norm(v[:, h // group] @ w_o[h], axis=-1) for h in range(w_o.shape[0])]
-    return w * np.stack(norms).reshape(v.shape[1], group, -1).mean(1)

@@ -11,6 +11,7 @@ import numpy as np
 
 import jbalance as jb
 from jbalance import allocate, importance, shares
+from jbalance.balance import BalanceState
 
 U, M, G = 240, 4, 3
 _rng = np.random.default_rng(7)
@@ -42,7 +43,7 @@ def _balance(u, c, axis):
     balance = jb.balancer(
         prior=u["prior"], beta=0.5, eta=0.3, floor=1, cap=u["cap"], axis_name=axis
     )
-    state = jb.BalanceState(u["average"], c["step"])
+    state = BalanceState(u["average"], c["step"])
     return balance.update(u["w"], state, c["budgets"], u["device_of"], u["feedback"])
 
 
@@ -108,7 +109,7 @@ CASES = {
         group_floor=np.array([0.2, 0.0, 0.5], np.float32),
         axis_name=axis,
     ),
-    "pool": lambda u, c, axis: importance.pool(
+    "pool": lambda u, c, axis: importance.blend(
         u["w"], u["prior"], 0.4, u["feedback"], 0.2, axis_name=axis
     ),
     "balancer": _balance,

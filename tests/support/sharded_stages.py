@@ -37,8 +37,8 @@ DEVICE_OF = _rng.integers(0, 3, U).astype(np.int32)
 VALUES = np.cumsum(_rng.integers(0, 5, (U, M)), axis=1).astype(np.float32)
 COSTS = np.array([1, 2, 4, 8], np.int32)
 Q, KEYS, V = _normal(B, T, H, D), _normal(B, T, K, D), _normal(B, T, K, D)
-TILE_VALUE = np.abs(_normal(B, H, NUM_BLOCKS, NUM_BLOCKS)).round(1)  # with ties
-CHOOSE = {"num_queries": T, "num_keys": T, "block_q": BLOCK, "block_k": BLOCK}
+TILE_SCORE = np.abs(_normal(B, H, NUM_BLOCKS, NUM_BLOCKS)).round(1)  # with ties
+TILING = attention.Tiling(T, T, BLOCK, BLOCK)
 NUM_TILES = np.array([60, 70, 80], np.int32)
 SEGMENTS = np.sort(_rng.integers(0, 2, (B, T)), axis=1).astype(np.int32)
 RELATIVE = _normal(H, 2 * T - 1)
@@ -72,7 +72,7 @@ def _own_budgets(num_devices):
 
 
 def _plan():
-    return attention.choose(TILE_VALUE, NUM_TILES, **CHOOSE)
+    return attention.choose(TILE_SCORE, NUM_TILES, TILING)
 
 
 def _tiles(plan):
@@ -94,12 +94,7 @@ def _attend_alone(_, **more):
 def _long_plan():
     value = jnp.abs(jnp.asarray(LONG_BIAS[0, 0, ::8, ::8]))
     return attention.choose(
-        jnp.broadcast_to(value, (B, H, 8, 8)),
-        150,
-        num_queries=LONG,
-        num_keys=LONG,
-        block_q=BLOCK,
-        block_k=BLOCK,
+        jnp.broadcast_to(value, (B, H, 8, 8)), 150, attention.Tiling(LONG, LONG, BLOCK, BLOCK)
     )
 
 
@@ -220,8 +215,8 @@ def _decode_heads(num_devices):
 
 STAGES: dict[str, Stage] = {
     "pool": Stage(
-        lambda mesh: sharded.pool(W, PRIOR, 0.4, FEEDBACK, 0.2, **_units(mesh)),
-        lambda _: importance.pool(W, PRIOR, 0.4, FEEDBACK, 0.2),
+        lambda mesh: sharded.blend(W, PRIOR, 0.4, FEEDBACK, 0.2, **_units(mesh)),
+        lambda _: importance.blend(W, PRIOR, 0.4, FEEDBACK, 0.2),
     ),
     **{
         f"shares, {name}": Stage(
@@ -260,20 +255,20 @@ STAGES: dict[str, Stage] = {
     ),
     "importance of tiles": Stage(
         lambda mesh: sharded.tile_importance(
-            importance.tile_error, Q, KEYS, V, mesh=mesh, batch=AXIS, block_q=BLOCK, block_k=BLOCK
+            importance.tile_error, Q, KEYS, V, TILING, mesh=mesh, batch=AXIS
         ),
-        lambda _: importance.tile_error(Q, KEYS, V, block_q=BLOCK, block_k=BLOCK),
+        lambda _: importance.tile_error(Q, KEYS, V, TILING),
     ),
     "choice of tiles": Stage(
-        lambda mesh: _tiles(sharded.choose(TILE_VALUE, NUM_TILES, mesh=mesh, heads=AXIS, **CHOOSE)),
+        lambda mesh: _tiles(sharded.choose(TILE_SCORE, NUM_TILES, TILING, mesh=mesh, heads=AXIS)),
         lambda _: _tiles(_plan()),
     ),
     "attention over examples": Stage(lambda mesh: _attend(mesh, batch=AXIS), _attend_alone),
     "attention over heads": Stage(lambda mesh: _attend(mesh, heads=AXIS), _attend_alone),
     "attention over queries": Stage(lambda mesh: _attend(mesh, queries=AXIS), _attend_alone),
     "attention over tasks": Stage(
-        lambda mesh: _attend(mesh, tasks=AXIS, shares=TASKS),
-        lambda _: _attend_alone(_, shares=TASKS),
+        lambda mesh: _attend(mesh, tasks=AXIS, task_shares=TASKS),
+        lambda _: _attend_alone(_, task_shares=TASKS),
     ),
     "attention over documents": Stage(_attend_documents, _attend_documents_alone),
     "cache of requests": Stage(lambda mesh: _mesh_decode(mesh, "requests"), _decode_requests),

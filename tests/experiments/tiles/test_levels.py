@@ -19,7 +19,7 @@ def test_all_rules_cost_the_same(rule):
     curve *= MOST / curve.sum(axis=1, keepdims=True)
     limits = jnp.tile(jnp.array([300, MOST]), (LAYERS, 1))
     seen = TileBudget(jnp.ones(LAYERS), jnp.asarray(curve), limits)
-    given = np.asarray(levels.RULES[rule](seen, 0.4).share) * MOST
+    given = np.asarray(levels.RULES[rule](seen, 0.4).fraction) * MOST
     assert abs(given.sum() - 0.4 * LAYERS * MOST) < 2
     assert given.max() <= MOST
 

@@ -27,7 +27,7 @@ def test_every_policy_has_the_same_number_of_tiles_and_causal_ones_only(tokens, 
     mask = np.asarray(attention.to_mask(plan))
     heads = HEADS // mask.shape[1]
     assert heads * mask.sum() == HEADS * policies.tiles_of(SIZE, density)
-    assert not (mask & ~policies.causal_tiles(SIZE)).any()
+    assert not (mask & ~policies.tiling(SIZE).visible()).any()
     own = np.arange(SIZE) // policies.BLOCK_Q, np.arange(SIZE) // policies.BLOCK_K
     assert mask[:, :, *own].all()
     assert mask[..., 0].all()
@@ -36,7 +36,7 @@ def test_every_policy_has_the_same_number_of_tiles_and_causal_ones_only(tokens, 
 def test_a_sliding_window_is_as_wide_for_every_query_block_that_has_so_many(tokens):
     plan = policies.sliding_window(*tokens, 0.5)
     width = np.asarray(attention.to_mask(plan))[0, 0].sum(axis=1)
-    seen = policies.causal_tiles(SIZE).sum(axis=1)
+    seen = policies.tiling(SIZE).visible().sum(axis=1)
     assert (width[width < seen] >= width.max() - 1).all()
 
 

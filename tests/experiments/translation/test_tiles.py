@@ -110,8 +110,8 @@ def test_as_many_tiles_are_computed_as_the_budget_holds():
 def test_values_are_the_librarys_where_nothing_is_masked():
     every = jnp.full((P, T // tiles.BLOCK, T), True)
     got = tile_values(Q[:, tiles.BLOCK - 1 :: tiles.BLOCK], K, V, every)
-    blocks = {"block_q": tiles.BLOCK, "block_k": tiles.BLOCK}
-    want = importance.tile_error(Q, K, V, **blocks, rows=1, causal=False)
+    tiling = attention.Tiling(Q.shape[1], K.shape[1], tiles.BLOCK, tiles.BLOCK, causal=False)
+    want = importance.tile_error(Q, K, V, tiling, rows=1)
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 

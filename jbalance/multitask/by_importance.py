@@ -8,12 +8,12 @@ from jax.typing import ArrayLike
 
 from jbalance import checks, shares
 from jbalance import importance as importances
-from jbalance.multitask.types import Facts, Weighing
+from jbalance.multitask.types import TaskStats, TaskWeighting
 
 
-def importance(
+def by_importance(
     association: ArrayLike, *, floor: ArrayLike = 0.0, rule: str = "proportional"
-) -> Weighing:
+) -> TaskWeighting:
     """α of w = a · complexity, the losses of the step as the indicators' complexity (METHOD section 1).
 
     Args:
@@ -27,9 +27,9 @@ def importance(
     """
     share = checks.choice("rule", rule, shares.SHARE_RULES)
 
-    def weigh(facts: Facts, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-        losses = jnp.maximum(jax.lax.stop_gradient(facts.losses), 0)
+    def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+        losses = jnp.maximum(jax.lax.stop_gradient(stats.losses), 0)
         alpha = share(importances.weighted(association, losses))
         return shares.constrained(alpha, floor=floor), state
 
-    return Weighing(lambda tasks: (), weigh, needs_losses=True)
+    return TaskWeighting(lambda tasks: (), weigh, needs_losses=True)

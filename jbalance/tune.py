@@ -1,4 +1,4 @@
-"""The loop around training: train, validate, adjust temperature, floor and budget, train again.
+"""Coordinate search of settings around training: train, validate, adjust, train again.
 
 The last step of METHOD section 1's second source. It runs on the host: what is inside of `train` is
 jitted, and settings are data there, so nothing compiles anew. For a search over many settings from
@@ -16,8 +16,8 @@ from jbalance import checks
 STEP = 1.5  # settings are multiplied or divided by it
 
 
-class Round(NamedTuple):
-    """One round of `improve`."""
+class Trial(NamedTuple):
+    """One round of `tune`."""
 
     settings: dict[str, float]
     loss: float
@@ -25,16 +25,16 @@ class Round(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Improved:
-    """What `improve` found."""
+class Tuned:
+    """What `tune` found."""
 
     state: Any
     settings: dict[str, float]
     loss: float
-    rounds: tuple[Round, ...]
+    rounds: tuple[Trial, ...]
 
 
-def improve(
+def tune(
     train: Callable[[Any, Mapping[str, float]], Any],
     validate: Callable[[Any, Mapping[str, float]], float],
     state: Any,
@@ -43,7 +43,7 @@ def improve(
     *,
     max_rounds: int = 20,
     patience: int = 4,
-) -> Improved:
+) -> Tuned:
     """Train in rounds, adjusting one setting after the other by what validation says of it.
 
     Each round trains on from the best state with one setting larger or smaller by a factor of 1.5, at
@@ -54,7 +54,7 @@ def improve(
     Args:
       train: (state, settings) -> state, of one round.
       validate: (state, settings) -> loss on data that `train` never sees.
-      state: parameters, optimiser and what else a round changes; never changed in place.
+      state: parameters, optimizer and what else a round changes; never changed in place.
       settings: to begin with, such as temperature, floor and budget.
       ranges: least and greatest value of each setting that may change; the others stay.
       max_rounds: at most.
@@ -78,7 +78,7 @@ def improve(
     best = dict(settings)
     state = train(state, best)
     loss = float(validate(state, best))
-    rounds = [Round(best, loss, True)]
+    rounds = [Trial(best, loss, True)]
     factor, names, failed = dict.fromkeys(ranges, STEP), list(ranges), 0
     while len(rounds) < max_rounds and failed < patience:
         tried = dict(best)
@@ -89,11 +89,11 @@ def improve(
         new = train(state, tried)
         new_loss = float(validate(new, tried))
         kept = new_loss < loss
-        rounds.append(Round(tried, new_loss, kept))
+        rounds.append(Trial(tried, new_loss, kept))
         if kept:
             state, best, loss, failed = new, tried, new_loss, 0
         else:
             failed += 1
             if names:
                 factor[name] = 1 / factor[name]
-    return Improved(state, best, loss, tuple(rounds))
+    return Tuned(state, best, loss, tuple(rounds))

@@ -1,4 +1,4 @@
-"""Prior knowledge and feedback: log-linear pooling of importance (METHOD section 4)."""
+"""Prior knowledge and feedback: log-linear opinion pooling of importance (METHOD section 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jbalance import checks
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
-def pool(
+def blend(
     w: ArrayLike,
     prior: ArrayLike | None = None,
     beta: ArrayLike = 0.0,
@@ -23,7 +23,7 @@ def pool(
     *,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Importance pooled with prior and feedback: w'_i ∝ w_i^(1-β) p_i^β exp(η f_i), Σ w' = Σ w.
+    """Importance blended with prior and feedback: w'_i ∝ w_i^(1-β) p_i^β exp(η f_i), Σ w' = Σ w.
 
     0^0 = 1: β = 0 ignores the prior, and β = 1 ignores w but for its sum. β = 0, η = 0 gives w back
     bit for bit. A unit whose w or p is exactly 0 has gradient 0 through it (the true one may be
@@ -116,10 +116,10 @@ def _keep_sum(
     sums = jnp.stack([w.sum(axis=-1, keepdims=True), raw.sum(axis=-1, keepdims=True)])
     sum_w, sum_raw = sums if axis_name is None else jax.lax.psum(sums, axis_name)
     if checks.is_concrete(sum_raw) and bool(jnp.any((sum_raw == 0) & (sum_w > 0))):
-        raise ValueError("w and prior share no unit where both are > 0: there is nothing to pool")
-    pooled = raw * (sum_w / jnp.where(sum_raw > 0, sum_raw, 1.0))
-    pooled = jnp.where(sum_raw > 0, pooled, w)
-    return _with_gradient_of(jnp.where(unchanged, w, pooled), pooled)
+        raise ValueError("w and prior share no unit where both are > 0: there is nothing to blend")
+    blended = raw * (sum_w / jnp.where(sum_raw > 0, sum_raw, 1.0))
+    blended = jnp.where(sum_raw > 0, blended, w)
+    return _with_gradient_of(jnp.where(unchanged, w, blended), blended)
 
 
 @jax.custom_jvp

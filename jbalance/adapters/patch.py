@@ -1,4 +1,4 @@
-"""Balanced attention in models that call `jax.nn.dot_product_attention`, as many Llama-types do."""
+"""Patch of `jax.nn.dot_product_attention`, for models that call it by that name (many Llamas)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jbalance import checks
 
 
 @contextlib.contextmanager
-def swapped(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
+def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
     """While it is open, `jax.nn.dot_product_attention` is `attention_fn`.
 
     Open it where the model is called, inside of the function that is jitted: what counts is which
     attention is traced.
 
         def loss_of(model, ids):
-            with adapters.swapped(attention_fn):
+            with adapters.patch_dot_product_attention(attention_fn):
                 return cross_entropy(model(ids), ids)
 
     The name is changed for the whole process meanwhile, so trace in one thread. A model that has bound
@@ -51,13 +54,14 @@ def swapped(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
         if scale is not None:
             query = query * jnp.asarray(scale * math.sqrt(query.shape[-1]), query.dtype)
         size, keys = query.shape[-3], key.shape[-3]
+        seen: Any = mask
         for more in (
             _window(local_window_size, size, keys),
             _shorter(query_seq_lengths, size, -1),
             _shorter(key_value_seq_lengths, keys, -2),
         ):
-            mask = more if mask is None else mask if more is None else mask & more
-        return attention_fn(query, key, value, bias=bias, mask=mask, is_causal=is_causal)
+            seen = more if seen is None else seen if more is None else _both(seen, more)
+        return attention_fn(query, key, value, bias=bias, mask=seen, is_causal=is_causal)
 
     module.dot_product_attention = dot_product_attention
     try:
@@ -66,18 +70,23 @@ def swapped(attention_fn: Callable[..., jax.Array]) -> Iterator[None]:
         module.dot_product_attention = stock
 
 
-def _window(window: int | tuple[int, int] | None, queries: int, keys: int) -> jax.Array | None:
+def _window(window: int | tuple[int, int] | None, queries: int, keys: int) -> np.ndarray | None:
     """[1, 1, T, S]: the keys from `left` before to `right` behind each query."""
     if window is None:
         return None
     left, right = (window, window) if isinstance(window, int) else window
-    ahead = jnp.arange(keys) - jnp.arange(queries)[:, None]
+    ahead = np.arange(keys) - np.arange(queries)[:, None]
     return ((ahead >= -left) & (ahead <= right))[None, None]
+
+
+def _both(a: Any, b: Any) -> Any:
+    """Both masks, with values if both have them: under jit `&` would trace them."""
+    return np.asarray(a) & np.asarray(b) if checks.is_concrete(a, b) else a & b
 
 
 def _shorter(lengths: jax.Array | None, size: int, axis: int) -> jax.Array | None:
     """[B, 1, T, 1] or [B, 1, 1, S]: what is not padding."""
     if lengths is None:
         return None
-    there = jnp.arange(size) < lengths[:, None]
-    return jnp.expand_dims(there[:, None], axis)
+    valid = jnp.arange(size) < lengths[:, None]
+    return jnp.expand_dims(valid[:, None], axis)
