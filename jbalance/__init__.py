@@ -10,7 +10,7 @@ from typing import Any
 from jbalance import types
 from jbalance import importance, resources, shares, allocate, place, rescale
 from jbalance import audit, tasks
-from jbalance import attention, cache, sharded
+from jbalance import attention, cache, decode, sharded
 from jbalance.balance import balancer
 from jbalance.tune import tune
 from jbalance.types import Binding, Status
@@ -33,9 +33,10 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     # tasks of one step, and who got what
     "tasks",
     "audit",
-    # attention over tiles, the cache, and all of it over a mesh
+    # attention over tiles, the cache, decoding over it, and all of it over a mesh
     "attention",
     "cache",
+    "decode",
     "sharded",
     # with optax and flax
     "multitask",

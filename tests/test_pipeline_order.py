@@ -32,6 +32,7 @@ ORDER += [
     "tune",
     "attention",
     "cache",
+    "decode",
     "sharded",
     "multitask",
     "adapters",

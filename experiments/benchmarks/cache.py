@@ -1,4 +1,4 @@
-"""The cache: attention straight from its pages against dense caches, re-balancing, bytes, compilations.
+"""The cache: attention straight from its pages against dense caches, admission, bytes, compilations.
 
     python -m experiments.benchmarks.cache [--json OUT] [--quick]
 
@@ -29,8 +29,10 @@ from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
 from experiments.kv_budget import measure
 from experiments.models import load_gguf, prefill_attention, smollm2_path
-from jbalance import importance
-from jbalance.cache import codec, live, paged_attention, pages
+from jbalance import cache, importance
+from jbalance.cache import KVCache, _codec, _prefill, _step
+from jbalance.cache._attend import attend_pages
+from jbalance.cache._pages import Arena
 from jbalance.resources import kv_entry_bytes
 
 TEXT, LAYER, PIECE_TOKENS = "lcet10", 14, 2048
@@ -64,7 +66,7 @@ def measure_all(quick: bool) -> list[Row]:
     context = real_context(max(sizes))
     rows = [row for size in sizes for row in _sized(_first(context, size))]
     rows += _scorers()
-    rows += _codec()
+    rows += _codec_rows()
     return rows + _long_decode(_first(context, LONG_CONTEXT), 2_000 if quick else LONG_STEPS)
 
 
@@ -138,7 +140,7 @@ def _sized(context: Context) -> list[Row]:
                 for bits, n in zip(arena.bits, number, strict=True)
             ),
             Row(label, "admit_steps", seconds[f"admit_b{fraction}"] / step),
-            Row(label, "rebalance_share", flush / (flush + between * step), Bar(0.05)),
+            Row(label, "admission_share", flush / (flush + between * step), Bar(0.05)),
         ]
     rows.append(Row(f"ctx{size}", "dense_bf16_over_f32", dense["bf16"] / dense["f32"]))
     return rows
@@ -158,15 +160,14 @@ def _dense_bytes(context: Context) -> int:
     return size * heads * kv_entry_bytes(head_dim)
 
 
-def _held(context: Context, fraction: float) -> tuple[live.KVCache, Callable[[], Any]]:
+def _held(context: Context, fraction: float) -> tuple[KVCache, Callable[[], Any]]:
     """The context in a cache of that budget, and the call that put it there."""
     _, heads, head_dim = context.k.shape
-    made = live.create(budget_bytes(context, fraction), 1, heads, head_dim)
+    made = cache.create(budget_bytes(context, fraction), 1, heads, head_dim)
 
     @jax.jit
     def admit(made, k, v, w):
-        allowance = made.arena.num_pages
-        return live.admit_layer(made, 0, 0, k, v, w, allowance, num_sinks=4, num_recent=8)[0]
+        return _prefill.admit(made, 0, 0, k, v, w, made.arena.num_pages)[0]
 
     call = functools.partial(admit, made, context.k, context.v, context.w)
     return call(), call
@@ -174,7 +175,7 @@ def _held(context: Context, fraction: float) -> tuple[live.KVCache, Callable[[],
 
 @jax.jit
 def _attend(q, arena):
-    return paged_attention.attend_pages(q, arena, jnp.arange(q.shape[0]))
+    return attend_pages(q, arena, jnp.arange(q.shape[0]))
 
 
 @jax.jit
@@ -189,7 +190,7 @@ def _dense_turned(q, k, v):
     return jnp.einsum("kts,ksd->ktd", jax.nn.softmax(logits), v)
 
 
-def _bytes_read(arena: pages.Arena) -> int:
+def _bytes_read(arena: Arena) -> int:
     """Of pages and tables in one step: what an accelerator's memory would have to deliver."""
     used = -(-np.asarray(arena.count) // np.array(arena.page_tokens))
     return int(used.sum()) * (arena.page_bytes + 4) + arena.offset.nbytes + arena.count.nbytes
@@ -215,7 +216,7 @@ def _scorers() -> list[Row]:
         {
             "prefill": functools.partial(prefill, state, jnp.asarray(ids)),
             "worth": functools.partial(worth, q, k, v),
-            "thorough": functools.partial(measure.prefill, model, ids, "repetition"),
+            "thorough": functools.partial(measure.prefill, model, ids, ("repetition",)),
         }
     )
     label = f"prompt{len(ids)}"
@@ -226,24 +227,24 @@ def _scorers() -> list[Row]:
     ]
 
 
-def _codec() -> list[Row]:
-    """Encoding and dequantising, beside a float32 copy of the same vectors."""
+def _codec_rows() -> list[Row]:
+    """Quantizing and dequantizing, beside a float32 copy of the same vectors."""
     x = jax.random.normal(jax.random.key(0), (CODED_VECTORS, 64))
     copy = jax.jit(lambda x: x + 1)
     calls: dict[str, Callable[[], Any]] = {"copy": functools.partial(copy, x)}
-    for bits in codec.BITS:
-        codes = codec.encode(x, bits)
-        encode, dequantise = (
-            jax.jit(functools.partial(codec.encode, bits=bits)),
-            jax.jit(functools.partial(codec.dequantise, head_dim=64, bits=bits)),
+    for bits in _codec.BITS:
+        codes = cache.quantize(x, bits)
+        quantize, dequantize = (
+            jax.jit(functools.partial(cache.quantize, bits=bits)),
+            jax.jit(functools.partial(cache.dequantize, head_dim=64, bits=bits)),
         )
-        calls[f"encode_{bits}"] = functools.partial(encode, x)
-        calls[f"dequantise_{bits}"] = functools.partial(dequantise, codes)
+        calls[f"quantize_{bits}"] = functools.partial(quantize, x)
+        calls[f"dequantize_{bits}"] = functools.partial(dequantize, codes)
     seconds = _report.interleaved(calls)
     return [
         Row(f"codec_{bits}bits", f"{name}_over_copy", seconds[f"{name}_{bits}"] / seconds["copy"])
-        for bits in codec.BITS
-        for name in ("encode", "dequantise")
+        for bits in _codec.BITS
+        for name in ("quantize", "dequantize")
     ]
 
 
@@ -251,71 +252,64 @@ def _long_decode(context: Context, steps: int) -> list[Row]:
     """Steps far beyond the context in a cache of a quarter of its bytes: all of it stays the same."""
     size, heads, head_dim = context.k.shape
     budget = budget_bytes(context, 0.25)
-    made = live.create(budget, 1, heads, head_dim)
-    allowance = jnp.array([made.arena.num_pages])
-    made, _ = live.admit_layer(
-        made, 0, 0, context.k, context.v, context.w, allowance[0], num_sinks=4, num_recent=8
-    )
+    made = cache.create(budget, 1, heads, head_dim)
+    pages = made.arena.num_pages
+    made, _ = _prefill.admit(made, 0, 0, context.k, context.v, context.w, pages)
     traces = 0
 
     def step(made, k, v, q):
         nonlocal traces
         traces += 1
-        ring = jax.tree.map(lambda x: x[0], made.rings)
-        y, ring = live.attend_step(made, ring, 0, q[None], k[None], v[None])
-        rings = jax.tree.map(lambda x: x[None], ring)
-        made, report = live.end_step(made, rings, allowance)
-        return made, y, report.shortfall[0]
+        y, made = cache.step(made, 0, q[None], k[None], v[None])
+        return made, y
 
     compiled = jax.jit(step, donate_argnums=0)
-    largest, lacking = 0, 0
+    largest = 0
     queries = jnp.roll(jnp.repeat(context.k, context.q.shape[0] // heads, axis=1), 1, axis=0)
     q, k, v = (np.asarray(x) for x in (queries, context.k, context.v))
     for i in range(steps):
         at = i % size
-        made, y, shortfall = compiled(made, k[at], v[at], q[at])
+        made, y = compiled(made, k[at], v[at], q[at])
         largest = max(largest, made.nbytes)
-        lacking += int(shortfall > 0)
     jax.block_until_ready(y)
     label = f"decode{steps}"
     return [
         Row(label, "largest_resident_bytes", largest, Bar(budget)),
         Row(label, "traces", traces, Bar(1)),
-        Row(label, "shortfalls", lacking, Bar(0)),
     ]
 
 
-def _flush_seconds(context: Context, held: live.KVCache) -> tuple[float, int]:
-    """Median seconds of letting half a ring into the arena, and the steps that lie between two.
+def _flush_seconds(context: Context, held: KVCache) -> tuple[float, int]:
+    """Median seconds of letting half a recent buffer into the arena, and the steps that lie between two.
 
     One after the other, with new tokens each time, as the steps are timed that they are held against.
     """
-    size, ring = len(context.k), held.ring_tokens
+    size, recent = len(context.k), held.recent_tokens
     allowance = jnp.array([held.arena.num_pages])
 
-    def tokens(start: int) -> live.Ring:
-        at = np.arange(start, start + ring) % size
-        k, v = (jnp.moveaxis(x[at], 1, 0).astype(jnp.bfloat16) for x in (context.k, context.v))
-        return live.Ring(k, v, jnp.square(context.w[:, at]) * ring)
+    def tokens(start: int) -> tuple[jax.Array, ...]:
+        index = np.arange(start, start + recent) % size
+        k, v = (jnp.moveaxis(x[index], 1, 0).astype(jnp.bfloat16) for x in (context.k, context.v))
+        return k, v, jnp.square(context.w[:, index]) * recent
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def flush(made: live.KVCache, new: live.Ring) -> live.KVCache:
+    def flush(made: KVCache, new: tuple[jax.Array, ...]) -> KVCache:
         made = dataclasses.replace(
             made,
-            ring_keys=new.keys,
-            ring_values=new.values,
-            ring_worth=new.worth,
-            ring_count=jnp.array([ring - 1]),
+            recent_keys=new[0],
+            recent_values=new[1],
+            recent_energy=new[2],
+            recent_count=jnp.array([recent]),
         )
-        return live.end_step(made, made.rings, allowance)[0]
+        return _step.settle(made, allowance)[0]
 
     made, taken = jax.tree.map(jnp.copy, held), []
-    news = [jax.block_until_ready(tokens(i * ring)) for i in range(2 * _report.REPETITIONS)]
+    news = [jax.block_until_ready(tokens(i * recent)) for i in range(2 * _report.REPETITIONS)]
     for new in news:
         start = time.perf_counter()
         made = jax.block_until_ready(flush(made, new))
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[_report.REPETITIONS :]), ring // 2
+    return statistics.median(taken[_report.REPETITIONS :]), recent // 2
 
 
 if __name__ == "__main__":

@@ -180,17 +180,16 @@ def _cache_step(split: str) -> Callable[[Mesh, int], Program]:
             axis_name=AXIS,
             split=split,
             num_requests=requests,
-            ring_tokens=RING_TOKENS,
+            recent_tokens=RING_TOKENS,
         )
-        ring = jax.tree.map(lambda x: x[0], cache.rings)
 
-        def run(cache, ring, q, k, v):
-            return sharded.cache.attend_step(cache, ring, 0, q, k, v)
+        def run(cache, q, k, v):
+            return sharded.cache.step(cache, 0, q, k, v)
 
-        held = jax.tree.map(lambda x: _array(mesh, x.shape, jax.P(AXIS), x.dtype), (cache, ring))
+        held = jax.tree.map(lambda x: _array(mesh, x.shape, jax.P(AXIS), x.dtype), cache)
         where = jax.P(AXIS) if split == "requests" else jax.P(None, AXIS)
         shapes = [(requests, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
-        return Program(run, (*held, *(_array(mesh, shape, where) for shape in shapes)))
+        return Program(run, (held, *(_array(mesh, shape, where) for shape in shapes)))
 
     return make
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 BAD_INPUT, INTERRUPTED = 2, 130
+PROGRAMS = Path(__file__).resolve().parents[2] / ".cache" / "jax"
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -34,6 +37,7 @@ def run(
       The exit code: the job's, 2 after bad input, 130 after Ctrl-C; one line on stderr says which.
     """
     options = parser.parse_args(arguments)
+    keep_programs()
     try:
         return job(options) or 0
     except (ValueError, FileNotFoundError) as error:
@@ -42,3 +46,14 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def keep_programs() -> None:
+    """Turns on JAX's persistent compilation cache, unless the environment says where it is."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)  # for processes that this one starts
+    if "jax" in sys.modules:  # which read its environment when it was imported
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))

@@ -30,8 +30,8 @@ class Measured(NamedTuple):
 
     k: jax.Array  # [L, S, K, D]
     v: jax.Array  # [L, S, K, D]
-    w: jax.Array  # [L, K, S] importance of the tokens; orders put sinks and recent ones above all
-    error: jax.Array | None  # [L, K, M] what keeping counts[m] tokens costs in output error
+    w: dict[str, jax.Array]  # by scorer, [L, K, S] importance of the tokens
+    error: dict[str, jax.Array]  # by scorer, [L, K, M] output error of keeping counts[m] tokens
 
 
 def counts(num_tokens: int) -> tuple[int, ...]:
@@ -62,40 +62,43 @@ def check_length(name: str, num_tokens: int) -> None:
         )
 
 
-def prefill(model: Llama, tokens: np.ndarray, scorer: str = "combined") -> Measured:
-    """Run the context through the model and measure every head on the way.
+def prefill(model: Llama, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
+    """Run the context through the model once and measure every head on the way.
 
     Args:
       model: the decoder.
       tokens: [S] ids of the context.
-      scorer: name of the token scorer that orders each head's tokens; or one of `WORTHS`, whose w
-        are in one currency for all heads and precisions.
+      names: token scorers that order each head's tokens, sinks and recent ones above all; or of
+        `WORTHS`, whose w are in one currency for all heads and precisions.
     """
     check_length("context", len(tokens))
     parts = nnx.split(model)
-    measured = _prefill(parts[0], parts[1], jnp.asarray(tokens), scorer, counts(len(tokens)))
-    if scorer == "repetition":
-        energy = measured.w**2 + _repeated(parts, np.asarray(tokens), measured)
-        measured = measured._replace(w=jnp.sqrt(energy))
+    measured = _prefill(*parts, jnp.asarray(tokens), tuple(sorted(names)), counts(len(tokens)))
+    if "repetition" in measured.w:
+        energy = measured.w["repetition"] ** 2 + _repeated(parts, np.asarray(tokens), measured)
+        measured.w["repetition"] = jnp.sqrt(energy)
     return measured
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "scorer", "counts"))
-def _prefill(graph, state, tokens, scorer, counts) -> Measured:
+@functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))
+def _prefill(graph, state, tokens, names, counts) -> Measured:
     model = nnx.merge(graph, state)
     frequencies = model.config.frequencies
-    score = None if scorer in WORTHS else scorers(frequencies)[scorer]
+    table = scorers(frequencies)
 
     def attention(q, k, v, _):
         y, _ = causal_attention(q, k, v)
         q, k, v = q[0], k[0], v[0]
-        if score is None:
-            w = importance.token_worth(q, k, v, frequencies=frequencies)
-            return y, Measured(k, v, w, None)
-        w = score(q, k, v)
-        if scorer != "sinks_recent":  # an order by position needs no protection of positions
-            w = importance.protected(w, num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
-        error = importance.output_error(q[-PROBE_TOKENS:], k, v, w, counts, num_local=NUM_RECENT)
+        w, error = {}, {}
+        for name in names:
+            if name in WORTHS:
+                w[name] = importance.token_worth(q, k, v, frequencies=frequencies)
+                continue
+            w[name] = table[name](q, k, v)
+            if name != "sinks_recent":  # an order by position needs no protection of positions
+                w[name] = importance.protected(w[name], num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
+            last = q[-PROBE_TOKENS:]
+            error[name] = importance.output_error(last, k, v, w[name], counts, num_local=NUM_RECENT)
         return y, Measured(k, v, w, error)
 
     return model.hidden(tokens[None], None, attention)[1]
@@ -105,7 +108,7 @@ def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:
     """Energies [L, K, S] received while the context is fed back in pieces of one size."""
     number = -(-len(tokens) // REPEAT_TOKENS)
     size = -(-len(tokens) // number)
-    total = jnp.zeros_like(measured.w)
+    total = jnp.zeros_like(measured.w["repetition"])
     for start in np.minimum(np.arange(number) * size, len(tokens) - size):
         piece = jnp.asarray(tokens[start : start + size])
         total += _repeat_piece(*parts, piece, measured.k, measured.v)

@@ -16,18 +16,22 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.harness import processes
-from experiments.kv_budget import data, evaluate, measure, state
+from experiments.harness.texts import encode
+from experiments.kv_budget import data, evaluate, measure
 from experiments.kv_budget.data import Case
-from experiments.kv_budget.decode import (
-    Caches,
-    Decoder,
-    DeviceCache,
-    is_local,
-    live_bytes,
-    place_caches,
+from experiments.kv_budget.policies import (
+    Policy,
+    everything,
+    make_plan,
+    pack,
+    policy_of,
+    scorers_of,
 )
-from experiments.kv_budget.policies import AnyPolicy, Plan, everything, make_plan, policy_of
 from experiments.models import Llama
+from jbalance import decode
+from jbalance.decode import Model, Plan, Reserve
+from jbalance.decode.context import is_local
+from jbalance.decode.saved import check_folder
 from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
 
 DEFAULT_POLICIES = (
@@ -67,7 +71,7 @@ class Settings:
         if self.question == "":
             raise ValueError("--question is empty: leave it out to ask for the pass key")
         if self.save is not None:
-            state.check_folder(Path(self.save))
+            check_folder(Path(self.save))
         measure.check_length("--context-tokens: the context", self.context_tokens)
 
 
@@ -75,7 +79,9 @@ class Settings:
 class Job:
     """What all policies share."""
 
-    decoder: Decoder
+    model: Llama
+    decoder: Model
+    devices: list[jax.Device]
     tokenizer: Tokenizer
     case: Case
     query: np.ndarray
@@ -85,9 +91,9 @@ class Job:
     new_tokens: int
 
     @property
-    def tail_tokens(self) -> int:
-        """Room behind the context, in every device's budget: the question and the new tokens."""
-        return len(self.query) + self.new_tokens
+    def reserve(self) -> Reserve:
+        """Room beside the context, in every device's budget: the question and the new tokens."""
+        return Reserve(1, len(self.query) + self.new_tokens)
 
 
 def run(
@@ -109,23 +115,19 @@ def run(
     )
     query = case.query
     if settings.question is not None:
-        query = data.encode(tokenizer, settings.question)
-    decoder = Decoder(model, devices)
-
-    prefilled: dict[str, measure.Measured] = {}
-    for scorer in dict.fromkeys(policy.scorer for policy in policies):
-        step(f"prefill and scores ({scorer})")
-        prefilled[scorer] = jax.block_until_ready(measure.prefill(model, case.context, scorer))
-    first = next(iter(prefilled.values()))
+        query = encode(tokenizer, settings.question)
+    step("prefill and scores")
+    measured = jax.block_until_ready(measure.prefill(model, case.context, scorers_of(policies)))
     step("reference: the full cache")
-    reference = evaluate.reference(decoder, first, case.continuation[:-1])
     job = Job(
-        decoder,
+        model,
+        evaluate.decoder_of(model),
+        devices,
         tokenizer,
         case,
         query,
         settings.question is None,
-        reference,
+        evaluate.reference(model, case.context, case.continuation[:-1]),
         budgets,
         settings.new_tokens,
     )
@@ -133,13 +135,14 @@ def run(
     for policy in policies:
         step(f"policy {policy.name}")
         save = settings.save if policy is policies[-1] else None
-        row, plans[policy.name] = _policy_row(job, policy, prefilled[policy.scorer], save)
+        row, plans[policy.name] = _policy_row(job, policy, measured, save)
         rows.append(row)
     step("quality against bytes")
-    curve = _curve(job, policies, prefilled, rows)
-    report = _header(settings, model, job)
+    curve = _curve(job, policies, measured, rows)
+    report = _header(settings, job)
     report |= {"policies": rows, "curve": curve}
-    report["importance"] = _importance(prefilled[policies[-1].scorer], plans[policies[-1].name])
+    last = policies[-1]
+    report["importance"] = _importance(measured.w[last.scorer], plans[last.name])
     return report
 
 
@@ -153,8 +156,7 @@ def outcome(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def steps_of(settings: Settings) -> int:
     """How many times `run` calls `step`."""
-    scorers = {policy_of(name).scorer for name in settings.policies}
-    return len(scorers) + len(settings.policies) + 2
+    return len(settings.policies) + 3
 
 
 def devices_for(number: int) -> list[jax.Device]:
@@ -178,31 +180,38 @@ def devices_for(number: int) -> list[jax.Device]:
 
 
 def _policy_row(
-    job: Job, policy: AnyPolicy, measured: measure.Measured, save: str | None
+    job: Job, policy: Policy, measured: measure.Measured, save: str | None
 ) -> tuple[dict, Plan]:
     """Everything that the report says of one policy; its state is saved on the way if asked for."""
-    make_plan(policy, measured, job.budgets, job.tail_tokens)  # compiles; the next one is timed
     start = time.perf_counter()
-    plan = make_plan(policy, measured, job.budgets, job.tail_tokens)
+    plan = make_plan(policy, measured, job.budgets, job.reserve)
     seconds = time.perf_counter() - start
-    caches = place_caches(measured, plan, job.decoder.devices, job.tail_tokens)
-    live = processes.total(live_bytes(caches))
-    entries = np.bincount(plan.device_of, plan.entries, minlength=live.size)
-    reduced = evaluate.log_probs(
-        job.decoder, plan, _without_room(caches), job.case.continuation[:-1]
-    )
+    context = dataclasses.replace(pack(policy, measured, plan, job.devices), reserve=job.reserve)
+    reduced = evaluate.log_probs(job.decoder, context, job.devices, job.case.continuation[:-1])
     quality = evaluate.quality(reduced, job.full, job.case.continuation[1:])
 
-    def at_half(progress: evaluate.Progress) -> None:
+    def at_half(state: decode.State, tokens: list[int]) -> None:
         if save is not None:
-            state.save(Path(save), job.decoder, progress, job.new_tokens)
+            notes = {"tokens": tokens, "new_tokens": job.new_tokens}
+            decode.save(
+                Path(save),
+                job.decoder,
+                state,
+                notes=notes,
+                barrier=lambda: processes.total(np.zeros(1, np.int64)),
+            )
 
-    generated = evaluate.generate(job.decoder, plan, caches, job.query, job.new_tokens, at_half)
-    most = np.maximum(live, processes.total(generated.most_bytes))
+    room = job.budgets if policy.rule is not everything else _over(job, context)
+    generated = evaluate.generate(
+        job.decoder, context, job.devices, room, job.query, job.new_tokens, at_half
+    )
+    most = processes.total(generated.most_bytes)
     within = bool((most <= job.budgets).all())
     if not within and policy.rule is not everything:
         raise RuntimeError(f"{policy.name} holds {most} bytes, the budgets are {job.budgets}")
-    price = [None] * len(live) if plan.price is None else plan.price.tolist()
+    price = [None] * len(most) if plan.price is None else plan.price.tolist()
+    entries = plan.kept.sum(axis=-1)
+    held = np.bincount(plan.room.device_of, entries.reshape(-1), minlength=most.size)
     found = generated.tokens[: len(job.case.answer)]
     row = {
         "policy": policy.name,
@@ -216,61 +225,60 @@ def _policy_row(
         "cache_bytes": int(most.sum()),
         "budget_bytes": int(sum(job.budgets)),
         "within_budget": within,
-        "entries": plan.entries.reshape(plan.kept.shape[:2]).tolist(),
+        "entries": entries.tolist(),
         "evenness": None if plan.evenness is None else plan.evenness._asdict(),
         "devices": [
             {"budget_bytes": b, "live_bytes": int(n), "entries": int(e), "price_per_byte": p}
-            for b, n, e, p in zip(job.budgets, most, entries, price, strict=True)
+            for b, n, e, p in zip(job.budgets, most, held, price, strict=True)
         ],
     }
     return row, plan
 
 
-def _without_room(caches: Caches) -> Caches:
-    """The same kept entries without a tail: for text that is only judged, not appended."""
-    return [
-        None
-        if held is None
-        else DeviceCache(held.context, held.tail_keys[:, :0], held.tail_values[:, :0])
-        for held in caches
-    ]
+def _over(job: Job, context: decode.Context) -> list[int]:
+    """Budgets that hold all of a context and the room for its request."""
+    spec, layers = job.decoder.spec, job.decoder.num_layers
+    room = job.reserve.unit_bytes(spec.head_dim) * layers * spec.num_kv_heads
+    beside = job.reserve.device_bytes(layers * spec.num_kv_heads) + 4
+    return [held + room + beside for held in context.nbytes]
 
 
-def _curve(job, policies, prefilled, rows) -> list[dict[str, Any]]:
+def _curve(job, policies, measured, rows) -> list[dict[str, Any]]:
     """KL at other budgets, on one device: how quality falls with the bytes."""
     points = [
         {"policy": row["policy"], "cache_bytes": row["cache_bytes"], "kl": row["kl"]}
         for row in rows
     ]
-    full_bytes, decoder = _full_bytes(job), job.decoder.alone()
+    full_bytes = _full_bytes(job)
+    device = [next(filter(is_local, job.devices))]
+    units = job.decoder.num_layers * job.decoder.spec.num_kv_heads
+    beside = job.reserve.unit_bytes(job.decoder.spec.head_dim) * units
     for policy in policies:
         for scale in CURVE_SCALES if policy.name in CURVE_POLICIES else ():
             budget = int(sum(job.budgets) * scale)
             if budget >= full_bytes:
                 continue
-            measured = prefilled[policy.scorer]
             try:
-                plan = make_plan(policy, measured, [budget], job.tail_tokens)
-            except ValueError:  # half of a small budget may not hold the tails: no point there
+                plan = make_plan(policy, measured, [budget], job.reserve)
+            except ValueError:  # half of a small budget may not hold the reserve: no point there
                 continue
-            caches = place_caches(measured, plan, decoder.devices)
-            reduced = evaluate.log_probs(decoder, plan, caches, job.case.continuation[:-1])
+            context = pack(policy, measured, plan, device)
+            reduced = evaluate.log_probs(job.decoder, context, device, job.case.continuation[:-1])
             kl = evaluate.quality(reduced, job.full, job.case.continuation[1:]).kl
-            tails = plan.entries.size * job.tail_tokens * 4 * measured.k.shape[-1]
-            size = int(live_bytes(caches).sum()) + tails
+            size = sum(context.nbytes) + beside
             points.append({"policy": policy.name, "cache_bytes": size, "kl": kl})
     return sorted(points, key=lambda p: (p["policy"], p["cache_bytes"]))
 
 
 def _full_bytes(job: Job) -> int:
-    config = job.decoder.config
+    config = job.model.config
     dims = AttentionDims(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
-    return kv_cache_bytes(dims, len(job.case.context) + job.tail_tokens)
+    return kv_cache_bytes(dims, len(job.case.context) + job.reserve.new_tokens)
 
 
-def _importance(measured: measure.Measured, plan: Plan) -> dict[str, list[float]]:
+def _importance(w: Any, plan: Plan) -> dict[str, list[float]]:
     """Importance of each token, averaged over the heads, and how many of them kept it."""
-    w = np.asarray(measured.w)
+    w = np.asarray(w)
     inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
     shown = w / w[..., inner].sum(axis=-1, keepdims=True)
     top = shown[..., inner].mean(axis=(0, 1)).max()
@@ -278,8 +286,8 @@ def _importance(measured: measure.Measured, plan: Plan) -> dict[str, list[float]
     return {"mean": mean.tolist(), "kept": plan.kept.mean(axis=(0, 1)).tolist()}
 
 
-def _header(settings: Settings, model: Llama, job: Job) -> dict[str, Any]:
-    config, case = model.config, job.case
+def _header(settings: Settings, job: Job) -> dict[str, Any]:
+    config, case = job.model.config, job.case
     excerpt = job.tokenizer.decode(case.context[-200:].tolist())
     start, stop = case.span
     return {
@@ -297,7 +305,7 @@ def _header(settings: Settings, model: Llama, job: Job) -> dict[str, Any]:
         "full_cache_bytes": _full_bytes(job),
         "devices": [
             {"name": f"{device.platform}:{device.id}", "budget_bytes": size}
-            for device, size in zip(job.decoder.devices, job.budgets, strict=True)
+            for device, size in zip(job.devices, job.budgets, strict=True)
         ],
         "question": job.tokenizer.decode(job.query.tolist()).strip(),
         "passkey": {

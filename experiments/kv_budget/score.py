@@ -10,8 +10,14 @@ import jax
 import numpy as np
 
 from experiments.kv_budget import evaluate, measure
-from experiments.kv_budget.decode import Decoder, live_bytes, place_caches
-from experiments.kv_budget.policies import AnyPolicy, everything, make_plan, policy_of
+from experiments.kv_budget.policies import (
+    Policy,
+    everything,
+    make_plan,
+    pack,
+    policy_of,
+    scorers_of,
+)
 from experiments.models import Llama
 from jbalance.resources import kv_entry_bytes
 
@@ -80,7 +86,7 @@ def score(
         if not 0 < budget <= 1:
             raise ValueError(f"--budget is {budget}: a fraction of the full cache, in (0, 1]")
     chosen = [policy_of(name) for name in policies]
-    decoder = Decoder(model, jax.devices()[:1])
+    decoder = evaluate.decoder_of(model)
     table: dict[tuple[str, float], list[dict[str, Any]]] = {
         (p.name, b): [{} for _ in range(max(map(len, cases.values())))]
         for p in chosen
@@ -93,11 +99,14 @@ def score(
                 for name, x in cases.items()
                 if name.startswith(kind)
             }
-            for scorer in dict.fromkeys(policy.scorer for policy in chosen):
-                measured = measure.prefill(model, context.astype(np.int32), scorer)
-                own = [policy for policy in chosen if policy.scorer == scorer]
-                for key, row in _score_context(decoder, measured, own, budgets, kind, given):
-                    table[key][i].update(row)
+            context = context.astype(np.int32)
+            measured = measure.prefill(model, context, scorers_of(chosen))
+            full = None
+            if kind == "lm":
+                full = evaluate.reference(model, context, given["cont"][:-1].astype(np.int32))
+            rows = _score_context(decoder, measured, chosen, budgets, full, given)
+            for key, row in rows:
+                table[key][i].update(row)
             if step:
                 step()
     return {
@@ -108,28 +117,27 @@ def score(
     }
 
 
-def _score_context(decoder, measured, policies: list[AnyPolicy], budgets, kind, given):
-    """Rows of one context: quality ("lm") or whether the pass key is found ("pk")."""
-    layers, heads, size = measured.w.shape
-    full_bytes = layers * heads * size * kv_entry_bytes(measured.k.shape[-1])
-    if kind == "lm":
-        fed, labels = given["cont"][:-1].astype(np.int32), given["cont"][1:]
-        full = evaluate.reference(decoder, measured, fed)
+def _score_context(decoder, measured, policies: list[Policy], budgets, full, given):
+    """Rows of one context: quality against `full`, or whether the pass key is found if that is None."""
+    layers, size, heads, head_dim = measured.k.shape
+    full_bytes = layers * heads * size * kv_entry_bytes(head_dim)
+    devices = jax.devices()[:1]
     for policy in policies:
         for budget in budgets:
             budget_bytes = int(budget * full_bytes)
             plan = make_plan(policy, measured, [budget_bytes])
-            caches = place_caches(measured, plan, decoder.devices)
-            resident = int(live_bytes(caches).sum())
+            context = pack(policy, measured, plan, devices)
+            resident = sum(context.nbytes)
             if resident > budget_bytes and policy.rule is not everything:
                 raise RuntimeError(f"{policy.name} holds {resident} of {budget_bytes} bytes")
-            if kind == "lm":
-                reduced = evaluate.log_probs(decoder, plan, caches, fed)
+            if full is not None:
+                fed, labels = given["cont"][:-1].astype(np.int32), given["cont"][1:]
+                reduced = evaluate.log_probs(decoder, context, devices, fed)
                 row = evaluate.quality(reduced, full, labels)._asdict()
                 row |= {"cache_bytes": resident, "budget_bytes": budget_bytes}
             else:
                 query, answer = given["query"].astype(np.int32), given["answer"]
-                found = evaluate.answers(decoder, plan, caches, query, answer)
+                found = evaluate.answers(decoder, context, devices, query, answer)
                 row = {"passkey_exact": float(found), "passkey_cache_bytes": resident}
             yield (policy.name, budget), row
 

@@ -18,6 +18,7 @@ from jax import Array
 
 from experiments.models.attention import causal_attention
 from experiments.models.rotary import RopeScaling, frequencies, rotate
+from jbalance.decode import AttentionSpec
 
 Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 """(q [B, T, H, D], k [B, T, K, D], v [B, T, K, D], layer_state) -> (y [B, T, H, D], layer_state).
@@ -149,8 +150,15 @@ class Llama(nnx.Module):
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.embed_dim), dtype)
 
-    def embed(self, tokens: Array) -> Array:
-        """tokens [B, T] -> x [B, T, E]."""
+    @property
+    def attention_spec(self) -> AttentionSpec:
+        """What `jbalance.adapters.decoder` asks about the attention of the layers."""
+        c = self.config
+        return AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, tuple(c.frequencies.tolist()))
+
+    def embed(self, tokens: Array, positions: Array | None = None) -> Array:
+        """tokens [B, T] -> x [B, T, E]; positions enter with the rotary embedding of the layers."""
+        del positions
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens must be integers [B, T], got {tokens.dtype} {list(tokens.shape)}"

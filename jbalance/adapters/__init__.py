@@ -7,6 +7,7 @@ model trains. Parameters stay as they were.
 """
 
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
+from jbalance.adapters.decoder import decoder
 from jbalance.adapters.decoding import LinenCachedAttention, NnxCache
 from jbalance.adapters.modules import (
     BalancedAttention,
@@ -19,7 +20,8 @@ from jbalance.adapters.modules import (
 from jbalance.adapters.patch import patch_dot_product_attention
 from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
 from jbalance.adapters.serve import serialize
-from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
+from jbalance.adapters.tile_budget import Tiles, attend_within
+from jbalance.attention import TileBalancer, TileBudget
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "PlanOf",
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "NnxBalance",
     "budgets_of",
     # decoding over a cache of fixed bytes
+    "decoder",
     "NnxCache",
     "LinenCachedAttention",
     # heads that leave

@@ -6,17 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
-from jax import lax
-from jax.experimental import checkify
 
-from jbalance import attention, importance
+from jbalance import cache as kv_cache
+from jbalance import checks
+from jbalance.adapters.attention_fn import is_causal_mask, shows_all_before
 from jbalance.adapters.modules import attentions
-from jbalance.cache import live
-from jbalance.cache.live import KVCache
+from jbalance.cache import KVCache
 
 COLLECTION = "cache"  # of linen's variables, as that of the stock modules
-_SINKS, _RECENT = 4, 32  # tokens of a prompt that stay whatever they are worth
 
 
 class CacheState(nnx.Variable):
@@ -26,85 +25,141 @@ class CacheState(nnx.Variable):
 class NnxCache(nnx.Module):
     """One cache of fixed bytes for all layers of an nnx model, whose attention it replaces in place.
 
-    A call of the model with a prompt [B, S, E], S > 1, lets it enter the empty cache; a call with
-    one token [B, 1, E] attends to all that was kept and to itself. Keys and values stay at the
-    precision that they are worth; memory is the same for any length, and the oldest are not lost
-    first. The stock `decode=True` overwrites its last slot when it is full: leave it False.
+    A call of the model with prompts [B, S, E], S > 1, lets them enter the cache, behind what it holds of
+    their requests already; a call with one token [B, 1, E] attends to all that was kept and to itself.
+    Tokens stay at the precision that they are worth; memory is the same for any length, and the oldest
+    are not lost first. The stock `decode=True` overwrites its last slot when it is full: leave it False.
 
-    Positions, masks of prompts and where to stop are the model's own, as ever. All requests of a batch
-    have prompts of one length.
+    Positions and where to stop are the model's own, as ever. Each of the model's attention layers is
+    called once in a forward pass, with `is_causal=True` or a causal mask that is no tracer; prompts of
+    different lengths are padded on the right, and `reset` is told their lengths.
 
     Args:
       model: an nnx module whose `nnx.MultiHeadAttention` layers have the same key/value heads.
       num_bytes: for all of it, never exceeded.
       batch: B.
+      frequencies: [D/2] of the model's rotary embedding, radians per position of each pair of features;
+        None for a model without.
+      causal: True says that masks which are traced, and cannot be looked at, are causal ones.
 
     Raises:
-      ValueError: layers that differ, or bytes that do not hold what is needed at least (`live.create`).
+      ValueError: layers that differ or are stacked in one module, or bytes that do not hold what is
+        needed at least (`cache.create`).
     """
 
-    def __init__(self, model: nnx.Module, num_bytes: int, batch: int = 1) -> None:
+    def __init__(
+        self,
+        model: nnx.Module,
+        num_bytes: int,
+        batch: int = 1,
+        *,
+        frequencies: Any = None,
+        causal: bool = False,
+    ) -> None:
         layers = [layer for _, layer in attentions(model)]
+        for path, layer in attentions(model):
+            if np.ndim(layer.query.kernel[...]) != 3:
+                raise ValueError(
+                    f"model has layers stacked in one module at {path}: their attention is not called "
+                    f"layer by layer; use adapters.decoder and jbalance.decode"
+                )
         shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
-        if len(shapes) > 1:
-            raise ValueError(f"model has layers of different (heads, head_dim): {sorted(shapes)}")
-        self.state = CacheState(
-            live.create(num_bytes, len(layers), *shapes.pop(), num_requests=batch)
+        if len(shapes) != 1:
+            raise ValueError(
+                f"model has attention layers of (key/value heads, head_dim) {sorted(shapes)}: all must "
+                f"have the same"
+            )
+        self.frequencies = (
+            None if frequencies is None else tuple(np.asarray(frequencies, float).tolist())
         )
-        self.rings = CacheState(self.state.get_value().rings)
-        # [] int32 pages that prompts lacked for what always stays: not 0, and num_bytes is too few.
-        self.lacking = CacheState(jnp.int32(0))
+        self.state = CacheState(
+            kv_cache.create(num_bytes, len(layers), *shapes.pop(), num_requests=batch)
+        )
+        self.causal = causal
+        self.lengths = CacheState(jnp.full(batch, checks.INT32_MAX, jnp.int32))
+        self.called: tuple[int, ...] = ()  # layers of the forward pass that is under way
         for i, layer in enumerate(layers):
-            layer.attention_fn = nnx.data(_CachedAttention(self, i, len(layers)))
+            layer.attention_fn = nnx.data(_CachedAttention(self, i))
 
     @property
     def num_bytes(self) -> int:
         """What it takes."""
         return self.state.get_value().nbytes
 
-    def reset(self) -> None:
-        """Empty, for new prompts."""
+    def reset(self, lengths: jax.Array | None = None) -> None:
+        """Empty, for new prompts: of these lengths [B], or without padding."""
         cache = self.state.get_value()
         for request in range(cache.num_requests):
-            cache = live.release(cache, request)
+            cache = kv_cache.release(cache, request)
         self.state.set_value(cache)
-        self.rings.set_value(cache.rings)
+        most = jnp.full(cache.num_requests, checks.INT32_MAX, jnp.int32)
+        if lengths is not None and np.shape(lengths) != most.shape:
+            raise ValueError(
+                f"lengths has shape {np.shape(lengths)}: it must be [B] = {most.shape}"
+            )
+        self.lengths.set_value(most if lengths is None else jnp.asarray(lengths, jnp.int32))
+
+    def attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Attention of one layer, whose keys and values enter."""
+        if layer in self.called:
+            raise ValueError(
+                f"attention layer {layer} is called twice in a forward pass, or another one never: the "
+                f"cache needs each of the {self.state.get_value().num_layers} once"
+            )
+        cache, lengths = self.state.get_value(), self.lengths.get_value()
+        y, cache = _attend(cache, layer, query, key, value, self.frequencies, lengths)
+        self.state.set_value(cache)
+        self.called = (*self.called, layer)
+        if len(self.called) == cache.num_layers:
+            self.called = ()
+            if query.shape[1] > 1:  # what comes after a prompt is not padded
+                self.lengths.set_value(jnp.full_like(lengths, checks.INT32_MAX))
+        return y
 
 
 class _CachedAttention(nnx.Module):
     """The `attention_fn` of one layer."""
 
-    def __init__(self, cache: NnxCache, layer: int, num_layers: int) -> None:
-        self.cache, self.layer, self.num_layers = cache, layer, num_layers
+    def __init__(self, cache: NnxCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> jax.Array:
-        held = self.cache
-        if query.shape[1] > 1:
-            cache = held.state.get_value()
-            y, cache, lacking = prefill(cache, self.layer, query, key, value)
-            held.state.set_value(cache)
-            held.lacking.set_value(held.lacking.get_value() + lacking)
-            held.rings.set_value(cache.rings)
-            return y
-        cache, rings = held.state.get_value(), held.rings.get_value()
-        y, rings, cache = step(cache, rings, self.layer, query, key, value)
-        held.rings.set_value(rings)
-        if self.layer == self.num_layers - 1:
-            held.state.set_value(cache)
-        return y
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        is_causal: bool = False,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        **_: Any,
+    ) -> jax.Array:
+        check_call(query, key, bias, mask, is_causal, self.cache.causal)
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(
+                f"dropout_rate is {dropout_rate}: a cache is for inference; model.eval()"
+            )
+        return self.cache.attend(self.layer, query, key, value)
 
 
 class LinenCachedAttention(linen.Module):
     """An `attention_fn` of one linen layer with a cache of fixed bytes of its own.
 
-    The cache is a variable of the collection "cache", which calls apply as mutable; a prompt or a
-    token at a time as with `NnxCache`. Leave the layer's `decode` False.
+    The cache is a variable of the collection "cache", which calls apply as mutable; prompts or a token
+    at a time as with `NnxCache`, and with a causal mask that is no tracer. Leave the layer's `decode`
+    False.
 
     Attributes:
       num_bytes: for this layer.
+      frequencies: [D/2] of the model's rotary embedding, a tuple; None for a model without.
+      causal: True says that masks which are traced, and cannot be looked at, are causal ones.
     """
 
     num_bytes: int
+    frequencies: tuple[float, ...] | None = None
+    causal: bool = False
 
     @linen.compact
     def __call__(
@@ -115,82 +170,65 @@ class LinenCachedAttention(linen.Module):
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        del bias, mask  # of a prompt, which is causal
-        batch, size, heads, head_dim = key.shape
+        check_call(query, key, bias, mask, False, self.causal)
+        batch, _, heads, head_dim = key.shape
 
         def empty() -> KVCache:
-            return live.create(self.num_bytes, 1, heads, head_dim, num_requests=batch)
+            return kv_cache.create(self.num_bytes, 1, heads, head_dim, num_requests=batch)
 
         state = self.variable(COLLECTION, "jbalance", empty)
-        if size > 1:
-            y, state.value, _ = prefill(state.value, 0, query, key, value)
-        else:
-            y, _, state.value = step(state.value, state.value.rings, 0, query, key, value)
+        lengths = jnp.full(batch, checks.INT32_MAX, jnp.int32)
+        y, state.value = _attend(state.value, 0, query, key, value, self.frequencies, lengths)
         return y
 
 
-def prefill(
-    cache: KVCache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Causal attention of prompts, whose keys and values enter the cache by what they are worth.
-
-    Args:
-      cache: whose requests are the batch, without tokens of this layer.
-      layer: static.
-      q: [B, S, H, D].
-      k: [B, S, K, D].
-      v: [B, S, K, D].
-
-    Returns:
-      y [B, S, H, D], the cache, and [] int32 pages that it lacked for the first and the latest tokens,
-      of which none entered then; `checkify` makes that an error.
-    """
-    size = q.shape[1]
-    y = attention.attend(q, k, v, attention.causal(size, size), causal=True).y
-    allowed = jnp.int32(cache.arena.num_pages // cache.num_requests)
-
-    def admit(cache: KVCache, request: jax.Array) -> tuple[KVCache, jax.Array]:
-        own = q[request], k[request], v[request]
-        w = importance.attention_energy(*own, queries=min(size, 64), min_distance=0)
-        cache, report = live.admit_layer(
-            cache,
-            request,
-            layer,
-            *own[1:],
-            jnp.sqrt(w),
-            allowed,
-            num_sinks=min(_SINKS, size),
-            num_recent=min(_RECENT, size),
+def _attend(cache, layer, query, key, value, frequencies, lengths):
+    """Prompts [B, S, H, D] or a token [B, 1, H, D] of each request."""
+    if query.shape[0] != cache.num_requests:
+        raise ValueError(
+            f"query has {query.shape[0]} sequences: the cache is for {cache.num_requests}"
         )
-        return cache, report.shortfall
+    if query.shape[1] > 1:
+        lengths = jnp.minimum(lengths, query.shape[1])
+        frequencies = None if frequencies is None else np.asarray(frequencies, np.float32)
+        return kv_cache.prefill(
+            cache, layer, query, key, value, frequencies=frequencies, lengths=lengths
+        )
+    y, cache = kv_cache.step(cache, layer, query[:, 0], key[:, 0], value[:, 0])
+    return y[:, None].astype(query.dtype), cache
 
-    cache, lacking = lax.scan(admit, cache, jnp.arange(cache.num_requests))
-    lacking = jnp.sum(lacking, dtype=jnp.int32)
-    checkify.debug_check(lacking == 0, "the cache is too small for what always stays of a prompt")
-    return y, cache, lacking
 
-
-def step(
-    cache: KVCache, rings: live.Ring, layer: int, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, live.Ring, KVCache]:
-    """Attention of one token of each request; the last layer's step ends the token.
-
-    Args:
-      cache: before the token.
-      rings: of all layers, [L, ...].
-      layer: static.
-      q: [B, 1, H, D].
-      k: [B, 1, K, D].
-      v: [B, 1, K, D].
-
-    Returns:
-      y [B, 1, H, D], the rings, and the cache: as it was until the last layer's step.
-    """
-    own = jax.tree.map(lambda x: x[layer], rings)
-    y, own = live.attend_step(cache, own, layer, q[:, 0], k[:, 0], v[:, 0])
-    rings = jax.tree.map(lambda x, new: x.at[layer].set(new.astype(x.dtype)), rings, own)
-    if layer == cache.num_layers - 1:
-        pages = jnp.full(cache.num_requests, cache.arena.num_pages // cache.num_requests)
-        cache, _ = live.end_step(cache, rings, pages)
-        rings = cache.rings
-    return y[:, None].astype(q.dtype), rings, cache
+def check_call(
+    query: jax.Array, key: jax.Array, bias: Any, mask: Any, is_causal: bool, causal: bool
+) -> None:
+    """ValueError for attention that a cache of causal self-attention would compute otherwise."""
+    size = query.shape[1]
+    if key.shape[1] != size:
+        raise ValueError(
+            f"query has {size} tokens and key {key.shape[1]}: the cache is for self-attention, not for "
+            f"cross-attention"
+        )
+    if bias is not None:
+        raise ValueError("bias is given: attention over the cache has none")
+    if size == 1:
+        return  # one token sees all before it, whatever its causal mask
+    if mask is None and not is_causal:
+        raise ValueError(
+            "attention is called without is_causal=True or a causal mask: each token would see those "
+            "behind it, as in an encoder; the cache is for decoders"
+        )
+    if mask is None:
+        return
+    if checks.is_concrete(mask):
+        if not (is_causal or is_causal_mask(mask, size, size)) or not shows_all_before(
+            mask, size, size
+        ):
+            raise ValueError(
+                "mask is not the causal one: pad prompts on the right and give their lengths to the "
+                "cache, and windows and prefixes are not supported"
+            )
+    elif not causal:
+        raise ValueError(
+            "mask is traced, so that it cannot be looked at: give is_causal=True in its place, or tell "
+            "the cache causal=True if it is a causal one"
+        )

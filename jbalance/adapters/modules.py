@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax
 from flax import linen, nnx
 
-from jbalance.adapters.tile_budget import TileBalancer, TileBudget, Tiles, attend_within
+from jbalance.adapters.tile_budget import Tiles, attend_within
+from jbalance.attention import TileBalancer, TileBudget
 
 Model = TypeVar("Model", bound=nnx.Module)
 COLLECTION = "balance"  # of linen's variables

@@ -17,6 +17,7 @@ from jbalance.attention.plan import (
 from jbalance.attention.choose import candidates, choose
 from jbalance.attention.balanced_plan import balanced_plan
 from jbalance.attention.attend import attend
+from jbalance.attention.tile_budget import TileBalancer, TileBudget
 
 __all__ = [  # noqa: RUF022  (pipeline order)
     "EMPTY",
@@ -39,4 +40,7 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "balanced_plan",
     # attention over them
     "attend",
+    # a number of them for each layer of a model
+    "TileBudget",
+    "TileBalancer",
 ]

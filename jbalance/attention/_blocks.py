@@ -7,11 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
 from jbalance.attention._operands import Operands, Rules, Visibility
+from jbalance.attention._slices import (
+    add_slice,
+    concatenate,
+    div_mod,
+    iota,
+    read_entry,
+    read_slice,
+    write_slice,
+)
 from jbalance.attention.partial import EMPTY
 
 _NOWHERE = 2**30  # position of a key that is not there
@@ -77,10 +85,10 @@ class Problem:
             return None
         bound: Any = plan.num_keys // plan.block_k
         if self.rules.causal:
-            first = _count(plan.num_query_blocks) * plan.block_q
+            first = iota(plan.num_query_blocks) * plan.block_q
             seen = (first + _operands.first_position(where) + 1) // plan.block_k
             bound = jnp.minimum(bound, seen)[:, None]
-        listed = _count(plan.capacity) < plan.count[..., None]
+        listed = iota(plan.capacity) < plan.count[..., None]
         return jnp.sum(listed & (plan.blocks < bound), axis=-1, dtype=jnp.int32)
 
     def varying(self, tree):
@@ -90,14 +98,14 @@ class Problem:
 
     def row(self, r) -> Row:
         num_q, num_heads = self.plan.num_query_blocks, self.q_shape[2] // self.together
-        rest, block = _divmod(r.astype(jnp.int32), num_q)  # under x64 loops count in int64
-        batch, head = _divmod(rest, num_heads)
+        rest, block = div_mod(r.astype(jnp.int32), num_q)  # under x64 loops count in int64
+        batch, head = div_mod(rest, num_heads)
         head = head * self.together
         lists = self.plan.count.shape
         place = (0 if lists[0] == 1 else batch, 0 if lists[1] == 1 else head, block)
-        plain = None if self.plain is None else _entry(self.plain, place)
-        count = _entry(self.plan.count, place)
-        return Row(batch, head, _divmod(head, self.group)[0], block, place, count, plain)
+        plain = None if self.plain is None else read_entry(self.plain, place)
+        count = read_entry(self.plan.count, place)
+        return Row(batch, head, div_mod(head, self.group)[0], block, place, count, plain)
 
     def over_tiles(self, row, step, carry):
         """`step(tile, carry)` over a row's tiles: those without a mask, then the others."""
@@ -110,21 +118,21 @@ class Problem:
                 places = [i * width + c for c in range(width)]
                 if masked and width > 1:  # behind the list, its last block again: read, but masked
                     places = [jnp.minimum(c, row.count - 1) for c in places]
-                blocks = tuple(_entry(self.plan.blocks, (*row.list_place, c)) for c in places)
+                blocks = tuple(read_entry(self.plan.blocks, (*row.list_place, c)) for c in places)
                 if not masked:
                     positions = None
                 elif listed is None:
-                    positions = self._nowhere_behind(blocks[0] * keys + _count(keys))
+                    positions = self._nowhere_behind(blocks[0] * keys + iota(keys))
                 else:
-                    positions = _slice(listed, (i * keys,), (keys,))
+                    positions = read_slice(listed, (i * keys,), (keys,))
                 return step(Tile(row, blocks, positions), carry)
 
             return lax.fori_loop(first, end, body, carry)
 
-        ends = _divmod(row.count + (width - 1), width)[0]
+        ends = div_mod(row.count + (width - 1), width)[0]
         if row.plain is None:
             return loop(0, ends, True, carry)
-        plain = _divmod(row.plain, width)[0]
+        plain = div_mod(row.plain, width)[0]
         carry = loop(0, plain, False, carry)
         some = width > 1 or self.rules.causal or self.plan.num_keys % self.plan.block_k
         return loop(plain, ends, True, carry) if some else carry
@@ -135,10 +143,10 @@ class Problem:
         Made once for a row: XLA would make those of a tile as often as they are compared.
         """
         plan = self.plan
-        places = _count(-(-plan.capacity // self.joined) * self.joined)
-        blocks = _slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
+        places = iota(-(-plan.capacity // self.joined) * self.joined)
+        blocks = read_slice(plan.blocks, (*row.list_place, 0), (1, 1, 1, plan.capacity)).reshape(-1)
         blocks = jnp.pad(blocks, (0, places.size - plan.capacity))
-        positions = self._nowhere_behind(blocks[:, None] * plan.block_k + _count(plan.block_k))
+        positions = self._nowhere_behind(blocks[:, None] * plan.block_k + iota(plan.block_k))
         return jnp.where((places < row.count)[:, None], positions, _NOWHERE).reshape(-1)
 
     def _nowhere_behind(self, positions):
@@ -151,13 +159,13 @@ class Problem:
         """A row of x [B, T, H, ...] as [bq G, ...]."""
         start = (row.batch, row.block * self.plan.block_q, row.head, *(0,) * (x.ndim - 3))
         size = (1, self.plan.block_q, self.together, *x.shape[3:])
-        return _slice(x, start, size).reshape(-1, *x.shape[3:])
+        return read_slice(x, start, size).reshape(-1, *x.shape[3:])
 
     def write(self, x, values, row):
         """x [B, T, H, ...] with a row replaced."""
         start = (row.batch, row.block * self.plan.block_q, row.head, *(0,) * (x.ndim - 3))
         values = values.reshape(1, self.plan.block_q, self.together, *x.shape[3:])
-        return _update(x, values.astype(x.dtype), start)
+        return write_slice(x, values.astype(x.dtype), start)
 
     def queries(self, row, scale):
         return self.read(self.operands.q, row).astype(jnp.float32) * scale
@@ -170,8 +178,8 @@ class Problem:
 
     def _block(self, x, tile):
         size = 1, self.plan.block_k, 1, x.shape[3]
-        parts = [_slice(x, start, size)[0, :, 0] for start in self._key_places(tile)]
-        return _joined(parts, 0).astype(jnp.float32)
+        parts = [read_slice(x, start, size)[0, :, 0] for start in self._key_places(tile)]
+        return concatenate(parts, 0).astype(jnp.float32)
 
     def _key_places(self, tile):
         """Where the blocks of a tile begin in [B, S, K, D]."""
@@ -199,7 +207,7 @@ class Problem:
     def _seen(self, tile, keys_first):
         """Which elements [bq G, bk] of a tile the masks leave, or turned. (XLA is slow in 3 axes.)"""
         plan, where, axes = self.plan, self.where, (1, 0) if keys_first else (0, 1)
-        rows = _count(plan.block_q * self.together) // self.together
+        rows = iota(plan.block_q * self.together) // self.together
         query_positions = jnp.expand_dims(rows + tile.row.block * plan.block_q, axes[1])
         positions = jnp.expand_dims(tile.key_positions, axes[0])
         seen = _operands.visible(
@@ -209,9 +217,11 @@ class Problem:
             seen &= positions < _NOWHERE
         if where.q_ids is not None and where.k_ids is not None:
             place = tile.row.batch, tile.row.block * plan.block_q
-            q_ids = _slice(where.q_ids, place, (1, plan.block_q))[0]
+            q_ids = read_slice(where.q_ids, place, (1, plan.block_q))[0]
             places = [(tile.row.batch, b * plan.block_k) for b in tile.blocks]
-            k_ids = _joined([_slice(where.k_ids, x, (1, plan.block_k))[0] for x in places], 0)
+            k_ids = concatenate(
+                [read_slice(where.k_ids, x, (1, plan.block_k))[0] for x in places], 0
+            )
             q_ids = jnp.expand_dims(jnp.repeat(q_ids, self.together), axes[1])
             seen &= q_ids == jnp.expand_dims(k_ids, axes[0])
         return seen
@@ -222,11 +232,11 @@ class Problem:
         if bias is not None:
             # Blocks of keys that share one bias are one.
             blocks = tile.blocks[:1] if bias.shape[3] == 1 else tile.blocks
-            parts = [_slice(bias, *self._bias_place(bias, tile.row, b)) for b in blocks]
-            yield _joined([jnp.swapaxes(x[0], 0, 1) for x in parts], 2)
+            parts = [read_slice(bias, *self._bias_place(bias, tile.row, b)) for b in blocks]
+            yield concatenate([jnp.swapaxes(x[0], 0, 1) for x in parts], 2)
         if line is not None:
-            parts = [_slice(line, *self._line_place(line, tile.row, b)) for b in tile.blocks]
-            yield _joined([self._from_line(x) for x in parts], 2)
+            parts = [read_slice(line, *self._line_place(line, tile.row, b)) for b in tile.blocks]
+            yield concatenate([self._from_line(x) for x in parts], 2)
 
     def _bias_place(self, bias, row, block):
         """Start and size of a block's tile in the bias, whose axes of size 1 all tiles share."""
@@ -262,7 +272,7 @@ class Problem:
     def add_keys(self, x, tile, values):
         """x [B, S, K, D] with those of a tile's keys added."""
         for start, part in zip(self._key_places(tile), self._apart(values), strict=True):
-            x = _add_slice(x, start, part[None, :, None])
+            x = add_slice(x, start, part[None, :, None])
         return x
 
     def _apart(self, x):
@@ -285,7 +295,7 @@ class Problem:
             tile = jnp.swapaxes(rows, 0, 1)[None]
             shared = tuple(axis for axis, n in enumerate(size) if n != tile.shape[axis])
             tile = jnp.sum(tile, axis=shared, keepdims=True)
-            sums = sums._replace(bias=_add_slice(sums.bias, start, tile))
+            sums = sums._replace(bias=add_slice(sums.bias, start, tile))
         if sums.relative_bias is not None:
             start, size = self._line_place(sums.relative_bias, row, block)
             if size[0] == 1:
@@ -293,7 +303,7 @@ class Problem:
             # Of an array, not of its shape: inside of `shard_map` it varies as the rows do.
             like = self.varying(jnp.zeros(size, jnp.float32))
             (line,) = jax.linear_transpose(self._from_line, like)(rows)
-            sums = sums._replace(relative_bias=_add_slice(sums.relative_bias, start, line))
+            sums = sums._replace(relative_bias=add_slice(sums.relative_bias, start, line))
         return sums
 
     def cut_biases(self, sums):
@@ -307,76 +317,6 @@ class Problem:
         return bias, line
 
 
-def empty(shape, dtype):
-    """An array whose content is not set. (`lax.empty` by itself ignores Explicit axes of a mesh.)"""
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = AxisType.Explicit in mesh.axis_types
-    sharding = NamedSharding(mesh, jax.P()) if explicit else None
-    return lax.empty(shape, dtype, out_sharding=sharding)
-
-
-def _count(n):
-    return jnp.arange(n, dtype=jnp.int32)
-
-
-def _divmod(x, n):
-    """(x // n, x % n) of x >= 0; Python's on arrays take several steps each to heed the sign."""
-    if n == 1:
-        return x, 0
-    return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
-
-
-def _joined(parts, axis):
-    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
-
-
 def _order(x, keys_first):
     """[bq, G, bk], or [bk, bq, G]."""
     return jnp.moveaxis(x, 2, 0) if keys_first else x
-
-
-# No index is negative: without the option, each costs a CPU a step of its own. All are int32, also where
-# a Python number would be int64.
-def _slice(x, start, size):
-    return lax.dynamic_slice(x, _indices(start), size, allow_negative_indices=False)
-
-
-def _update(x, values, start):
-    return lax.dynamic_update_slice(x, values, _indices(start), allow_negative_indices=False)
-
-
-def _indices(start):
-    return [jnp.asarray(index, jnp.int32) for index in start]
-
-
-def _entry(x, place):
-    return _slice(x, place, (1,) * x.ndim).reshape(())
-
-
-def _add_slice(x, start, tile):
-    old = _slice(x, start, tile.shape)
-    return _update(x, old + tile, start)
-
-
-def padded(operands: Operands, where: Visibility) -> tuple[Operands, Visibility]:
-    """Whole blocks. Keys behind the end are masked, queries behind it are cut off."""
-    plan = where.plan
-    short_q, short_k = -plan.num_queries % plan.block_q, -plan.num_keys % plan.block_k
-    q, k, v, bias, line = operands
-    if bias is not None:
-        bias = bias if bias.shape[2] == 1 else pad(bias, 2, short_q)
-        bias = bias if bias.shape[3] == 1 else pad(bias, 3, short_k)
-    if line is not None:
-        line = jnp.pad(line, ((0, 0), (short_k, short_q)))
-    if where.q_ids is not None:
-        q_ids = pad(where.q_ids, 1, short_q)
-        where = where._replace(q_ids=q_ids, k_ids=pad(where.k_ids, 1, short_k))
-    k, v = pad(k, 1, short_k), pad(v, 1, short_k)
-    return Operands(pad(q, 1, short_q), k, v, bias, line), where
-
-
-def pad(x, axis, amount, value=0):
-    if not amount:
-        return x
-    widths = [(0, amount if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)

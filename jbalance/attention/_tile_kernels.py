@@ -10,8 +10,8 @@ from jax import lax
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _operands
-from jbalance.attention._blocks import pad, padded
 from jbalance.attention._operands import Operands, Rules, Visibility
+from jbalance.attention._slices import pad, padded
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import TilePlan
 

@@ -16,24 +16,29 @@ Method: Dao, FlashAttention-2 (arXiv:2307.08691), over lists of tiles.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from jbalance._exp2 import LOG2_E
-from jbalance.attention._blocks import pad
+from jbalance.attention._loads_gpu import (
+    LEAST,
+    one_of,
+    over_keys,
+    over_list,
+    part_of,
+    prepared,
+    queries_of_program,
+    side,
+)
 from jbalance.attention._operands import Operands, Rules, Visibility
+from jbalance.attention._slices import pad
 from jbalance.attention._tile_kernels import (
     Inputs,
     Saved,
-    Side,
     cut,
     dot,
-    inputs_of,
     like,
     logits,
     saved_rows,
@@ -43,10 +48,7 @@ from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
 
 PLATFORM = "cuda"
-LEAST = 16  # of a product on tensor cores
 HEAD_DIM = 256  # at most, of keys and of values
-_TILE_BYTES = 1 << 14  # of a tile of keys or queries, at most: several must fit in shared memory
-_TILE = {2: 64, 4: 32}  # rows of a tile, at most, by bytes of a number: more spill registers
 _FORWARD_ROWS = {2: 2, 4: 1}  # times as many queries as keys in a tile of the forward kernel
 
 
@@ -68,7 +70,7 @@ def forward(
     rules: Rules, operands: Operands, where: Visibility, *, interpret: bool = False
 ) -> Partial:
     """y [B, T, H, E] in q's dtype and lse [B, T, H] float32; `interpret` needs no GPU, for tests."""
-    inputs, task = _prepared(rules, operands, where, rows=_FORWARD_ROWS[operands.q.dtype.itemsize])
+    inputs, task = prepared(rules, operands, where, rows=_FORWARD_ROWS[operands.q.dtype.itemsize])
     batch, size, heads, _ = inputs.q.shape
     values = inputs.v.shape[3]
     y, lse = pl.pallas_call(
@@ -98,7 +100,7 @@ def backward(
     interpret: bool = False,
 ) -> Operands:
     """The gradient to the operands, from the tiles computed once more."""
-    inputs, task = _prepared(rules, operands, where)
+    inputs, task = prepared(rules, operands, where)
     short = inputs.q.shape[1] - where.plan.num_queries
     wide = inputs.v.shape[3] - operands.v.shape[3]
     lse, delta = saved_rows(out, cotangent, short)
@@ -110,159 +112,6 @@ def backward(
     return cut(operands, where.plan, dq, dk, dv, dbias)
 
 
-class _Task(NamedTuple):
-    """What is known when a kernel is compiled, and which parts of the arrays its programs get."""
-
-    rules: Rules
-    group: int  # heads that share keys
-    block_q: int
-    block_k: int
-    tile_q: int
-    tile_k: int
-    end: int | None  # of the keys, if the last block is longer
-    width: int  # of the widest of keys and values
-
-    def compiler_params(self):
-        small = max(self.width, self.tile_q) <= 64
-        return plt.CompilerParams(num_warps=4 if small else 8, num_stages=2)
-
-    def rows(self, width):
-        """A program's queries of [B, T, H, width]."""
-        return pl.BlockSpec((None, self.tile_q, None, width), lambda i, h, b: (b, i, h, 0))
-
-    def row_numbers(self):
-        """One number for each of a program's queries, of [B, H, T]."""
-        return pl.BlockSpec((None, None, self.tile_q), lambda i, h, b: (b, h, i))
-
-    def by_query(self, x: Inputs) -> Inputs:
-        """What a program for queries reads, of a grid (query tiles, H, B)."""
-        parts, size = self.block_q // self.tile_q, x.k.shape[1]
-
-        def keys(x):
-            shape = None, size, None, x.shape[3]
-            return pl.BlockSpec(shape, lambda i, h, b: (b, 0, h // self.group, 0))
-
-        ids = x.q_ids is not None
-        bias = x.bias is not None
-        return Inputs(
-            q=self.rows(x.q.shape[3]),
-            k=keys(x.k),
-            v=keys(x.v),
-            bias=_of_heads(x.bias, (None, None, size), lambda i: (0, 0)) if bias else None,
-            q_ids=pl.BlockSpec((None, self.tile_q), lambda i, h, b: (b, i)) if ids else None,
-            k_ids=pl.BlockSpec((None, size), lambda i, h, b: (b, 0)) if ids else None,
-            offset=pl.BlockSpec((1,), lambda i, h, b: (0,)),
-            blocks=_of_heads(x.blocks, (None, None, x.blocks.shape[3]), lambda i: (i // parts, 0)),
-            count=_of_heads(x.count, (None, 1), lambda i: (i // parts,)),
-        )
-
-    def columns(self, width):
-        """A program's keys of [B, S, K, width]."""
-        return pl.BlockSpec((None, self.tile_k, None, width), lambda j, h, b: (b, j, h, 0))
-
-    def heads(self, width, size):
-        """The queries of a program's heads, of [B, T, H, width]."""
-        return pl.BlockSpec((None, size, self.group, width), lambda j, h, b: (b, 0, h, 0))
-
-    def head_numbers(self, size):
-        """One number for each of those queries, of [B, H, T]."""
-        return pl.BlockSpec((None, self.group, size), lambda j, h, b: (b, h, 0))
-
-    def by_key(self, x: Inputs) -> Inputs:
-        """What a program for keys reads, of a grid (key tiles, K, B)."""
-        parts, size = self.block_k // self.tile_k, x.q.shape[1]
-
-        def of_group(x, shape, rest):
-            return _of_heads(x, (1 if x.shape[1] == 1 else self.group, *shape), rest)
-
-        ids = x.q_ids is not None
-        bias = x.bias is not None
-        return Inputs(
-            q=self.heads(x.q.shape[3], size),
-            k=self.columns(x.k.shape[3]),
-            v=self.columns(x.v.shape[3]),
-            bias=of_group(x.bias, (None, self.tile_k), lambda j: (0, j)) if bias else None,
-            q_ids=pl.BlockSpec((None, size), lambda j, h, b: (b, 0)) if ids else None,
-            k_ids=pl.BlockSpec((None, self.tile_k), lambda j, h, b: (b, j)) if ids else None,
-            offset=pl.BlockSpec((1,), lambda j, h, b: (0,)),
-            blocks=of_group(x.blocks, (None, x.blocks.shape[3]), lambda j: (j // parts, 0)),
-            count=of_group(x.count, (1,), lambda j: (j // parts,)),
-        )
-
-
-def _of_heads(x, shape, rest):
-    """A program's part of x [B|1, H|1, ...], whose index on the other axes is `rest`."""
-
-    def place(i, h, b):
-        return _one_of(x.shape[0], b), _one_of(x.shape[1], h), *rest(i)
-
-    return pl.BlockSpec((None, *shape), place)
-
-
-def _prepared(rules, operands, where, rows=1):
-    """Arrays of whole blocks and widths that are powers of two, and what is static.
-
-    Tiles may have `rows` times as many queries as keys.
-    """
-    plan = where.plan
-    inputs = inputs_of(operands, where, _widened)
-    width = max(inputs.k.shape[3], inputs.v.shape[3])
-    itemsize = operands.q.dtype.itemsize
-    most = min(_TILE[itemsize], _TILE_BYTES // (width * itemsize))
-
-    def tile(block, most):
-        return max(LEAST, min(block & -block, most))
-
-    return inputs, _Task(
-        rules=rules,
-        group=operands.q.shape[2] // operands.k.shape[2],
-        block_q=plan.block_q,
-        block_k=plan.block_k,
-        tile_q=tile(plan.block_q, rows * most),
-        tile_k=tile(plan.block_k, most),
-        end=plan.num_keys if plan.num_keys % plan.block_k else None,
-        width=width,
-    )
-
-
-def _widened(x):
-    """x [..., D] with zeros up to a power of two."""
-    return pad(x, x.ndim - 1, max(LEAST, pl.next_power_of_2(x.shape[-1])) - x.shape[-1])
-
-
-def _one_of(size, index):
-    """The index on an axis that may have size 1."""
-    return 0 if size == 1 else index
-
-
-def _side(axis, first, size, ids=None, bias=None):
-    """A tile's queries or keys from `first` on, along `axis` of the scores."""
-    arrays = first + lax.iota(jnp.int32, size), ids, bias
-    return Side(*(None if x is None else jnp.expand_dims(x, 1 - axis) for x in arrays))
-
-
-def _part(ref, part):
-    return None if ref is None else ref[part]
-
-
-def _over_list(entry, count, block, tile, step, carry):
-    """`step(first row, carry)` over the tiles of the blocks `entry(0)` to `entry(count - 1)`."""
-    parts = block // tile
-
-    def body(i, carry):
-        return step(
-            entry(lax.div(i, np.int32(parts))) * block + lax.rem(i, np.int32(parts)) * tile, carry
-        )
-
-    return lax.fori_loop(0, count * parts, body, carry)
-
-
-def _over_keys(x, task, step, carry):
-    """`step(first key, carry)` over the list of a program's queries."""
-    sizes = task.block_k, task.tile_k
-    return _over_list(lambda c: x.blocks[c], x.count[0], *sizes, step, carry)
-
-
 def _forward_kernel(
     x: Inputs,  # q [tile_q, D], k [S, D], v [S, E], bias [S], q_ids [tile_q], k_ids [S], blocks [C]
     y_ref,  # [tile_q, E]
@@ -271,13 +120,13 @@ def _forward_kernel(
     task,
 ):
     """Some queries of one head over the list of their block."""
-    query, rows = _queries_of_program(x, task)
+    query, rows = queries_of_program(x, task)
 
     def step(first, carry):
         y, mass, top = carry
         part = pl.ds(first, task.tile_k)
         values = x.v[part]
-        columns = _side(1, first, task.tile_k, _part(x.k_ids, part), _part(x.bias, part))
+        columns = side(1, first, task.tile_k, part_of(x.k_ids, part), part_of(x.bias, part))
         scores, _ = logits(task.rules, dot(query, x.k[part], turned=True), rows, columns, task.end)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weight = jnp.exp2(scores - new_top[:, None])
@@ -290,17 +139,11 @@ def _forward_kernel(
         jnp.zeros(task.tile_q, jnp.float32),
         jnp.full(task.tile_q, NO_TOP, jnp.float32),
     )
-    y, mass, top = _over_keys(x, task, step, start)
+    y, mass, top = over_keys(x, task, step, start)
     some = mass > 0
     mass = jnp.where(some, mass, 1.0)
     y_ref[...] = (y / mass[:, None]).astype(y_ref.dtype)
     lse_ref[...] = jnp.where(some, (top + jnp.log2(mass)) / LOG2_E, EMPTY)
-
-
-def _queries_of_program(x, task):
-    """A program's queries [tile_q, D], and where they are."""
-    first = pl.program_id(0) * task.tile_q + x.offset[0]
-    return x.q[...], _side(0, first, task.tile_q, _part(x.q_ids, slice(None)))
 
 
 def _queries_gradient(task, inputs, saved, interpret):
@@ -327,13 +170,13 @@ def _queries_kernel(
     task,
 ):
     """The gradient to some queries of one head."""
-    query, rows = _queries_of_program(x, task)
+    query, rows = queries_of_program(x, task)
     dy, lse, delta = saved.dy[...], saved.lse[...][:, None], saved.delta[...][:, None]
 
     def step(first, dq):
         part = pl.ds(first, task.tile_k)
         keys = x.k[part]
-        columns = _side(1, first, task.tile_k, _part(x.k_ids, part), _part(x.bias, part))
+        columns = side(1, first, task.tile_k, part_of(x.k_ids, part), part_of(x.bias, part))
         scores, slope = logits(task.rules, dot(query, keys, turned=True), rows, columns, task.end)
         dscores = jnp.exp2(scores - lse) * (dot(dy, x.v[part], turned=True) - delta)
         if slope is not None:
@@ -341,7 +184,7 @@ def _queries_kernel(
         return dq + dot(dscores.astype(keys.dtype), keys)
 
     start = jnp.zeros(query.shape, jnp.float32)
-    dq = _over_keys(x, task, step, start)
+    dq = over_keys(x, task, step, start)
     dq_ref[...] = (dq * task.rules.scale).astype(dq_ref.dtype)
 
 
@@ -382,19 +225,19 @@ def _keys_kernel(
     """The gradient to some keys: over the heads that share them, over the list of their block."""
     keys, values, offset = x.k[...], x.v[...], x.offset[0]
     rows = pl.program_id(0) * task.tile_k
-    rows = _side(0, rows, task.tile_k, _part(x.k_ids, slice(None)))
+    rows = side(0, rows, task.tile_k, part_of(x.k_ids, slice(None)))
 
     def head(g, carry):
         bias = None
         if x.bias is not None:
-            bias = x.bias[_one_of(x.bias.shape[0], g)][:, None]
+            bias = x.bias[one_of(x.bias.shape[0], g)][:, None]
         own_rows = rows._replace(bias=bias)
 
         def step(first, carry):
             dk, dv, dbias = carry
             part = pl.ds(first, task.tile_q)
             query, dy = x.q[part, g], saved.dy[part, g]
-            columns = _side(1, first + offset, task.tile_q, _part(x.q_ids, part))
+            columns = side(1, first + offset, task.tile_q, part_of(x.q_ids, part))
             scores, slope = logits(
                 task.rules, dot(keys, query, turned=True), columns, own_rows, task.end
             )
@@ -407,10 +250,10 @@ def _keys_kernel(
                 dscores = dscores * slope
             return dk + dot(dscores.astype(query.dtype), query), dv, dbias
 
-        own = _one_of(x.count.shape[0], g)
+        own = one_of(x.count.shape[0], g)
         start = *carry, None if bias is None else jnp.zeros(task.tile_k, jnp.float32)
         sizes = task.block_q, task.tile_q
-        dk, dv, dbias = _over_list(lambda c: x.blocks[own, c], x.count[own, 0], *sizes, step, start)
+        dk, dv, dbias = over_list(lambda c: x.blocks[own, c], x.count[own, 0], *sizes, step, start)
         if dbias is not None:
             dbias_ref[g] = dbias
         return dk, dv

@@ -18,25 +18,21 @@ Method: Dao, FlashAttention-2 (arXiv:2307.08691), over lists of tiles.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jbalance._exp2 import LOG2_E
 from jbalance.attention import _tile_kernels
-from jbalance.attention._blocks import pad
+from jbalance.attention._grid_tpu import LANES, Walk, column_of, laid, lane_width, prepared, row_of
 from jbalance.attention._operands import Operands, Rules, Visibility
-from jbalance.attention._tile_kernels import Inputs, Saved, Side, dot, like, logits
+from jbalance.attention._slices import pad
+from jbalance.attention._tile_kernels import Inputs, Saved, dot, like
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
 
 PLATFORM = "tpu"
-LANES = 128
 LIST_BYTES = 15 << 16  # of a plan, at most: it lies in scalar memory, 1 MiB
 BLOCK_BYTES = 12 << 20  # of the blocks of a program, at most: they lie in vector memory, 16 MiB
 _DTYPES = ("float32", "bfloat16")
@@ -89,19 +85,15 @@ def backward(
 
 def _block_bytes(operands, plan):
     """About what the backward pass keeps in vector memory: two copies of blocks, sums and scores."""
-    width = sum(_width(x) for x in (operands.k, operands.v))
+    width = sum(lane_width(x) for x in (operands.k, operands.v))
     blocks = 2 * (plan.block_q + 2 * plan.block_k) * width * operands.q.dtype.itemsize
     return blocks + 4 * plan.block_k * width + 5 * 4 * plan.block_q * plan.block_k
 
 
-def _width(x):
-    return x.shape[-1] + -x.shape[-1] % LANES
-
-
 def _forward(rules, interpret, operands, where):
-    inputs, task = _prepared(rules, operands, where)
+    inputs, task = prepared(rules, operands, where)
     shape = *inputs.q.shape[:3], inputs.v.shape[3]
-    walk = _Walk(task, where.plan.blocks.shape, by_key=False)
+    walk = Walk(task, where.plan.blocks.shape, by_key=False)
     y, lse = walk.run(
         _forward_kernel,
         (where.plan, inputs, None),
@@ -119,10 +111,10 @@ def _forward(rules, interpret, operands, where):
 
 
 def _backward(rules, interpret, operands, where, out, cotangent):
-    inputs, task = _prepared(rules, operands, where)
+    inputs, task = prepared(rules, operands, where)
     short = inputs.q.shape[2] - where.plan.num_queries
     lse, delta = _tile_kernels.saved_rows(out, cotangent, short)
-    saved = Saved(_laid(pad(cotangent.y, 1, short)), lse[:, :, None], delta[:, :, None])
+    saved = Saved(laid(pad(cotangent.y, 1, short)), lse[:, :, None], delta[:, :, None])
     dq = _queries_gradient(task, where.plan, inputs, saved, interpret)
     dk, dv, dbias = _keys_gradient(task, transposed(where.plan), inputs, saved, interpret)
     dbias = None if dbias is None else dbias[:, :, 0]
@@ -132,7 +124,7 @@ def _backward(rules, interpret, operands, where, out, cotangent):
 
 def _queries_gradient(task, plan, inputs, saved, interpret):
     """The gradient to the queries."""
-    walk = _Walk(task, plan.blocks.shape, by_key=False)
+    walk = Walk(task, plan.blocks.shape, by_key=False)
     return walk.run(
         _queries_kernel,
         (plan, inputs, saved),
@@ -145,7 +137,7 @@ def _queries_gradient(task, plan, inputs, saved, interpret):
 
 def _keys_gradient(task, plan, inputs, saved, interpret):
     """The gradients to keys and values, and to the bias of each head [B, H, 1, S] if there is one."""
-    walk = _Walk(task, plan.blocks.shape, by_key=True)
+    walk = Walk(task, plan.blocks.shape, by_key=True)
     (batch, heads), num_keys = inputs.q.shape[:2], inputs.k.shape[2]
     specs = [walk.keys(x.shape[3]) for x in inputs[1:3]]
     shapes = [like(x, x.shape, x.dtype) for x in inputs[1:3]]
@@ -162,178 +154,6 @@ def _keys_gradient(task, plan, inputs, saved, interpret):
         scratch=scratch,
         interpret=interpret,
     ), *[None] * (3 - len(specs))
-
-
-class _Task(NamedTuple):
-    """What is known when a kernel is compiled."""
-
-    rules: Rules
-    group: int  # heads that share keys
-    block_q: int
-    block_k: int
-    end: int | None  # of the keys, if the last block is longer
-
-
-class _Place(NamedTuple):
-    """Where a step of the grid is."""
-
-    batch: Any
-    head: Any
-    kv_head: Any
-    group_head: Any  # of those that share keys
-    query: Any  # block
-    key: Any  # block
-    step: Any  # in the list
-    count: Any  # length of the list
-    last: Any  # step of the list, 0 if it is empty
-
-
-class _Walk(NamedTuple):
-    """A grid over the lists of a plan, and what its steps read."""
-
-    task: _Task
-    lists: tuple[int, ...]  # [B|1, H|1, I, C]
-    by_key: bool  # whether they are those of the transposed plan
-
-    def run(self, kernel, args, out_specs, out_shape, scratch, interpret):
-        """Calls the kernel for every step, with lists, offset and arrays."""
-        plan, inputs, saved = args
-        batch, heads = inputs.q.shape[:2]
-        longest = jnp.maximum(jnp.max(plan.count), 1)
-        grid: tuple[Any, ...] = batch, heads, self.lists[2], longest
-        if self.by_key:
-            group = self.task.group
-            grid = batch, heads // group, self.lists[2], group, longest
-        order: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
-        call = pl.pallas_call(
-            functools.partial(kernel, walk=self),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3,
-                grid=grid,
-                in_specs=[self.inputs(inputs), None if saved is None else self.saved(saved)],
-                out_specs=out_specs,
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-            ),
-            out_shape=out_shape,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=order),
-            interpret=interpret,
-            name=f"attend_tiles{kernel.__name__.removesuffix('_kernel')}",
-        )
-        blocks, count = plan.blocks.reshape(-1), plan.count.reshape(-1)
-        return call(blocks, count, inputs.offset, inputs._replace(offset=None), saved)
-
-    def here(self, blocks_ref, count_ref) -> _Place:
-        """Of the step that runs."""
-        ids = [pl.program_id(axis) for axis in range(5 if self.by_key else 4)]
-        return self.place(ids, blocks_ref, count_ref)
-
-    def place(self, ids, blocks_ref, count_ref) -> _Place:
-        group, (batches, heads, rows, capacity) = self.task.group, self.lists
-        if self.by_key:
-            batch, kv_head, own, group_head, step = ids
-            head = kv_head * group + group_head
-        else:
-            batch, head, own, step = ids
-            kv_head, group_head = lax.div(head, np.int32(group)), lax.rem(head, np.int32(group))
-        first = (0 if batches == 1 else batch) * heads + (0 if heads == 1 else head)
-        row = first * rows + own
-        count = count_ref[row]
-        last = jnp.maximum(count - 1, 0)
-        listed = blocks_ref[row * capacity + jnp.minimum(step, last)]
-        query, key = (listed, own) if self.by_key else (own, listed)
-        return _Place(batch, head, kv_head, group_head, query, key, step, count, last)
-
-    def spec(self, shape, index):
-        """Blocks whose index is that of a place."""
-
-        def at(*args):
-            *ids, blocks_ref, count_ref, _ = args
-            return index(self.place(ids, blocks_ref, count_ref))
-
-        return pl.BlockSpec(shape, at)
-
-    def queries(self, width):
-        """Of [B, H, T, width]."""
-        shape = None, None, self.task.block_q, width
-        return self.spec(shape, lambda at: (at.batch, at.head, at.query, 0))
-
-    def keys(self, width):
-        """Of [B, K, S, width]."""
-        shape = None, None, self.task.block_k, width
-        return self.spec(shape, lambda at: (at.batch, at.kv_head, at.key, 0))
-
-    def query_numbers(self):
-        """Of [B, H, 1, T]."""
-        shape = None, None, 1, self.task.block_q
-        return self.spec(shape, lambda at: (at.batch, at.head, 0, at.query))
-
-    def key_numbers(self, batches=None, heads=None):
-        """Of [B, H, 1, S], where an axis may be 1."""
-        shape = None, None, 1, self.task.block_k
-
-        def index(at):
-            return 0 if batches == 1 else at.batch, 0 if heads == 1 else at.head, 0, at.key
-
-        return self.spec(shape, index)
-
-    def inputs(self, x: Inputs) -> Inputs:
-        ids = x.q_ids is not None
-        q_ids = self.spec((None, 1, self.task.block_q), lambda at: (at.batch, 0, at.query))
-        k_ids = self.spec((None, 1, self.task.block_k), lambda at: (at.batch, 0, at.key))
-        return Inputs(
-            q=self.queries(x.q.shape[3]),
-            k=self.keys(x.k.shape[3]),
-            v=self.keys(x.v.shape[3]),
-            bias=None if x.bias is None else self.key_numbers(*x.bias.shape[:2]),
-            q_ids=q_ids if ids else None,
-            k_ids=k_ids if ids else None,
-            offset=None,
-            blocks=None,
-            count=None,
-        )
-
-    def saved(self, x: Saved) -> Saved:
-        return Saved(self.queries(x.dy.shape[3]), self.query_numbers(), self.query_numbers())
-
-    def logits(self, scores, at, x, offset):
-        """A tile's products as logits in base 2, and the slope of the cap or None."""
-        task = self.task
-        axis = 1 if self.by_key else 0  # of the queries
-        q_at = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-        k_at = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - axis)
-
-        def along(ref, axis):
-            return None if ref is None else ref[...] if axis else _column(ref[...])
-
-        query = Side(q_at + (at.query * task.block_q + offset), along(x.q_ids, axis))
-        key = Side(k_at + at.key * task.block_k, along(x.k_ids, 1 - axis), along(x.bias, 1 - axis))
-        return logits(task.rules, scores, query, key, task.end)
-
-
-def _prepared(rules, operands, where):
-    """Arrays [B, H, T, D] of whole blocks, D of whole lanes, and what is static."""
-    plan = where.plan
-    inputs = _tile_kernels.inputs_of(operands, where, _laid)._replace(blocks=None, count=None)
-    if inputs.q_ids is not None:
-        inputs = inputs._replace(q_ids=inputs.q_ids[:, None], k_ids=inputs.k_ids[:, None])
-    end = plan.num_keys if plan.num_keys % plan.block_k else None
-    group = operands.q.shape[2] // operands.k.shape[2]
-    return inputs, _Task(rules, group, plan.block_q, plan.block_k, end)
-
-
-def _laid(x):
-    """[B, T, H, D] as [B, H, T, D] of whole lanes."""
-    return pad(jnp.swapaxes(x, 1, 2), 3, _width(x) - x.shape[-1])
-
-
-def _column(row):
-    """[1, n] as [n, 1]."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
-
-
-def _row(columns):
-    """Equal columns [n, 128] as [1, n]."""
-    return columns.T[:1]
 
 
 def _forward_kernel(
@@ -377,7 +197,7 @@ def _forward_kernel(
         some = mass_ref[...] > 0
         mass = jnp.where(some, mass_ref[...], 1.0)
         y_ref[...] = (sum_ref[...] / mass[:, :1]).astype(y_ref.dtype)
-        lse_ref[...] = _row(jnp.where(some, (top_ref[...] + jnp.log2(mass)) / LOG2_E, EMPTY))
+        lse_ref[...] = row_of(jnp.where(some, (top_ref[...] + jnp.log2(mass)) / LOG2_E, EMPTY))
 
 
 def _queries_kernel(
@@ -402,8 +222,8 @@ def _queries_kernel(
     def _():
         keys = x.k[...]
         scores, slope = walk.logits(dot(x.q[...], keys, turned=True), at, x, offset_ref[0])
-        weight = jnp.exp2(scores - _column(saved.lse[...]))
-        dscores = dot(saved.dy[...], x.v[...], turned=True) - _column(saved.delta[...])
+        weight = jnp.exp2(scores - column_of(saved.lse[...]))
+        dscores = dot(saved.dy[...], x.v[...], turned=True) - column_of(saved.delta[...])
         dscores = dscores * weight if slope is None else dscores * weight * slope
         sum_ref[...] += dot(dscores.astype(keys.dtype), keys)
 
@@ -457,4 +277,4 @@ def _keys_kernel(
     @pl.when(at.step == at.last)
     def _():
         for ref, sum_ref in zip(dbias_ref, dbias_sum_ref, strict=True):
-            ref[...] = _row(sum_ref[...])
+            ref[...] = row_of(sum_ref[...])

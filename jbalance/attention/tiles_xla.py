@@ -18,8 +18,9 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from jbalance._exp2 import LOG2_E, exp2
-from jbalance.attention._blocks import Problem, empty, pad, padded
+from jbalance.attention._blocks import Problem
 from jbalance.attention._operands import Operands, Rules, Visibility
+from jbalance.attention._slices import empty, pad, padded
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 
 PLATFORM = None

@@ -1,14 +1,13 @@
 """The cache of a decoder on a mesh: one cache a device, of its requests or of its heads.
 
-Every device has an arena, rings and a price of its own, and nothing is exchanged: a request lies whole
-on one device (data parallel), or every device has some key/value heads of all requests (tensor
-parallel). Arrays over a mesh have one shape, so that the devices' bytes are equal; devices of unequal
-memory take a cache each, as `experiments.kv_budget` has them.
+Every device has an arena, recent buffers and a price of its own, and nothing is exchanged: a request
+lies whole on one device (data parallel), or every device has some key/value heads of all requests
+(tensor parallel). Arrays over a mesh have one shape, so that the devices' bytes are equal;
+`jbalance.decode` decodes over devices of unequal memory.
 
     cache = sharded.cache.create(budget_bytes, L, K, D, mesh=mesh, axis_name="x", split="heads")
-    cache, report = sharded.cache.admit_layer(cache, request, layer, k, v, w, pages)
-    y, ring = sharded.cache.attend_step(cache, ring, layer, q, k, v)      # in a scan over layers
-    cache, report = sharded.cache.end_step(cache, rings, pages)
+    y, cache = sharded.cache.prefill(cache, layer, q, k, v, frequencies=f)
+    y, cache = sharded.cache.step(cache, layer, q, k, v)                  # in a scan over layers
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 
-from jbalance import checks
-from jbalance.cache import KVCache, live
-from jbalance.cache.live import Ring
-from jbalance.cache.rebalance import Report
+from jbalance import cache as kv_cache
+from jbalance.cache import KVCache
 from jbalance.sharded._layout import axis_size, cut, lay_out, padded, padding
 
 _SPLITS = ("requests", "heads")
@@ -61,12 +57,6 @@ class MeshCache:
         number = self.num_requests if self.split == "requests" else self.num_kv_heads
         return padding(number, self.num_devices).waste
 
-    @property
-    def rings(self) -> Ring:
-        """[L, G, ...], the rings of all layers, to scan over."""
-        rings = jax.vmap(lambda part: part.rings)(self.parts)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rings)
-
 
 def create(
     budget_bytes: int,
@@ -78,7 +68,7 @@ def create(
     axis_name: str,
     split: str,
     num_requests: int = 1,
-    ring_tokens: int | None = None,
+    recent_tokens: int | None = None,
 ) -> MeshCache:
     """An empty cache on each device of a mesh axis.
 
@@ -92,13 +82,13 @@ def create(
       split: "requests" or "heads": what the devices divide among them. Places for what does not divide
         stay empty (`MeshCache.waste`).
       num_requests: B.
-      ring_tokens: as in `live.create`.
+      recent_tokens: as in `cache.create`.
 
     Returns:
       `MeshCache`.
 
     Raises:
-      ValueError: those of `live.create`; an unknown split or axis.
+      ValueError: those of `cache.create`; an unknown split or axis.
     """
     if split not in _SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {_SPLITS}")
@@ -108,96 +98,88 @@ def create(
     heads = padding(num_kv_heads, num_devices).size // num_devices
 
     def part(_):
-        return live.create(
+        return kv_cache.create(
             budget_bytes,
             num_layers,
             num_kv_heads if by_requests else heads,
             head_dim,
             num_requests=requests if by_requests else num_requests,
-            ring_tokens=ring_tokens,
+            recent_tokens=recent_tokens,
         )
 
     parts = jax.jit(lambda: _on_each(part, mesh, axis_name)(jnp.arange(num_devices)))()
     return MeshCache(parts, mesh, axis_name, split, num_requests, num_kv_heads)
 
 
-def admit_layer(
+def prefill(
     cache: MeshCache,
-    request: jax.Array | int,
     layer: jax.Array | int,
+    q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    w: jax.Array,
-    allowance_pages: jax.Array | int,
+    *,
+    lengths: jax.Array | None = None,
+    allowance_pages: jax.Array | None = None,
     **options: Any,
-) -> tuple[MeshCache, Report]:
-    """`live.admit_layer`: a request's keys and values of one layer enter on their devices.
+) -> tuple[jax.Array, MeshCache]:
+    """`cache.prefill` on every device: prompts [B, S, ...] enter in one layer.
 
     Args:
       cache: before; donate it.
-      request: [] int32 in 0..B-1.
       layer: [] int32.
-      k: [S, K, D].
-      v: [S, K, D].
-      w: [K, S] worth.
-      allowance_pages: [] int32, for the request on each device that has a part of it.
-      **options: num_sinks, num_recent, num_tokens.
+      q: [B, S, H, D].
+      k: [B, S, K, D].
+      v: [B, S, K, D].
+      lengths: [B] int32, of each prompt; None for S.
+      allowance_pages: [B] int32, for each request on each device that has a part of it; None for an
+        even share.
+      **options: frequencies and scale.
 
     Returns:
-      The cache, and the `Report` of each device: a first axis of G, zeros where nothing entered.
+      y [B, S, H, D], and the cache.
 
     Raises:
-      ValueError: those of `live.admit_layer`.
+      ValueError: those of `cache.prefill`.
     """
-    checks.in_range("request", request, 0, cache.num_requests - 1)
-    if cache.split == "heads":
+    size = jnp.shape(q)[1]
+    lengths = jnp.full(cache.num_requests, size) if lengths is None else jnp.asarray(lengths)
+    pages = _pages(cache, allowance_pages)
 
-        def admit(part, k, v, w):
-            return live.admit_layer(part, request, layer, k, v, w, allowance_pages, **options)
-
-        dealt = [_deal(cache, x, axis, "heads") for x, axis in ((k, 1), (v, 1), (w, 0))]
-        parts, report = _on_each(admit, cache.mesh, cache.axis_name)(cache.parts, *dealt)
-        return dataclasses.replace(cache, parts=parts), report
-    each = padding(cache.num_requests, cache.num_devices).size // cache.num_devices
-
-    def admit_own(part, device):
-        def admit(part):
-            own = request % each
-            return live.admit_layer(part, own, layer, k, v, w, allowance_pages, **options)
-
-        nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(admit, part)[1]
+    def run(part, lengths, pages, q, k, v):
+        return kv_cache.prefill(
+            part, layer, q, k, v, lengths=lengths, allowance_pages=pages, **options
         )
-        return lax.cond(request // each == device, admit, lambda part: (part, nothing), part)
 
-    run = _on_each(admit_own, cache.mesh, cache.axis_name)
-    parts, report = run(cache.parts, jnp.arange(cache.num_devices))
-    return dataclasses.replace(cache, parts=parts), report
+    given = _of_requests(cache, lengths.astype(jnp.int32)), pages
+    return _attention(cache, run, given, (q, k, v), 0 if cache.split == "requests" else 2)
 
 
-def attend_step(
+def step(
     cache: MeshCache,
-    ring: Ring,
     layer: jax.Array | int,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     *,
     active: jax.Array | None = None,
-) -> tuple[jax.Array, Ring]:
-    """`live.attend_step` on every device: one layer's attention for one new token of each request.
+    allowance_pages: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, MeshCache]:
+    """`cache.step` on every device: one layer's attention for one new token of each request.
 
     Args:
-      cache: as it was before the token.
-      ring: [G, ...], this layer's part of `cache.rings`.
+      cache: before; donate it.
       layer: [] int32.
       q: [B, H, D].
       k: [B, K, D].
       v: [B, K, D].
       active: [B] bool, requests that have a token now.
+      allowance_pages: [B] int32, for each request on each device that has a part of it; None for an
+        even share.
+      **options: scale.
 
     Returns:
-      y [B, H, D] float32, and the layer's ring with the token in it.
+      y [B, H, D] float32, and the cache.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -206,56 +188,33 @@ def attend_step(
     for name, x in (("k", k), ("v", v)):
         if x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}: it must be [B, K, D] = {shape}")
-    checks.rank("q", q, 3, "[B, H, D]")
-    axis = _SPLITS.index(cache.split)
-    parts = [_deal(cache, x, axis, cache.split) for x in (q, k, v)]
 
-    def step(part, ring, active, q, k, v):
-        return live.attend_step(part, ring, layer, q, k, v, active=active)
+    def run(part, active, pages, q, k, v):
+        return kv_cache.step(part, layer, q, k, v, active=active, allowance_pages=pages, **options)
 
-    run = _on_each(step, cache.mesh, cache.axis_name)
-    y, ring = run(cache.parts, ring, _active(cache, active), *parts)
+    given = _active(cache, active), _pages(cache, allowance_pages)
+    return _attention(cache, run, given, (q, k, v), 0 if cache.split == "requests" else 1)
+
+
+def _attention(cache, run, given, qkv, axis):
+    """`run` on every device's part of q, k, v, divided along an axis: y put together, and the cache."""
+    parts = [_deal(cache, x, axis, cache.split) for x in qkv]
+    on_each = _on_each(run, cache.mesh, cache.axis_name)
+    y, after = on_each(cache.parts, *given, *parts)
     y = jnp.moveaxis(y, 0, axis)
     y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
     spec = [cache.axis_name if i == axis else None for i in range(y.ndim)]
-    return cut(y, cache.mesh, spec, {axis: q.shape[axis]}), ring
+    y = cut(y, cache.mesh, spec, {axis: qkv[0].shape[axis]})
+    return y, dataclasses.replace(cache, parts=after)
 
 
-def end_step(
-    cache: MeshCache,
-    rings: Ring,
-    allowance_pages: jax.Array,
-    *,
-    active: jax.Array | None = None,
-) -> tuple[MeshCache, Report]:
-    """`live.end_step` on every device.
-
-    Args:
-      cache: before; donate it.
-      rings: [L, G, ...] as `attend_step` returned them for each layer.
-      allowance_pages: [B] int32, for each request on each device that has a part of it.
-      active: [B] bool, requests that had a token in this step.
-
-    Returns:
-      The cache, and the `Report` of each device: a first axis of G.
-
-    Raises:
-      ValueError: shapes that do not fit.
-    """
-    if jnp.shape(allowance_pages) != (cache.num_requests,):
-        raise ValueError(
-            f"allowance_pages has shape {jnp.shape(allowance_pages)}: it must be [B] = "
-            f"({cache.num_requests},)"
-        )
-
-    def step(part, rings, allowance, active):
-        return live.end_step(part, rings, allowance, active=active)
-
-    rings = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rings)
-    allowance = _of_requests(cache, jnp.asarray(allowance_pages, jnp.int32))
-    run = _on_each(step, cache.mesh, cache.axis_name)
-    parts, report = run(cache.parts, rings, allowance, _active(cache, active))
-    return dataclasses.replace(cache, parts=parts), report
+def _pages(cache, pages):
+    """[G, requests of a device] int32 pages; an even share for None and for places without a request."""
+    each = cache.parts.recent_count.shape[-1]
+    even = cache.parts.arena.data.shape[1] // each
+    if pages is None:
+        return jnp.full((cache.num_devices, each), even, jnp.int32)
+    return _of_requests(cache, jnp.asarray(pages, jnp.int32), even)
 
 
 def _active(cache, active):
@@ -264,10 +223,12 @@ def _active(cache, active):
     return _of_requests(cache, ones if active is None else jnp.asarray(active))
 
 
-def _of_requests(cache, x):
-    """x [B] for every device's requests."""
+def _of_requests(cache, x, fill=0):
+    """x [B] for every device's requests, and `fill` for places without one."""
     if cache.split == "requests":
-        return _deal(cache, x, 0, "requests")
+        size = padding(cache.num_requests, cache.num_devices).size
+        x = jnp.pad(x, (0, size - cache.num_requests), constant_values=fill)
+        return x.reshape(cache.num_devices, -1)
     return jnp.broadcast_to(x, (cache.num_devices, *x.shape))
 
 

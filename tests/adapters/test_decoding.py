@@ -32,7 +32,7 @@ class Linen(linen.Module):
     def __call__(self, x):
         given = {}
         if self.num_bytes:
-            given["attention_fn"] = adapters.LinenCachedAttention(self.num_bytes)
+            given["attention_fn"] = adapters.LinenCachedAttention(self.num_bytes, causal=True)
         mask = linen.make_causal_mask(x[..., 0])
         return linen.MultiHeadDotProductAttention(HEADS, **given)(x, mask=mask)
 
@@ -81,7 +81,6 @@ def test_its_bytes_stay_and_it_begins_anew():
 
     assert many(model, cache, x[:, -1:])
     assert cache.num_bytes <= SMALL
-    assert cache.lacking.get_value() == 0
     cache.reset()
     np.testing.assert_array_equal(call(model, cache, x), first)
 
@@ -105,10 +104,102 @@ def test_a_linen_model_decodes_too_with_the_stock_parameters():
         assert close(y[:, 0], want[:, t])
 
 
+def test_layers_are_told_apart_by_their_calls_and_prompts_by_their_lengths():
+    """layer10 comes before layer9 in a graph's order; prompts are padded; a chat has a second turn."""
+
+    class Named(nnx.Module):
+        def __init__(self, rngs):
+            self.layer9 = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+            self.layer10 = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            x += self.layer9(x, is_causal=True)
+            return x + self.layer10(x, is_causal=True)
+
+    model, x, lengths = Named(nnx.Rngs(0)), inputs(40), np.array([30, 17])
+    plain = nnx.jit(lambda model, x: model(x))
+    turns = [jnp.concatenate([x[b, :n], x[b, ::-1][:10]]) for b, n in enumerate(lengths)]
+    want = [plain(model, turn[None])[0] for turn in turns]
+    cache = adapters.NnxCache(model, AMPLE, B)
+    call = nnx.jit(lambda model, cache, x: model(x))
+    cache.reset(lengths)
+    first = call(model, cache, x)
+    second = call(model, cache, jnp.stack([x[b, ::-1][:8] for b in range(B)]))
+    for b, n in enumerate(lengths):
+        assert close(first[b, :n], want[b][:n])
+        assert close(second[b], want[b][n : n + 8])
+    for t in (8, 9):
+        one = call(model, cache, jnp.stack([x[b, ::-1][t : t + 1] for b in range(B)]))
+        for b, n in enumerate(lengths):
+            assert close(one[b, 0], want[b][n + t])
+
+
+class Called(nnx.Module):
+    """One layer, called as the test says."""
+
+    def __init__(self, how):
+        self.attend = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
+        self.how = how
+
+    def __call__(self, x):
+        return self.how(self.attend, x)
+
+
+LEFT = np.tri(8, dtype=bool)[None, None] & (np.arange(8) >= 3)
+WINDOW = np.tri(8, dtype=bool) & ~np.tri(8, k=-3, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        (lambda attend, x: attend(x), "without is_causal=True or a causal mask.*encoder"),
+        (lambda attend, x: attend(x, x[:, :4]), "not for cross-attention"),
+        (
+            lambda attend, x: attend(x, mask=LEFT),
+            "mask is not the causal one: pad prompts on the right",
+        ),
+        (lambda attend, x: attend(x, mask=WINDOW[None, None]), "windows and prefixes"),
+        (lambda attend, x: attend(x, mask=nnx.make_causal_mask(x[..., 0])), "mask is traced"),
+        (lambda attend, x: attend(attend(x, is_causal=True), is_causal=True), "called twice"),
+    ],
+)
+def test_what_a_cache_cannot_honor_is_refused(how, names):
+    model, x = Called(how), inputs(8)
+    cache = adapters.NnxCache(model, AMPLE, B)
+    if names == "called twice":  # of a model of two layers
+        model.other = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
+        cache = adapters.NnxCache(model, AMPLE, B)
+    with pytest.raises(ValueError, match=names):
+        nnx.jit(lambda model, cache, x: model(x))(model, cache, x)
+
+
+def test_a_causal_mask_that_can_be_looked_at_is_taken():
+    model, x = (
+        Called(lambda attend, x: attend(x, mask=np.tri(8, dtype=bool)[None, None])),
+        inputs(8),
+    )
+    want = model(x)
+    cache = adapters.NnxCache(model, AMPLE, B)
+    assert close(nnx.jit(lambda model, cache, x: model(x))(model, cache, x), want)
+    with pytest.raises(ValueError, match="query has 3 sequences: the cache is for 2"):
+        model(jnp.zeros((3, 8, WIDTH)))
+
+
 def test_bad_input_names_itself():
     with pytest.raises(ValueError, match="budget_bytes is 10"):
         adapters.NnxCache(Nnx(nnx.Rngs(0)), 10)
     model = Nnx(nnx.Rngs(0))
     model.attend.append(nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="layers of different"):
+    with pytest.raises(ValueError, match="all must have the same"):
         adapters.NnxCache(model, AMPLE)
+
+    @nnx.vmap(in_axes=0)
+    def stacked(rngs):
+        return nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.attend = stacked(nnx.Rngs(0).fork(split=3))
+
+    with pytest.raises(ValueError, match="stacked in one module"):
+        adapters.NnxCache(Stack(), AMPLE)

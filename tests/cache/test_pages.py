@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jbalance.cache import codec, pages
+from jbalance.cache import _codec, _pages
 
 U, D, BITS, PAGE = 3, 16, (16, 8, 4, 3, 2), 256
 M = len(BITS)
-reallocate = jax.jit(pages.reallocate)
-write = jax.jit(pages.write, static_argnums=2)
-read = jax.jit(pages.read, static_argnames=("level", "num_pages"))
+reallocate = jax.jit(_pages.reallocate)
+write = jax.jit(_pages.write, static_argnums=2)
+read = jax.jit(_pages.read, static_argnames="level")
 
 
 def arena(num_pages=40, want=None, bits=BITS, head_dim=D, page_bytes=PAGE):
     """An arena whose pages hold any bytes and lie in any order."""
     rng = np.random.default_rng(0)
     tables = 4 * (2 * U * len(bits) + 1)
-    out = pages.create(num_pages * (page_bytes + 4) + tables, U, head_dim, bits, page_bytes)
+    out = _pages.create(num_pages * (page_bytes + 4) + tables, U, head_dim, bits, page_bytes)
     out = dataclasses.replace(
         out,
         data=jnp.asarray(rng.integers(0, 256, out.data.shape), jnp.uint8),
@@ -40,7 +40,7 @@ def vectors(*shape, seed=0):
     return [jnp.asarray(rng.normal(size=(*shape, D)), jnp.float32) for _ in range(2)]
 
 
-def worths(*shape, seed=0):
+def codes(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.uint8)
 
 
@@ -52,18 +52,11 @@ def owned(at):
 @pytest.mark.parametrize("budget", [10_000, 65_536, 1_000_003])
 @pytest.mark.parametrize("page_bytes", [256, 1000, 4096])
 def test_bytes_are_the_budget_but_for_less_than_a_page(budget, page_bytes):
-    out = pages.create(budget, U, D, BITS, page_bytes)
+    out = _pages.create(budget, U, D, BITS, page_bytes)
     assert out.nbytes == sum(x.nbytes for x in jax.tree.leaves(out))
     assert budget - page_bytes - 4 < out.nbytes <= budget
     moved, _ = reallocate(out, jnp.ones((U, M), jnp.int32))
     assert moved.nbytes == out.nbytes
-
-
-def test_tokens_of_a_page():
-    for bits in BITS:
-        codes = D * bits // 8 + (0 if bits == 16 else 2)
-        assert pages.token_bytes(D, bits) == 2 * codes + 1
-        assert pages.tokens_per_page(PAGE, D, bits) == PAGE // (2 * codes + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -101,21 +94,21 @@ def test_absurd_requests_are_refused(value):
 def test_what_is_written_is_read(level):
     at = arena(want=np.full((U, M), 2))
     npp = at.page_tokens[level]
-    (k, v), worth = vectors(2, npp + 2), worths(2, npp + 2)
-    new, dropped = write(at, jnp.array([2, 0]), level, jnp.zeros(2, jnp.int32), k, v, worth)
+    (k, v), code = vectors(2, npp + 2), codes(2, npp + 2)
+    new, dropped = write(at, jnp.array([2, 0]), level, k, v, code)
     np.testing.assert_array_equal(dropped, 0)
     assert new.count[2, level] == new.count[0, level] == npp + 2
     for i, unit in enumerate((2, 0)):
-        held = read(new, unit, level, num_pages=2)
-        np.testing.assert_array_equal(held.valid, np.arange(2 * npp) < npp + 2)
-        np.testing.assert_array_equal(held.worth[: npp + 2], worth[i])
-        np.testing.assert_array_equal(held.worth[npp + 2 :], 0)
+        held = read(new, unit, level=level)
+        np.testing.assert_array_equal(held.valid, np.arange(len(held.valid)) < npp + 2)
+        np.testing.assert_array_equal(held.code[: npp + 2], code[i])
+        np.testing.assert_array_equal(held.code[npp + 2 :], 0)
         for got, x in ((held.k, k[i]), (held.v, v[i])):
             np.testing.assert_array_equal(got[npp + 2 :], 0)
             if BITS[level] == 16:
-                want = codec.unrotate(codec.rotate(x).astype(jnp.bfloat16))
+                want = _codec.unrotate(_codec.rotate(x).astype(jnp.bfloat16))
             else:
-                want = codec.decode(codec.encode(x, BITS[level]), D, BITS[level])
+                want = _codec.dequantize(_codec.quantize(x, BITS[level]), D, BITS[level])
             np.testing.assert_allclose(got[: npp + 2], want, atol=1e-5)
     # All other pages are as they were.
     mine = np.concatenate([owned(at)[u * M + level] for u in (2, 0)])
@@ -123,55 +116,42 @@ def test_what_is_written_is_read(level):
     np.testing.assert_array_equal(new.data[others], at.data[others])
 
 
-@pytest.mark.parametrize("level", range(M))
-def test_one_by_one_is_the_same_as_at_once(level):
-    at = arena(want=np.full((U, M), 2))
-    size = at.page_tokens[level] + 1
-    tokens = (*vectors(U, size), worths(U, size))
-    units, zero = jnp.arange(U), jnp.zeros(U, jnp.int32)
-    once, _ = write(at, units, level, zero, *tokens)
-    for i in range(size):
-        at, _ = write(at, units, level, zero + i, *(x[:, i : i + 1] for x in tokens))
-    jax.tree.map(np.testing.assert_array_equal, at, once)
-
-
-def test_writes_outside_the_capacity_are_reported_and_dropped():
+def test_what_has_no_page_is_reported_and_dropped():
     at = arena(want=np.full((U, M), 1))
     npp = at.page_tokens[2]
-    tokens = (*vectors(U, 4), worths(U, 4))
-    first = jnp.array([npp - 1, npp + 7, -1])
-    new, dropped = write(at, jnp.arange(U), 2, first, *tokens)
-    np.testing.assert_array_equal(dropped, [3, 4, 4])
-    np.testing.assert_array_equal(new.count[:, 2], [npp, 0, 0])
+    tokens = (*vectors(U, npp + 3), codes(U, npp + 3))
+    new, dropped = write(at, jnp.arange(U), 2, *tokens, jnp.array([npp + 3, npp, 0]))
+    np.testing.assert_array_equal(dropped, [3, 0, 0])
+    np.testing.assert_array_equal(new.count[:, 2], [npp, npp, 0])
     changed = np.flatnonzero((np.asarray(new.data) != np.asarray(at.data)).any(axis=1))
-    np.testing.assert_array_equal(changed, owned(at)[2])
+    np.testing.assert_array_equal(changed, np.sort([owned(at)[u * M + 2][0] for u in (0, 1)]))
     none = arena()
-    same, dropped = write(none, jnp.arange(U), 2, first * 0, *tokens)
-    np.testing.assert_array_equal(dropped, 4)
+    same, dropped = write(none, jnp.arange(U), 2, *tokens)
+    np.testing.assert_array_equal(dropped, npp + 3)
     jax.tree.map(np.testing.assert_array_equal, same, none)
 
 
 def test_units_may_write_different_numbers_of_tokens():
     at = arena(want=np.full((U, M), 2))
-    tokens = (*vectors(U, 5), worths(U, 5))
+    tokens = (*vectors(U, 5), codes(U, 5))
     number = jnp.array([0, 3, 5])
-    new, dropped = write(at, jnp.arange(U), 4, jnp.zeros(U, jnp.int32), *tokens, number)
+    new, dropped = write(at, jnp.arange(U), 4, *tokens, number)
     np.testing.assert_array_equal(dropped, 0)
     np.testing.assert_array_equal(new.count[:, 4], number)
 
 
 def test_demotion_by_reading_and_writing_anew():
     at = arena(want=np.full((U, M), 1))
-    (k, v), worth = vectors(1, 3), worths(1, 3)
-    at, _ = write(at, jnp.array([1]), 0, jnp.array([0]), k, v, worth)
-    held = read(at, 1, 0, num_pages=1)
-    again = (x[None, :3] for x in (held.k, held.v, held.worth))
-    at, dropped = write(at, jnp.array([1]), 2, jnp.array([0]), *again)
-    at = pages.truncate(at, at.count.at[1, 0].set(0))
+    (k, v), code = vectors(1, 3), codes(1, 3)
+    at, _ = write(at, jnp.array([1]), 0, k, v, code)
+    held = read(at, 1, level=0)
+    again = (x[None, :3] for x in (held.k, held.v, held.code))
+    at, dropped = write(at, jnp.array([1]), 2, *again)
+    at = dataclasses.replace(at, count=at.count.at[1, 0].set(0))
     assert dropped == 0
     np.testing.assert_array_equal(at.count[1], [0, 0, 3, 0, 0])
-    assert not read(at, 1, 0, num_pages=1).valid.any()
-    lower = read(at, 1, 2, num_pages=1)
+    assert not read(at, 1, level=0).valid.any()
+    lower = read(at, 1, level=2)
     error = np.square(lower.k[:3] - k[0]).sum() / np.square(k[0]).sum()
     assert error < 0.01
 
@@ -179,24 +159,23 @@ def test_demotion_by_reading_and_writing_anew():
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda: pages.create(100, U, D, BITS, PAGE), ("budget_bytes is 100", "take 384")),
-        (lambda: pages.create(10**6, U, D, BITS, 64), ("page_bytes is 64", "takes 65")),
-        (lambda: pages.create(10**6, U, D, (4, 5), PAGE), ("bits is (4, 5)",)),
-        (lambda: pages.create(10**6, U, D, (4, 4), PAGE), ("bits is (4, 4)",)),
-        (lambda: pages.create(10**6, U, D, (), PAGE), ("bits is ()",)),
-        (lambda: pages.create(10**6, 0, D, BITS, PAGE), ("num_units is 0",)),
-        (lambda: pages.create(10**6, U, 20, BITS, PAGE), ("head_dim is 20", "16 and 24")),
-        (lambda: pages.create(10**18, 10**6, D, BITS, PAGE), ("int32", "page_bytes 256")),
-        (lambda: pages.reallocate(arena(), jnp.ones((U, 2), int)), ("(3, 5)",)),
-        (lambda: pages.reallocate(arena(), jnp.ones((U, M))), ("float32", "integers")),
-        (lambda: pages.truncate(arena(), jnp.ones(M)), ("(5,)", "(3, 5)")),
-        (lambda: pages.read(arena(), 0, 5), ("level is 5",)),
+        (lambda: _pages.create(100, U, D, BITS, PAGE), ("budget_bytes is 100", "take 384")),
+        (lambda: _pages.create(10**6, U, D, BITS, 64), ("page_bytes is 64", "takes 65")),
+        (lambda: _pages.create(10**6, U, D, (4, 5), PAGE), ("bits is (4, 5)",)),
+        (lambda: _pages.create(10**6, U, D, (4, 4), PAGE), ("bits is (4, 4)",)),
+        (lambda: _pages.create(10**6, U, D, (), PAGE), ("bits is ()",)),
+        (lambda: _pages.create(10**6, 0, D, BITS, PAGE), ("num_units is 0",)),
+        (lambda: _pages.create(10**6, U, 20, BITS, PAGE), ("head_dim is 20", "16 and 24")),
+        (lambda: _pages.create(10**18, 10**6, D, BITS, PAGE), ("int32", "page_bytes 256")),
+        (lambda: _pages.reallocate(arena(), jnp.ones((U, 2), int)), ("(3, 5)",)),
+        (lambda: _pages.reallocate(arena(), jnp.ones((U, M))), ("float32", "integers")),
+        (lambda: _pages.read(arena(), 0, 5), ("level is 5",)),
         (lambda: write_with(level=-1), ("level is -1",)),
         (lambda: write_with(k=jnp.ones((1, 2, 8))), ("(1, 2, 8)",)),
-        (lambda: write_with(worth=jnp.ones((1, 2))), ("worth is float32", "uint8")),
-        (lambda: write_with(worth=worths(2, 1)), ("(2, 1)", "(1, 2)")),
+        (lambda: write_with(code=jnp.ones((1, 2))), ("code is float32", "uint8")),
+        (lambda: write_with(code=codes(2, 1)), ("(2, 1)", "(1, 2)")),
         (lambda: write_with(units=jnp.arange(2)), ("units has shape (2,)",)),
-        (lambda: write_with(first_slot=0), ("first_slot has shape ()",)),
+        (lambda: write_with(num_tokens=0), ("num_tokens has shape ()",)),
     ],
 )
 def test_bad_input_is_named(call, names):
@@ -210,5 +189,5 @@ def write_with(**changes):
     """`write` with good arguments but for some."""
     k, v = vectors(1, 2)
     zero = jnp.zeros(1, jnp.int32)
-    good = {"units": zero, "level": 0, "first_slot": zero, "k": k, "v": v, "worth": worths(1, 2)}
-    return pages.write(arena(), **(good | changes))
+    good = {"units": zero, "level": 0, "k": k, "v": v, "code": codes(1, 2)}
+    return _pages.write(arena(), **(good | changes))

@@ -132,7 +132,7 @@ def test_padding_is_reported():
     assert sharded.padding(8, 8) == (8, 0.0)
     mesh = mesh_of(4, AxisType.Auto)
     cache = sharded.cache.create(
-        20_000, 1, 3, 16, mesh=mesh, axis_name=AXIS, split="heads", ring_tokens=2
+        20_000, 1, 3, 16, mesh=mesh, axis_name=AXIS, split="heads", recent_tokens=2
     )
     assert cache.waste == 0.25
     assert cache.device_bytes <= 20_000

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance import allocate, attention, importance, place, sharded
+from jbalance import allocate, attention, cache, importance, place, sharded
 from jbalance import shares as share_rules
-from jbalance.cache import live
 
 AXIS = "x"
 U, M, BLOCK = 29, 4, 8
@@ -50,7 +49,7 @@ LONG = 64
 DOCUMENTS = np.repeat(np.arange(3), [10, 30, 24]).astype(np.int32)
 LONG_Q, LONG_K, LONG_V = _normal(B, LONG, H, D), _normal(B, LONG, K, D), _normal(B, LONG, K, D)
 LONG_RELATIVE, LONG_BIAS = _normal(H, 2 * LONG - 1), _normal(1, 1, LONG, LONG)
-LAYERS, PROMPT, STEPS, HEAD_DIM, RING = 2, 24, 5, 16, 4
+LAYERS, PROMPT, STEPS, HEAD_DIM, RECENT = 2, 24, 5, 16, 4
 CACHE_BYTES = 30_000
 PAGES = 8
 
@@ -137,80 +136,59 @@ def _attend_documents_alone(num_ranks):
     return jax.tree.map(lambda x: x[:, token], out)
 
 
-# A decode: prompts enter, then a few tokens, so that rings are full and flushed.
+# A decode: prompts enter, then a few tokens, so that recent buffers are full and flushed.
+_PROMPT_Q = _normal(B, PROMPT, H, HEAD_DIM)
 _PROMPT_K, _PROMPT_V = _normal(B, PROMPT, K, HEAD_DIM), _normal(B, PROMPT, K, HEAD_DIM)
-_PROMPT_W = np.abs(_normal(B, K, PROMPT))
 _STEP = _normal(STEPS, LAYERS, B, H + 2 * K, HEAD_DIM)
-_ADMIT = {"num_sinks": 2, "num_recent": 2}
 
 
-def _decode(cache, admit_layer, attend_step, end_step, requests=B, heads=slice(None), group=GROUP):
-    """y [STEPS, LAYERS, B, H, D] of a few tokens after the prompts."""
-    pages = jnp.full(requests, PAGES, jnp.int32)
+def _decode(held, stage, first=0, heads=K):
+    """y [LAYERS, B, S, H, D] of prompts and [STEPS, LAYERS, B, H, D] of a few tokens after them.
 
-    def admit(i, cache):
-        request, layer = i // LAYERS, i % LAYERS
-        prompt = (jnp.asarray(x)[request] for x in (_PROMPT_K, _PROMPT_V))
-        k, v = (x[:, heads] for x in prompt)
-        w = jnp.asarray(_PROMPT_W)[request][heads]
-        return admit_layer(cache, request, layer, k, v, w, PAGES, **_ADMIT)[0]
+    `stage` is the module with `prefill` and `step`; of the model it sees so many heads from `first` on.
+    """
+    pages = {"allowance_pages": jnp.full(B, PAGES, jnp.int32)}
 
-    def step(cache, x):
-        def one(_, at):
-            layer, ring, x = at
-            q = x[:, :H].reshape(B, K, group, -1)[:, heads].reshape(B, -1, HEAD_DIM)
-            k, v = x[:, H : H + K][:, heads], x[:, H + K :][:, heads]
-            y, ring = attend_step(cache, ring, layer, q, k, v)
-            return None, (y, ring)
+    def own(*x):
+        """Queries, keys and values of the heads, an axis before the last."""
+        return (
+            jax.lax.slice_in_dim(jnp.asarray(x), first * each, (first + heads) * each, axis=-2)
+            for x, each in zip(x, (GROUP, 1, 1), strict=True)
+        )
 
-        _, (y, rings) = jax.lax.scan(one, None, (jnp.arange(LAYERS), cache.rings, x))
-        return end_step(cache, rings, pages)[0], y
+    def prompt(held, layer):
+        qkv = own(_PROMPT_Q, _PROMPT_K, _PROMPT_V)
+        y, held = stage.prefill(held, layer, *qkv, frequencies=None, **pages)
+        return held, y
 
-    cache = jax.lax.fori_loop(0, B * LAYERS, admit, cache)
-    _, y = jax.lax.scan(step, cache, jnp.asarray(_STEP))
-    return y
+    def token(held, x):
+        def one(held, at):
+            layer, x = at
+            y, held = stage.step(held, layer, *own(*jnp.split(x, (H, H + K), axis=-2)), **pages)
+            return held, y
+
+        return jax.lax.scan(one, held, (jnp.arange(LAYERS), x))
+
+    held, y_prompt = jax.lax.scan(prompt, held, jnp.arange(LAYERS))
+    return y_prompt, jax.lax.scan(token, held, jnp.asarray(_STEP))[1]
 
 
 def _mesh_decode(mesh, split):
-    cache = sharded.cache.create(
-        CACHE_BYTES,
-        LAYERS,
-        K,
-        HEAD_DIM,
-        mesh=mesh,
-        axis_name=AXIS,
-        split=split,
-        num_requests=B,
-        ring_tokens=RING,
-    )
-    stage = sharded.cache
-    return _decode(cache, stage.admit_layer, stage.attend_step, stage.end_step)
-
-
-def _live(requests, heads):
-    return live.create(
-        CACHE_BYTES, LAYERS, heads, HEAD_DIM, num_requests=requests, ring_tokens=RING
-    )
-
-
-def _decode_requests(_):
-    return _decode(_live(B, K), live.admit_layer, live.attend_step, live.end_step)
+    over = {"mesh": mesh, "axis_name": AXIS, "split": split}
+    sizes = {"num_requests": B, "recent_tokens": RECENT}
+    held = sharded.cache.create(CACHE_BYTES, LAYERS, K, HEAD_DIM, **over, **sizes)
+    return _decode(held, sharded.cache)
 
 
 def _decode_heads(num_devices):
     """A cache of their own for the heads of each device."""
-    each = -(-K // num_devices)
-    parts = [
-        _decode(
-            _live(B, len(range(K)[first : first + each])),
-            live.admit_layer,
-            live.attend_step,
-            live.end_step,
-            heads=slice(first, first + each),
-        )
-        for first in range(0, K, each)
-    ]
-    return jnp.concatenate(parts, axis=3)
+    each, parts = -(-K // num_devices), []
+    for first in range(0, K, each):
+        heads = min(each, K - first)
+        sizes = {"num_requests": B, "recent_tokens": RECENT}
+        held = cache.create(CACHE_BYTES, LAYERS, heads, HEAD_DIM, **sizes)
+        parts.append(_decode(held, cache, first, heads))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), *parts)
 
 
 STAGES: dict[str, Stage] = {
@@ -271,6 +249,8 @@ STAGES: dict[str, Stage] = {
         lambda _: _attend_alone(_, task_shares=TASKS),
     ),
     "attention over documents": Stage(_attend_documents, _attend_documents_alone),
-    "cache of requests": Stage(lambda mesh: _mesh_decode(mesh, "requests"), _decode_requests),
+    "cache of requests": Stage(
+        lambda mesh: _mesh_decode(mesh, "requests"), lambda _: _decode_heads(1)
+    ),
     "cache of heads": Stage(lambda mesh: _mesh_decode(mesh, "heads"), _decode_heads),
 }

@@ -10,31 +10,30 @@ import sys
 
 import numpy as np
 
-NUM_DEVICES = 4
+NUM_DEVICES, STEPS = 4, 6
+BUDGETS = [20_000, 14_000, 12_000, 12_000]
 NEW = np.array([5, 17, 42], np.int32)
 
 
 def decode(model, context):
-    """Logits of new tokens, and the bytes that this process's devices held in the end."""
+    """Tokens of a request that reads a context, and the bytes that this process's devices held."""
     import jax
 
-    from experiments.kv_budget import measure
-    from experiments.kv_budget.decode import Decoder, Layout, live_bytes, place_caches
-    from experiments.kv_budget.policies import Plan
+    from experiments.kv_budget.evaluate import decoder_of
+    from jbalance import decode
+    from jbalance.decode import Reserve
 
-    measured = measure.prefill(model, context, "sinks_recent")
-    layers, heads, _ = measured.w.shape
-    evicted = np.random.default_rng(0).random(measured.w.shape) < 0.5
-    device_of = (np.arange(layers)[:, None] + np.arange(heads)).reshape(-1) % NUM_DEVICES
-    plan = Plan(evicted.astype(np.int8), (16,), device_of.astype(np.int32), None)
-    decoder = Decoder(model, jax.devices()[:NUM_DEVICES])
-    caches = place_caches(measured, plan, decoder.devices, len(NEW))
-    layout, logits = Layout.of(plan.device_of, (layers, heads)), []
-    for i, token in enumerate(NEW):
-        new = np.array([token])
-        row, caches = decoder.forward(new, len(context) + i, caches, layout, i)
-        logits.append(np.asarray(row[0]))
-    return np.stack(logits), live_bytes(caches)
+    decoder, devices = decoder_of(model), jax.devices()[:NUM_DEVICES]
+    read = decode.read(
+        decoder, context, BUDGETS, reserve=Reserve(1, len(NEW) + STEPS), devices=devices
+    )
+    state = decode.create(decoder, BUDGETS, context=read, devices=devices)
+    state = decode.join(decoder, state, 0, NEW)
+    tokens = [int(state.tokens[0])]
+    for _ in range(STEPS):
+        new, state = decode.step(decoder, state)
+        tokens.append(int(new[0]))
+    return np.array(tokens), np.array(state.nbytes)
 
 
 def main(coordinator: str, process_id: str, out: str) -> None:
@@ -49,11 +48,11 @@ def main(coordinator: str, process_id: str, out: str) -> None:
     processes.join(options, NUM_DEVICES)
     import jax
 
-    from tests.support.small_models import make_context, make_model
+    from tests.support.small_models import make_context, make_sharp
 
-    logits, live = decode(make_model(), make_context())
-    processes.agree(logits.tolist())  # the same bits
-    np.savez(out, logits=logits, live_bytes=processes.total(live))
+    tokens, live = decode(make_sharp(), make_context())
+    processes.agree(tokens.tolist())  # the same bits
+    np.savez(out, tokens=tokens, live_bytes=processes.total(live))
     jax.distributed.shutdown()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -36,3 +37,26 @@ def make_model() -> Llama:
 
 def make_context() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, SIZE).astype(np.int32)
+
+
+def make_sharp() -> Llama:
+    """`make_model` with larger weights, so that its most likely tokens differ."""
+    model = make_model()
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda x: 12 * x if x.ndim > 2 else x, state))
+    return model
+
+
+def greedy_alone(model: Llama, prompt: np.ndarray, steps: int) -> np.ndarray:
+    """The most likely tokens after a prompt, by dense attention over all tokens each time."""
+    size = len(prompt) + steps
+    tokens = np.zeros(-(-size // 128) * 128, np.int32)
+    tokens[: len(prompt)] = prompt
+    for i in range(len(prompt), size):
+        tokens[i] = np.argmax(_logits(model, tokens[None])[0, i - 1])
+    return tokens[len(prompt) : size]
+
+
+@nnx.jit
+def _logits(model, tokens):
+    return model(tokens)

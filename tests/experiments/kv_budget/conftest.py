@@ -6,7 +6,10 @@ import jax
 import pytest
 
 from experiments.kv_budget import measure
+from experiments.kv_budget.policies import POLICIES
 from tests.support.small_models import make_context, make_model
+
+SCORERS = tuple({p.scorer for name, p in POLICIES.items() if ":" not in name})
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +24,4 @@ def context():
 
 @pytest.fixture(scope="session")
 def measured(small_model, context):
-    return jax.block_until_ready(measure.prefill(small_model, context))
+    return jax.block_until_ready(measure.prefill(small_model, context, SCORERS))

@@ -8,50 +8,21 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from experiments.harness import processes
-from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.__main__ import main
-from experiments.kv_budget.decode import Decoder, place_caches
-from experiments.kv_budget.policies import make_plan, policy_of
 from tests.support import small_decode
+from tests.support.small_models import make_sharp
 from tests.support.together import ROOT, run_together
 
 TEXT = str(ROOT / "LICENSE")
 AS_HERE = {name: x for name, x in os.environ.items() if name != "GUARD_PIPE"}
 
 
-@pytest.mark.slow  # one and four devices are compared with the masked model
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_a_plan_decodes_alike_wherever_its_units_are(small_model, context, measured, devices):
-    """Three heads divide by none of them."""
-    plan = make_plan(policy_of("ladder-eviction-only"), measured, [22_000])
-    logits = []
-    for number in (1, devices):
-        spread = plan._replace(device_of=(np.arange(12, dtype=np.int32) * 5) % number)
-        decoder = Decoder(small_model, jax.devices()[:number])
-        caches = place_caches(measured, spread, decoder.devices)
-        logits.append(evaluate.log_probs(decoder, spread, caches, small_decode.NEW))
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-6)
-
-
-def test_unequal_devices_share_one_price(small_model, context):
-    measured = measure.prefill(small_model, context, "sketch")
-    alone, spread = (
-        make_plan(policy_of("ladder"), measured, budgets, 5)
-        for budgets in ([24_000], [12_000, 6_000, 3_000, 3_000])
-    )
-    np.testing.assert_array_equal(spread.price, np.repeat(alone.price, 4))
-    assert np.mean(spread.level != alone.level) < 0.02
-    assert spread.evenness.memory_over_even < 0.05
-    assert spread.evenness.layer_time >= spread.evenness.layer_time_bound
-
-
-def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
-    logits, live_bytes = small_decode.decode(small_model, context)
+def test_two_processes_decode_as_one_does(context, tmp_path):
+    tokens, live_bytes = small_decode.decode(make_sharp(), context)
     coordinator = f"localhost:{processes._free_ports()}"
     outputs = [tmp_path / f"{i}.npz" for i in range(2)]
     read, write = os.pipe()  # as below a guard that never ends
@@ -65,7 +36,7 @@ def test_two_processes_decode_as_one_does(small_model, context, tmp_path):
         os.close(write)
     for out in outputs:
         with np.load(out) as got:
-            np.testing.assert_allclose(got["logits"], logits, atol=1e-6)
+            np.testing.assert_array_equal(got["tokens"], tokens)
             np.testing.assert_array_equal(got["live_bytes"], live_bytes)
 
 

@@ -1,0 +1,81 @@
+"""Attention over the tokens of an arena: what the cache calls, and which back end runs it."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbalance import checks
+from jbalance.attention.partial import EMPTY, Partial
+from jbalance.cache import _codec
+from jbalance.cache._pages import Arena
+from jbalance.cache.backends import gpu, tpu, xla
+
+# The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `backends.tpu`.
+_KERNELS = {"gpu": gpu, "tpu": tpu}
+
+
+def attend_pages(
+    q: jax.Array, arena: Arena, units: jax.Array, *, backend: str | None = None
+) -> Partial:
+    """Paged attention: queries over all tokens of their units, whatever their precisions.
+
+    y_u = softmax(q_u k_u^T / sqrt(D)) v_u over the tokens of unit u, all of which every query sees.
+    Counts and pages are data: changed, they do not compile anew.
+
+    Args:
+      q: [N, T, D] float queries of N units (a unit's T holds its group of heads and its tokens).
+      arena: where the units are.
+      units: [N] int32, indices into the arena's units; an index that is none of them, such as -1, has
+        no tokens.
+      backend: "gpu", "tpu" or "xla", static; None for the GPU kernel on CUDA where it can read the
+        arena, else XLA. The kernels run on their own platform only, so export for several platforms at
+        once needs "xla".
+
+    Returns:
+      `Partial` with y [N, T, D] and lse [N, T], float32; a unit without tokens has y = 0.
+
+    Raises:
+      ValueError: shapes that do not fit; an unknown back end, or one that cannot read this arena.
+    """
+    check_queries(q, arena, units)
+    _check_backend(backend, arena)
+    if 0 in q.shape:
+        return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], EMPTY))
+    units = jnp.asarray(units, jnp.int32)
+    known = (units >= 0) & (units < arena.count.shape[0])
+    turned = _codec.rotate(q) / math.sqrt(arena.head_dim)
+    total = _by_backend(turned, arena, jnp.where(known, units, 0), backend)
+    y = jnp.where(known[:, None, None], _codec.unrotate(total.y), 0)
+    return Partial(y, jnp.where(known[:, None], total.lse, EMPTY))
+
+
+def check_queries(q: jax.Array, arena: Arena, units: jax.Array) -> None:
+    """ValueError for shapes that do not fit."""
+    checks.rank("q", q, 3, "[N, T, D]")
+    checks.rank("units", units, 1, "[N]")
+    checks.same_length("units", units, "q", q)
+    if q.shape[-1] != arena.head_dim:
+        raise ValueError(f"q has shape {q.shape}: its last axis must be D = {arena.head_dim}")
+
+
+def _check_backend(backend: str | None, arena: Arena) -> None:
+    """ValueError for a back end that is unknown or cannot read the arena."""
+    if backend not in (None, "xla", *_KERNELS):
+        raise ValueError(f"backend is {backend!r}: it must be 'gpu', 'tpu', 'xla' or None")
+    if backend in _KERNELS and (reason := _KERNELS[backend].unsupported(arena)):
+        raise ValueError(f"backend is {backend!r}, which cannot read this arena: {reason}")
+
+
+def _by_backend(q, arena, units, backend) -> Partial:
+    """Attention of rotated and scaled queries by one back end."""
+    if backend in _KERNELS:
+        return _KERNELS[backend].attend_rotated(q, arena, units)
+    if backend == "xla" or gpu.unsupported(arena):
+        return xla.attend_rotated(q, arena, units)
+    return lax.platform_dependent(
+        q, arena, units, cuda=gpu.attend_rotated, default=xla.attend_rotated
+    )

@@ -1,0 +1,337 @@
+"""The cache of a decoder: bytes fixed once, any number of tokens, one price for all layers and heads.
+
+The most recent tokens are kept unquantized in a buffer, where the attention that they receive is
+measured; the arena holds older ones, each at the precision that it is worth; and a few centroids per
+head stand for those that were evicted. Keys in arena and centroids are stored minus their head's mean
+key; this shifts every logit by the same amount, which attention adds back to the log-sum-exp.
+
+A unit is a layer and key/value head of a request. A cache may hold the units of some heads only, the
+others being on other devices: `slots` says which.
+
+    cache = cache.create(budget_bytes, num_layers=L, num_kv_heads=K, head_dim=D)
+    y, cache = cache.prefill(cache, layer, q, k, v, frequencies=f)      # each layer of the prompts
+    y, cache = cache.step(cache, layer, q, k, v)                        # each layer of each token
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jbalance import checks
+from jbalance.cache import _admit, _centroids, _pages, _price
+from jbalance.cache._admit import Report
+from jbalance.cache._centroids import Centroids
+from jbalance.cache._layout import table_bytes, token_bytes
+from jbalance.cache._pages import Arena
+from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
+
+BITS = (8, 4, 3)
+PAGES_PER_UNIT = 20  # about
+LEAST_PAGE_BYTES, MOST_PAGE_BYTES = 512, 16384
+_ALIGN_BYTES = 64
+_RECENT_SHARE, _LEAST_RECENT, _MOST_RECENT = 8, 4, 512
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The cache of B requests on one device; U = B n units, n of each request."""
+
+    arena: Arena
+    centroids: Centroids  # of tokens that left the arena or did not enter it
+    key_mean: jax.Array  # [U, D] bfloat16, subtracted from the keys in both
+    recent_keys: jax.Array  # [U, R, D] bfloat16
+    recent_values: jax.Array  # [U, R, D] bfloat16
+    recent_energy: jax.Array  # [U, R] float32, attention² by later queries of the group, summed
+    recent_start: jax.Array  # [B] int32, place of the oldest token
+    recent_count: jax.Array  # [B] int32, below R between steps
+    slots: jax.Array  # [L, K] int32, which of a request's n units a head is; -1 if not here
+    layers_done: jax.Array  # [] int32, layers that have attended for the current token
+
+    @property
+    def num_requests(self) -> int:
+        """B."""
+        return self.recent_count.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.slots.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.slots.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.arena.head_dim
+
+    @property
+    def units_per_request(self) -> int:
+        """n, L K where all heads are here."""
+        return self.key_mean.shape[0] // self.num_requests
+
+    @property
+    def recent_tokens(self) -> int:
+        """R."""
+        return self.recent_keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay resident: all of it."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def held_pages(self) -> jax.Array:
+        """[B] int32 pages that each request has."""
+        return jnp.sum(self.arena.pages.reshape(self.num_requests, -1), axis=1)
+
+    @property
+    def floor_pages(self) -> int:
+        """Pages of a request for the first and latest tokens of its prompt, which always stay."""
+        return self.units_per_request * -(-(NUM_SINKS + NUM_RECENT) // self.arena.page_tokens[0])
+
+    @property
+    def even_pages(self) -> int:
+        """Pages of each request when all have alike: the allowance where none is given."""
+        return self.arena.num_pages // self.num_requests
+
+    def units(self, request: jax.Array | int, layer: jax.Array | int) -> jax.Array:
+        """[K] int32 units of a request's heads in a layer; U for those of other devices."""
+        slots = self.slots[layer]
+        unit = request * self.units_per_request + slots
+        return jnp.where(slots >= 0, unit, self.key_mean.shape[0]).astype(jnp.int32)
+
+
+def page_bytes_for(budget_bytes: int, num_units: int, head_dim: int, bits: Sequence[int]) -> int:
+    """A size of pages: about 20 per unit, within 512 bytes to 16 KiB, that wastes little at every level.
+
+    >>> page_bytes_for(10**7, 90, 64, (8, 4, 3))
+    6784
+
+    Args:
+      budget_bytes: of the arena.
+      num_units: U.
+      head_dim: D.
+      bits: of each level.
+
+    Returns:
+      Bytes, a multiple of 64.
+    """
+    sizes = np.array([token_bytes(head_dim, b) for b in bits])
+    about = budget_bytes / (PAGES_PER_UNIT * num_units)
+    about = min(
+        max(about, LEAST_PAGE_BYTES, 4 * sizes.max()), max(MOST_PAGE_BYTES, 4 * sizes.max())
+    )
+    low = max(math.ceil(0.8 * about / _ALIGN_BYTES), LEAST_PAGE_BYTES // _ALIGN_BYTES)
+    page = np.arange(low, math.floor(1.25 * about / _ALIGN_BYTES) + 1) * _ALIGN_BYTES
+    page = page[page <= max(about, MOST_PAGE_BYTES)]
+    waste = np.mean(page[:, None] % sizes / page[:, None], axis=1)
+    return int(page[np.argmin(waste)])
+
+
+def create(
+    budget_bytes: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    num_requests: int = 1,
+    slots: np.ndarray | None = None,
+    bits: Sequence[int] = BITS,
+    page_bytes: int | None = None,
+    recent_tokens: int | None = None,
+) -> KVCache:
+    """An empty cache: recent buffers, centroids and tables, and an arena of what is left of the budget.
+
+    Args:
+      budget_bytes: never exceeded by `KVCache.nbytes`.
+      num_layers: L.
+      num_kv_heads: K.
+      head_dim: D.
+      num_requests: B.
+      slots: [L, K] int, which of a request's units a head is, 0, 1, ..., or -1 for a head of another
+        device; None where all heads are here.
+      bits: per coordinate of each level, descending.
+      page_bytes: of one page; None for `page_bytes_for`.
+      recent_tokens: R, even; half of them enter the arena at a time. None for an eighth of the budget,
+        4 to 512: the more enter at once, the less it costs.
+
+    Returns:
+      `KVCache`.
+
+    Raises:
+      ValueError: values that do not fit, or a budget too small for the tokens that always stay, with
+        what would fit.
+    """
+    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "num_requests": num_requests}
+    for name, x in sizes.items():
+        checks.at_least(name, x, 1, "it must be at least 1")
+    checks.at_least("budget_bytes", budget_bytes, 0, "it must be at least 0")
+    slots = _checked_slots(slots, num_layers, num_kv_heads)
+    units = num_requests * (int(slots.max()) + 1)
+    bits = tuple(bits)
+    _price.steps(head_dim, bits)
+    if recent_tokens is None:
+        share = int(budget_bytes) // (_RECENT_SHARE * units * (4 * head_dim + 4))
+        recent_tokens = min(max(share - share % 2, _LEAST_RECENT), _MOST_RECENT)
+    if recent_tokens < 2 or recent_tokens % 2:
+        raise ValueError(f"recent_tokens is {recent_tokens}: it must be even and at least 2")
+    fixed = units * unit_bytes(head_dim, recent_tokens) + table_bytes_of(num_requests, slots.size)
+    left = int(budget_bytes) - fixed
+    page_bytes = page_bytes or page_bytes_for(max(left, 0), units, head_dim, bits)
+    tokens = page_bytes // token_bytes(head_dim, bits[0])
+    floor = units * -(-(NUM_SINKS + NUM_RECENT) // max(tokens, 1))
+    need = table_bytes(units, len(bits), floor) + floor * page_bytes
+    if left < need:
+        raise ValueError(
+            f"budget_bytes is {budget_bytes}: recent buffers of {recent_tokens} tokens, centroids and "
+            f"tables of {units} units take {fixed}, and {floor} pages of {page_bytes} bytes for the "
+            f"{NUM_SINKS} first and {NUM_RECENT} latest tokens of each, which always stay, {need} more; "
+            f"give at least {fixed + need}"
+        )
+    arena = _pages.create(left, units, head_dim, bits, page_bytes)
+    return around(arena, slots, num_requests, recent_tokens)
+
+
+def around(arena: Arena, slots: np.ndarray, num_requests: int, recent_tokens: int) -> KVCache:
+    """An empty cache with this arena; R = 0 for one that is only read."""
+    units, head_dim = arena.count.shape[0], arena.head_dim
+    return KVCache(
+        arena=arena,
+        centroids=_centroids.create(units, head_dim),
+        key_mean=jnp.zeros((units, head_dim), jnp.bfloat16),
+        recent_keys=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
+        recent_values=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
+        recent_energy=jnp.zeros((units, recent_tokens), jnp.float32),
+        recent_start=jnp.zeros(num_requests, jnp.int32),
+        recent_count=jnp.zeros(num_requests, jnp.int32),
+        slots=jnp.array(slots, jnp.int32),
+        layers_done=jnp.zeros((), jnp.int32),
+    )
+
+
+def unit_bytes(head_dim: int, recent_tokens: int) -> int:
+    """Bytes of a unit beside its part of the arena: mean key, recent buffer and centroids."""
+    return 2 * head_dim + recent_tokens * (4 * head_dim + 4) + _centroids.unit_bytes(head_dim)
+
+
+def table_bytes_of(num_requests: int, num_heads: int) -> int:
+    """Bytes of a cache's own tables, of B requests and a model of L K heads."""
+    return 8 * num_requests + 4 * num_heads + 4
+
+
+def _checked_slots(slots, num_layers, num_kv_heads) -> np.ndarray:
+    """[L, K] int32, all heads for None; ValueError unless 0, 1, ... occur once each."""
+    if slots is None:
+        return np.arange(num_layers * num_kv_heads, dtype=np.int32).reshape(num_layers, -1)
+    slots = np.asarray(slots)
+    own = np.sort(slots[slots >= 0])
+    if slots.shape != (num_layers, num_kv_heads) or not np.array_equal(own, np.arange(own.size)):
+        raise ValueError(
+            f"slots has shape {slots.shape}: it must be [L, K] = {(num_layers, num_kv_heads)} and hold "
+            f"0, 1, ... once each, and -1 for heads of other devices"
+        )
+    if own.size == 0:
+        raise ValueError("slots holds only -1: the device has no head of the model")
+    return slots.astype(np.int32)
+
+
+def shrink(
+    cache: KVCache, request: jax.Array | int, allowance_pages: jax.Array | int
+) -> tuple[KVCache, Report]:
+    """Weigh a request's tokens anew, without new ones, so that others get the rest of its pages."""
+    checks.in_range("request", request, 0, cache.num_requests - 1)
+    n, head_dim = cache.units_per_request, cache.head_dim
+    none = jnp.zeros((0, 0, head_dim))
+    arena, centroids, report = _admit.admit(
+        cache.arena,
+        cache.centroids,
+        request * n,
+        n,
+        jnp.zeros(0, jnp.int32),
+        none,
+        none,
+        jnp.zeros((0, 0), jnp.uint8),
+        allowance_pages,
+    )
+    return dataclasses.replace(cache, arena=arena, centroids=centroids), report
+
+
+def release(cache: KVCache, request: jax.Array | int) -> KVCache:
+    """Forget a request: its pages are free, its recent buffer is empty, another may take its place."""
+    checks.in_range("request", request, 0, cache.num_requests - 1)
+    n = cache.units_per_request
+    mine = jnp.arange(cache.key_mean.shape[0])[:, None] // n == request
+    arena, _ = _pages.reallocate(cache.arena, jnp.where(mine, 0, cache.arena.pages))
+
+    def cleared(x):
+        return jax.vmap(lambda mine, x: jnp.where(mine, jnp.zeros_like(x), x))(mine[:, 0], x)
+
+    return dataclasses.replace(
+        cache,
+        arena=arena,
+        centroids=jax.tree.map(cleared, cache.centroids),
+        key_mean=cleared(cache.key_mean),
+        # Values that are not finite would show through a weight of 0.
+        recent_keys=cleared(cache.recent_keys),
+        recent_values=cleared(cache.recent_values),
+        recent_energy=cleared(cache.recent_energy),
+        recent_start=cache.recent_start.at[request].set(0),
+        recent_count=cache.recent_count.at[request].set(0),
+    )
+
+
+def allowance(
+    cache: KVCache,
+    weights: jax.Array,
+    active: jax.Array,
+    *,
+    floors_pages: jax.Array | None = None,
+) -> jax.Array:
+    """Weighted max-min sharing of the arena: pages that each request may hold, at least its floor.
+
+    What other requests hold, or need for their floors, is left to them. While the floors fit the arena
+    and every request keeps to its allowance, each can have its floor at any time after the others
+    have been through one admission.
+
+    Args:
+      cache: whose pages are shared.
+      weights: [B] float, >= 0.
+      active: [B] bool; the others have neither floor nor share, but keep what they hold.
+      floors_pages: [B] int32, >= 0; None for `KVCache.floor_pages` each.
+
+    Returns:
+      [B] int32.
+
+    Raises:
+      ValueError: shapes; values that are negative; floors that do not fit the arena.
+    """
+    shape = (cache.num_requests,)
+    floors: ArrayLike = np.full(shape, cache.floor_pages) if floors_pages is None else floors_pages
+    for name, x in (("floors_pages", floors), ("weights", weights), ("active", active)):
+        if np.shape(x) != shape:
+            raise ValueError(f"{name} has shape {np.shape(x)}: it must be [B] = {shape}")
+    checks.whole("floors_pages", floors)
+    checks.non_negative("weights", weights)
+    total = cache.arena.num_pages
+    if checks.is_concrete(floors) and np.sum(floors, dtype=np.int64) > total:
+        raise ValueError(
+            f"floors_pages sum to {np.sum(floors, dtype=np.int64)}: the arena has {total} pages"
+        )
+    floor = jnp.where(active, jnp.asarray(floors, jnp.int32), 0)
+    weight = jnp.where(active, jnp.asarray(weights, jnp.float32), 0)
+    weight /= jnp.maximum(jnp.sum(weight), jnp.finfo(jnp.float32).tiny)
+    share = jnp.floor(weight * total).astype(jnp.int32)
+    needed = jnp.maximum(floor, cache.held_pages)
+    room = total - (jnp.sum(needed) - needed)
+    return jnp.clip(jnp.maximum(floor, share), 0, jnp.maximum(room, 0))

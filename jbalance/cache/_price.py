@@ -1,0 +1,214 @@
+"""What a cached token is worth, in one byte, and the one price that decides who stays at how many bits.
+
+A token of worth w gains w (V_m - V_n) when it is kept at level m in place of the next lower level n,
+or of being evicted (V = 0): V_m = 1 - error_m^0.75, with the codec's relative squared errors. One
+price over all units decides: a step is taken iff its gain per byte reaches the price. Worth and price
+are counted in twelfths of an octave, so that a level's slope is a whole offset: a token of code c takes
+the step to level m iff c >= price + offset_m. Pages are whole, so each unit then lets in the next best
+tokens for which the pages that it pays for have room.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import checks
+from jbalance.cache._layout import token_bytes
+
+PROTECTED = 255  # the code of tokens that are neither demoted nor evicted
+NUM_CODES = 256
+LOWEST, HIGHEST = 1, 254  # codes of worth, saturated
+_PER_OCTAVE, _OF_ONE = 12, 200  # code of worth 1
+_ERROR = {1: 0.357, 2: 0.111, 3: 0.0295, 4: 0.0072, 8: 3.45e-5, 16: 0.0}
+
+
+class Price(NamedTuple):
+    """The price, and what it leaves; U units, M levels."""
+
+    price: jax.Array  # [U] int32, the same but for one, which the first units pay
+    least: jax.Array  # [U, M] int32, the least code that reaches each level, non-increasing
+    tokens: jax.Array  # [U, M] int32, at each level
+    pages: jax.Array  # [U, M] int32, pages they take
+    shortfall: jax.Array  # [] int32, pages that are missing even if only protected tokens stay
+
+
+def encode_worth(w: jax.Array) -> jax.Array:
+    """The code of a worth: round(12 log2 w) + 200, within 1..254.
+
+    A code is right to 3 %. The range is part of the code: every worth below 1e-5 has code 1 and every
+    worth above 22 has code 254; 255 is `PROTECTED`, and 0 is never given.
+
+    >>> encode_worth(jnp.array([1.0, 0.5, 0.0]))
+    Array([200, 188,   1], dtype=uint8)
+
+    Args:
+      w: [...] float, >= 0.
+
+    Returns:
+      [...] uint8.
+
+    Raises:
+      ValueError: worth that is negative or not finite.
+    """
+    checks.non_negative("w", w)
+    code = jnp.round(_PER_OCTAVE * jnp.log2(jnp.asarray(w, jnp.float32))) + _OF_ONE
+    return jnp.clip(code, LOWEST, HIGHEST).astype(jnp.uint8)
+
+
+def decode_worth(code: jax.Array) -> jax.Array:
+    """The worth of a code [...] uint8, float32; infinite for `PROTECTED`."""
+    w = jnp.exp2((code.astype(jnp.float32) - _OF_ONE) / _PER_OCTAVE)
+    return jnp.where(code == PROTECTED, jnp.inf, w)
+
+
+@functools.lru_cache
+def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
+    """By how much the code must exceed the price for each level; 0 for the lowest.
+
+    A level that is not on the concave envelope of value over bytes has the offset of the next level
+    above it: who reaches it passes it.
+
+    >>> steps(64, (8, 4, 3))
+    (66, 31, 0)
+
+    Args:
+      head_dim: D.
+      bits: of each level, descending.
+
+    Returns:
+      [M] whole twelfths of an octave, non-increasing.
+
+    Raises:
+      ValueError: bits that are not of `pages.create` or do not descend.
+    """
+    if not bits or any(b not in _ERROR for b in bits):
+        raise ValueError(f"bits is {bits}: it must be different ones of {tuple(_ERROR)}")
+    if list(bits) != sorted(set(bits), reverse=True):
+        raise ValueError(f"bits is {bits}: they must descend, {tuple(sorted(set(bits))[::-1])}")
+    size = [token_bytes(head_dim, b) for b in bits]
+    value = [1 - _ERROR[b] ** 0.75 for b in bits]
+    slopes: list[float] = []
+    at_bytes, at_value, level = 0, 0.0, len(bits)
+    while level:  # the envelope's next corner is that of the steepest way up
+        slope, best = max(((value[m] - at_value) / (size[m] - at_bytes), -m) for m in range(level))
+        slopes += [slope] * (level + best)
+        at_bytes, at_value, level = size[-best], value[-best], -best
+    return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
+
+
+def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:
+    """The level that each token reaches: an index into the levels, or M for evicted.
+
+    Args:
+      code: [...] uint8.
+      least: [..., M] int32, `Price.least` of the token's unit.
+
+    Returns:
+      [...] int32; `PROTECTED` tokens have level 0.
+    """
+    reached = jnp.asarray(code).astype(jnp.int32)[..., None] >= least
+    return least.shape[-1] - jnp.sum(reached, axis=-1, dtype=jnp.int32)
+
+
+def price_of(
+    histogram: jax.Array,
+    offsets: tuple[int, ...],
+    page_tokens: tuple[int, ...],
+    allowance_pages: jax.Array,
+) -> Price:
+    """The lowest price at which all tokens fit, every group in whole pages of its own.
+
+    All prices are looked at, so that rounding up to pages is exact. The price is a twelfth of an
+    octave too high for the last few pages: only as many units as must pay it, the first ones, the
+    others one less. Then the highest level takes as many of the next best tokens as its pages have
+    slots for, then the next level. A token is never raised: at level m it stays there or falls.
+
+    Args:
+      histogram: [U, M, 256] int, tokens of each unit, level and code; new ones count at level 0.
+      offsets: [M] of `steps`.
+      page_tokens: [M] tokens per page.
+      allowance_pages: [] int, pages of all units together.
+
+    Returns:
+      `Price`; with a shortfall it is the highest one, at which only protected tokens stay.
+
+    Raises:
+      ValueError: a histogram whose shape does not fit.
+    """
+    if np.ndim(histogram) != 3 or np.shape(histogram)[1:] != (len(offsets), NUM_CODES):
+        raise ValueError(
+            f"histogram has shape {np.shape(histogram)}: "
+            f"it must be [U, M, {NUM_CODES}] with M = {len(offsets)}"
+        )
+    prices = np.arange(LOWEST - max(offsets), PROTECTED + 1)
+    reaching = jnp.cumsum(tails(histogram), axis=1)  # of this level or one above
+    grid = np.broadcast_to(prices, (np.shape(histogram)[0], prices.size))
+    need = sum(
+        -(-count // size)
+        for count, size in zip(_counts(reaching, grid, offsets), page_tokens, strict=True)
+    )
+    total = jnp.sum(need, axis=0)
+    fits = total <= allowance_pages
+    at = jnp.where(jnp.any(fits), jnp.argmax(fits), len(prices) - 1)
+    below = jnp.maximum(at - 1, 0)
+    saved = jnp.cumsum(need[:, below] - need[:, at])
+    enough = total[below] - saved <= allowance_pages
+    spared = jnp.any(fits) & (np.arange(len(enough)) > jnp.argmax(enough))
+    price = (prices[0] + jnp.where(spared, below, at)).astype(jnp.int32)
+    least, tokens = _fill(reaching, price, offsets, page_tokens)
+    return Price(
+        price,
+        least,
+        tokens,
+        -(-tokens // np.array(page_tokens, np.int32)),
+        jnp.maximum(total[-1] - allowance_pages, 0),
+    )
+
+
+def _fill(reaching, price, offsets, page_tokens):
+    """The least codes [U, M] that leave the fewest slots of the price's pages empty, and the tokens."""
+    counts = jnp.concatenate(_counts(reaching, price[:, None], offsets), axis=1)
+    slots = -(-counts // np.array(page_tokens, np.int32)) * np.array(page_tokens, np.int32)
+    # Below where a lower level began, its own tokens stay there as well, and need slots.
+    fits = [
+        (np.arange(NUM_CODES) >= threshold(price, offset)[:, None])
+        | (reaching[:, m] - reaching[:, m - 1] <= slots[:, m, None])
+        for m, offset in enumerate(offsets)
+    ]
+    above = jnp.zeros_like(price)
+    least, tokens = [], []
+    for level in range(len(offsets)):
+        number = reaching[:, level] - above[:, None]
+        allowed = functools.reduce(
+            jnp.logical_and, fits[level + 1 :], number <= slots[:, level, None]
+        )
+        least.append(jnp.argmax(allowed, axis=1).astype(jnp.int32))
+        tokens.append(jnp.take_along_axis(number, least[-1][:, None], axis=1)[:, 0])
+        above += tokens[-1]
+    return jnp.stack(least, axis=1), jnp.stack(tokens, axis=1)
+
+
+def tails(histogram: jax.Array) -> jax.Array:
+    """[..., 256] to [..., 256]: how many have this code or a higher one."""
+    return jnp.cumsum(histogram[..., ::-1], axis=-1)[..., ::-1]
+
+
+def threshold(price: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """The least code, 0..255, that reaches a level at a price [...]."""
+    return jnp.clip(price + offset, 0, PROTECTED)
+
+
+def _counts(reaching, prices, offsets):
+    """[U, n] tokens of each level at prices [U, n], from how many may reach each code [U, M, 256]."""
+    reach = [
+        jnp.take_along_axis(reaching[:, m], threshold(prices, offset), axis=1)
+        for m, offset in enumerate(offsets)
+    ]
+    return [reach[0], *(low - high for high, low in itertools.pairwise(reach))]

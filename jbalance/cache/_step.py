@@ -1,0 +1,274 @@
+"""Decoding over the cache: one new token of each request, layer by layer, in constant bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbalance import checks
+from jbalance.attention import EMPTY, Partial, merge
+from jbalance.cache import _admit, _centroids, _price
+from jbalance.cache._admit import Report
+from jbalance.cache._attend import attend_pages
+from jbalance.cache._cache import KVCache
+from jbalance.importance.token_worth import decoded_worth
+
+
+def step(
+    cache: KVCache,
+    layer: jax.Array | int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    context: KVCache | None = None,
+    scale: float | None = None,
+    active: jax.Array | None = None,
+    allowance_pages: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """One layer's attention for one new token of each request, which sees itself and all before it.
+
+    Call it once a layer for each token, in any order of the layers. The token joins the recent buffer;
+    after the last of L layers, full buffers let their older half enter the arena, at one price for all
+    layers and heads of the request. Requests are computed one after the other: what others hold does
+    not change a bit of a request's result.
+
+    Args:
+      cache: before; donate it, and it is changed in place.
+      layer: [] int32 in 0..L-1.
+      q: [B, H, D] float queries, H a multiple of K, after the rotary embedding.
+      k: [B, K, D] float keys, after the rotary embedding.
+      v: [B, K, D] float values.
+      context: a cache of one request that all requests see besides their own, only read.
+      scale: of the logits; None for 1 / sqrt(D).
+      active: [B] bool, requests that have a token now, the same for all layers; the results of others
+        mean nothing.
+      allowance_pages: [B] int32, at least `KVCache.floor_pages` each; None for `KVCache.even_pages`.
+
+    Returns:
+      y [B, H, D] float32, and the cache. For heads of other devices y = 0.
+
+    Raises:
+      ValueError: shapes that do not fit, an allowance below the floor.
+    """
+    _check(cache, q, k, v, context)
+    checks.in_range("layer", layer, 0, cache.num_layers - 1)
+    allowance_pages = checked_allowance(cache, allowance_pages)
+    active = jnp.ones(cache.num_requests, bool) if active is None else jnp.asarray(active)
+    y, cache = attend_token(cache, layer, scaled(q, scale), k, v, active, context)
+    done = cache.layers_done + 1 == cache.num_layers
+    cache = dataclasses.replace(
+        cache,
+        recent_count=cache.recent_count + (active & done),
+        layers_done=jnp.where(done, 0, cache.layers_done + 1),
+    )
+    return y, settle(cache, allowance_pages)[0]
+
+
+def attend_token(
+    cache: KVCache,
+    layer: jax.Array | int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    active: jax.Array,
+    context: KVCache | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """One layer of `step` without its end: the token is in the recent buffer, but does not count yet."""
+    requests = cache.num_requests
+    q = q.reshape(requests, cache.num_kv_heads, -1, cache.head_dim)
+    units = jax.vmap(lambda b: cache.units(b, layer))(jnp.arange(requests))
+    old = [x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values)]
+    place = (cache.recent_start + cache.recent_count) % cache.recent_tokens
+
+    def one_request(row):
+        request, q, k, v, keys, values, place = row
+        keys, values = (
+            x.at[:, place].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v))
+        )
+        held = held_attention(cache, request, layer, q)
+        if context is not None:
+            held = merge(held, held_attention(context, 0, layer, q))
+            if context.recent_tokens:
+                held = merge(held, recent_attention(context, 0, layer, q))
+        age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
+        count = cache.recent_count[request]
+        y, attention = _attend_recent(q, keys, values, age <= count, held)
+        gained = jnp.sum(jnp.square(attention), axis=1)
+        return y, jnp.where((age < count) & active[request], gained, 0)
+
+    rows = jnp.arange(requests), q, jnp.asarray(k), jnp.asarray(v), *old, place
+    y, gained = lax.map(one_request, rows)
+    known = units < cache.key_mean.shape[0]
+    y = jnp.where(known[:, :, None, None], y, 0)
+    # Read before anything is written, or XLA keeps a copy of all buffers to read from later.
+    y, gained, cache = lax.optimization_barrier((y, gained, cache))
+    at = units, place[:, None]
+    energy = cache.recent_energy.at[units].add(gained, mode="drop").at[at].set(0, mode="drop")
+    cache = dataclasses.replace(
+        cache,
+        recent_keys=_put(cache.recent_keys, at, k),
+        recent_values=_put(cache.recent_values, at, v),
+        recent_energy=energy,
+    )
+    return y.reshape(requests, -1, cache.head_dim), cache
+
+
+def _put(buffer, at, new):
+    """New tokens [B, K, D] in their places of the recent buffers."""
+    return buffer.at[at].set(jnp.asarray(new).astype(buffer.dtype), mode="drop")
+
+
+def held_attention(
+    cache: KVCache, request: jax.Array | int, layer: jax.Array | int, q: jax.Array
+) -> Partial:
+    """Attention of queries [K, T, D] over a request's arena and centroids.
+
+    The mean key that is missing in both shifts all logits of a query by the same.
+    """
+    units = cache.units(request, layer)
+    part = merge(attend_pages(q, cache.arena, units), _centroids.attend(q, cache.centroids, units))
+    mean = cache.key_mean.at[units].get(mode="clip")
+    return part._replace(lse=part.lse + _product("ktd,kd->kt", q, mean) / math.sqrt(q.shape[-1]))
+
+
+def recent_attention(
+    cache: KVCache, request: jax.Array | int, layer: jax.Array | int, q: jax.Array
+) -> Partial:
+    """Attention of queries [K, T, D] over a request's recent tokens."""
+    units = cache.units(request, layer)
+    keys, values = (x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values))
+    age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
+    valid = (age < cache.recent_count[request]) & (units < cache.key_mean.shape[0])[:, None]
+    return _dense(q, keys, values, valid[:, None])[0]
+
+
+def _attend_recent(q, keys, values, valid, held):
+    """Attention of q [K, G, D] over the recent tokens and the rest, and the former's weights."""
+    part, logits = _dense(q, keys, values, valid)
+    total = merge(held, part)
+    return total.y, jnp.exp(logits - total.lse[..., None])
+
+
+def _dense(q, keys, values, valid):
+    """Dense attention of q [K, T, D] over keys [K, R, D] where valid, and its logits [K, T, R]."""
+    logits = _product("ktd,krd->ktr", q, keys) / math.sqrt(q.shape[-1])
+    logits = jnp.where(valid, logits, EMPTY)
+    some = jnp.any(jnp.broadcast_to(valid, logits.shape), axis=-1)
+    lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), EMPTY)
+    weight = jnp.where(valid, jnp.exp(logits - lse[..., None]), 0)
+    return Partial(_product("ktr,krd->ktd", weight, values), lse), logits
+
+
+def scaled(q: jax.Array, scale: float | None) -> jax.Array:
+    """Queries in float32 whose logits over sqrt(D) are those of this scale."""
+    q = jnp.asarray(q).astype(jnp.float32)
+    return q if scale is None else q * np.float32(scale * math.sqrt(q.shape[-1]))
+
+
+def _product(spec, x, y):
+    """einsum in full float32."""
+    return jnp.einsum(spec, x, y.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def checked_allowance(cache: KVCache, pages: jax.Array | None) -> jax.Array:
+    """[B] int32 pages of each request; ValueError for fewer than the tokens that always stay need."""
+    requests = cache.num_requests
+    if pages is None:
+        return jnp.full(requests, cache.even_pages, jnp.int32)
+    if np.shape(pages) != (requests,):
+        raise ValueError(
+            f"allowance_pages has shape {np.shape(pages)}: it must be [B] = ({requests},)"
+        )
+    checks.in_range("allowance_pages", pages, cache.floor_pages, checks.INT32_MAX)
+    return jnp.asarray(pages, jnp.int32)
+
+
+def settle(cache: KVCache, allowance_pages: jax.Array) -> tuple[KVCache, Report]:
+    """Let the older half of every full recent buffer enter the arena.
+
+    Args:
+      cache: before.
+      allowance_pages: [B] int32.
+
+    Returns:
+      The cache, and a `Report` of [B, ...]: zeros for requests whose buffer was not full. After a
+      shortfall, which only an allowance below the protected tokens gives, all tokens that were to enter
+      join the centroids.
+    """
+    _, shapes = jax.eval_shape(_flush, cache, 0, allowance_pages)
+    requests, size = cache.num_requests, cache.recent_tokens
+    reports = jax.tree.map(lambda x: jnp.zeros((requests, *x.shape), x.dtype), shapes)
+
+    def flush(carry):
+        cache, reports = carry
+        request = jnp.argmax(cache.recent_count)
+        cache, report = _flush(cache, request, allowance_pages)
+        return cache, jax.tree.map(lambda all_, x: all_.at[request].set(x), reports, report)
+
+    return lax.while_loop(
+        lambda carry: jnp.any(carry[0].recent_count >= size), flush, (cache, reports)
+    )
+
+
+def _flush(cache, request, allowance_pages):
+    """Let the older half of a request's recent tokens enter the arena."""
+    n, half = cache.units_per_request, cache.recent_tokens // 2
+    age = np.arange(half)
+    first, start = request * n, cache.recent_start[request]
+    place = (start + age) % cache.recent_tokens
+    k, v, energy, mean = (
+        lax.dynamic_slice_in_dim(x, first, n)
+        for x in (cache.recent_keys, cache.recent_values, cache.recent_energy, cache.key_mean)
+    )
+    w = decoded_worth(energy[:, place], cache.recent_count[request] - 1 - age)
+    units = first + np.arange(n)
+    k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
+    v, code = v[:, place], _price.encode_worth(w)
+    arena, centroids, report = _admit.admit(
+        cache.arena, cache.centroids, first, n, units, k, v, code, allowance_pages[request]
+    )
+
+    def lose(centroids):
+        w = _price.decode_worth(code)
+        return _centroids.absorb(centroids, units, k, v, w, jnp.ones(w.shape, bool))
+
+    # The buffer needs the room: what could not even be weighed does not enter.
+    centroids = lax.cond(report.shortfall > 0, lose, lambda x: x, centroids)
+    return dataclasses.replace(
+        cache,
+        arena=arena,
+        centroids=centroids,
+        recent_start=cache.recent_start.at[request].set((start + half) % cache.recent_tokens),
+        recent_count=cache.recent_count.at[request].add(-half),
+    ), report
+
+
+def _check(cache, q, k, v, context):
+    """ValueError for shapes that do not fit, or a cache that is only read."""
+    requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
+    if cache.recent_tokens == 0:
+        raise ValueError("cache has no recent buffer: it is a context, which is only read")
+    checks.rank("q", q, 3, "[B, H, D]")
+    if q.shape[0] != requests or q.shape[1] % heads or q.shape[2] != head_dim:
+        raise ValueError(
+            f"q has shape {q.shape}: it must be [B, H, D] = ({requests}, a multiple of {heads}, "
+            f"{head_dim})"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if np.shape(x) != (requests, heads, head_dim):
+            raise ValueError(
+                f"{name} has shape {np.shape(x)}: it must be [B, K, D] = "
+                f"{(requests, heads, head_dim)}"
+            )
+    if context is not None:
+        own, got = (1, *cache.slots.shape, head_dim), (context.num_requests, *context.slots.shape)
+        if (*got, context.head_dim) != own:
+            raise ValueError(
+                f"context is of B, L, K, D = {(*got, context.head_dim)}: it must be of {own}"
+            )

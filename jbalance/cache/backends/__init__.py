@@ -1,0 +1,1 @@
+"""Attention over packed pages, by platform: XLA loops, Triton for GPUs, Mosaic for TPUs."""

@@ -1,0 +1,36 @@
+"""Decoding within the memories that devices give: prompts read, planned, continued in fixed bytes."""
+
+from jbalance.decode.context import Context, read
+from jbalance.decode.engine import join, leave, step, tell
+from jbalance.decode.generate import generate
+from jbalance.decode.model import AttentionSpec, Model
+from jbalance.decode.plan import Plan, Reserve, fit, ladder
+from jbalance.decode.sampling import Sampling
+from jbalance.decode.saved import notes_of, restore, save
+from jbalance.decode.state import State, create
+
+__all__ = [  # noqa: RUF022  (the order is the pipeline's)
+    # what a decoder offers
+    "AttentionSpec",
+    "Model",
+    # prompts in, tokens out
+    "generate",
+    "Sampling",
+    # a context that many requests read
+    "read",
+    "Context",
+    "Reserve",
+    "fit",
+    "ladder",
+    "Plan",
+    # requests that come and go
+    "State",
+    "create",
+    "join",
+    "tell",
+    "step",
+    "leave",
+    "save",
+    "restore",
+    "notes_of",
+]

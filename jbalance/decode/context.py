@@ -1,0 +1,177 @@
+"""A context that many requests read: planned at one price, packed once, and never changed.
+
+On each device it is a cache of one request without a recent buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance.cache import KVCache, _cache, _centroids, _pages, _prefill, _price
+from jbalance.decode import prefill
+from jbalance.decode.model import Model, check_model
+from jbalance.decode.plan import Plan, Reserve, fit, ladder
+from jbalance.decode.prefill import LayerTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What each device holds of a context."""
+
+    caches: tuple[KVCache | None, ...]  # [G]; None of the devices of other processes
+    num_tokens: int
+    plan: Plan
+    reserve: Reserve | None = None
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes that stay resident on each device; 0 for those of other processes."""
+        return [0 if cache is None else cache.nbytes for cache in self.caches]
+
+
+def slots_of(device_of: np.ndarray, device: int) -> np.ndarray:
+    """[L, K]: which of a device's units a head is, by device_of [L, K]; -1 for heads of others."""
+    mine = device_of == device
+    return np.where(mine, np.cumsum(mine).reshape(mine.shape) - 1, -1).astype(np.int32)
+
+
+def is_local(device: jax.Device) -> bool:
+    """Whether the device is of this process."""
+    return device.process_index == jax.process_index()
+
+
+def read(
+    model: Model,
+    tokens: np.ndarray,
+    budgets_bytes: Sequence[int],
+    *,
+    reserve: Reserve | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Context:
+    """Read a context into the devices' memories, at the precision that each token is worth.
+
+    The prompt goes through the model twice: once to weigh all of its tokens, so that they are planned
+    exactly, and once to write each layer's at their levels. So the context never exists in full.
+
+    Args:
+      model: the decoder.
+      tokens: [S] ids.
+      budgets_bytes: of each device, for the context and what is reserved beside it.
+      reserve: for the requests that will read it; None for one of 64 new tokens.
+      devices: [G]; None for the first ones.
+
+    Raises:
+      ValueError: a model that is not supported, or budgets too small.
+    """
+    check_model(model)
+    spec, tokens = model.spec, np.asarray(tokens)
+    reserve = Reserve() if reserve is None else reserve
+    codes = [
+        np.asarray(first_prompt_codes(held.w, len(tokens)))[:, : len(tokens)]
+        for _, held in prefill.layers_of(model, tokens)
+    ]
+    shape = (model.num_layers, spec.num_kv_heads, len(tokens))
+    plan = fit(
+        ladder(np.concatenate(codes)),
+        shape,
+        spec.head_dim,
+        list(budgets_bytes),
+        reserve=reserve,
+    )
+    layers = (held for _, held in prefill.layers_of(model, tokens))
+    context = write(plan, np.stack(codes), layers, devices)
+    return dataclasses.replace(context, reserve=reserve)
+
+
+@jax.jit
+def first_prompt_codes(w: jax.Array, number: jax.Array | int) -> jax.Array:
+    """[K, S] codes of a request's first prompt, of which `number` tokens are there."""
+    return _prefill.prompt_codes(w, number, jnp.ones(w.shape[0], bool))
+
+
+def write(
+    plan: Plan,
+    codes: np.ndarray,
+    layers: Iterable[LayerTokens],
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    centroids: bool = True,
+) -> Context:
+    """Pack a context as it was planned, one layer after the other.
+
+    Args:
+      plan: of all tokens.
+      codes: [L, K, S] uint8 codes of their worth.
+      layers: the keys and values of each layer, S tokens or more.
+      devices: [G]; None for the first ones.
+      centroids: whether evicted tokens join centroids, or are lost.
+    """
+    devices = jax.devices()[: plan.room.num_pages.size] if devices is None else devices
+    caches = [
+        _empty(plan, d, device) if is_local(device) else None for d, device in enumerate(devices)
+    ]
+    number = plan.level.shape[2]
+    for layer, held in enumerate(layers):
+        tokens = held.k.shape[0]
+        level = np.full((plan.level.shape[1], tokens), len(plan.bits), np.int8)
+        level[:, :number] = plan.level[layer]
+        code = np.zeros(level.shape, np.uint8)
+        code[:, :number] = codes[layer]
+        for d, cache in enumerate(caches):
+            if cache is not None:
+                moved = jax.device_put((held.k, held.v), devices[d])
+                caches[d] = _write_layer(
+                    cache, layer, *moved, level, code, number, centroids=centroids
+                )
+    return Context(tuple(caches), number, plan)
+
+
+def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
+    """A device's cache with the pages that its units will need, and no tokens."""
+    slots = slots_of(plan.device_of, device)
+    mine = np.flatnonzero(plan.room.device_of == device)
+    tokens = plan.level.reshape(len(plan.room.device_of), -1)[mine]
+    count = np.stack([(tokens == m).sum(axis=1) for m in range(len(plan.bits))], axis=1)
+    need = -(-count // np.array(plan.room.page_tokens)).reshape(len(mine), -1)
+    if not mine.size:  # a table of one unit that no head has
+        need = np.zeros((1, len(plan.bits)), int)
+    room = plan.room
+    arena = _pages.empty(
+        room.num_pages[device], len(need), room.head_dim, plan.bits, room.page_bytes
+    )
+    arena, missing = _pages.reallocate(arena, jnp.asarray(need, jnp.int32))
+    if missing:
+        raise RuntimeError(f"device {device} lacks {missing} pages for what was planned")
+    return jax.device_put(_cache.around(arena, slots, 1, 0), where)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="centroids")
+def _write_layer(cache, layer, k, v, level, code, number, centroids):
+    """One layer's tokens [S, K, D] at their levels [K, S], `number` of them there."""
+    units = cache.units(0, layer)
+    k, v = (jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in (k, v))
+    mean = _prefill.mean_key(k, number).astype(jnp.bfloat16)
+    k -= mean.astype(jnp.float32)[:, None]
+    here = (units < cache.key_mean.shape[0])[:, None]
+    arena = cache.arena
+    for m in range(len(arena.bits)):
+        own = (level == m) & here
+        first = jnp.argsort(~own, axis=1, stable=True)
+        first_k, first_v, first_code = (
+            jnp.take_along_axis(x, first.reshape(first.shape + (1,) * (x.ndim - 2)), axis=1)
+            for x in (k, v, code)
+        )
+        number_m = jnp.sum(own, axis=1)
+        arena, _ = _pages.write(arena, units, m, first_k, first_v, first_code, number_m)
+    rest = cache.centroids
+    if centroids:
+        evicted = (level == len(arena.bits)) & (np.arange(level.shape[1]) < number) & here
+        rest = _centroids.absorb(rest, units, k, v, _price.decode_worth(code), evicted)
+    means = cache.key_mean.at[units].set(mean, mode="drop")
+    return dataclasses.replace(cache, arena=arena, centroids=rest, key_mean=means)

@@ -1,0 +1,199 @@
+"""Decoding of many requests within the devices' memories: they join, take steps together, and leave.
+
+A `State` has a place for each of B requests. What changes from step to step is data, so that requests
+come and go without a program being compiled anew. The layers share their programs and go one after the
+other, on one device, on many, and in many processes (`devices`).
+
+    state = create(model, budgets_bytes, num_requests=8)
+    state = join(model, state, request, prompt)
+    tokens, state = step(model, state)
+    state = leave(state, request)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import checks
+from jbalance.cache import _step
+from jbalance.decode import devices as over
+from jbalance.decode import extend, prefill
+from jbalance.decode.model import Functions, Model
+from jbalance.decode.sampling import Sampling, sample
+from jbalance.decode.state import State, check_request, replaced, shared
+
+
+def join(
+    model: Model,
+    state: State,
+    request: int,
+    prompt: np.ndarray,
+    *,
+    sampling: Sampling | None = None,
+    weight: float = 1.0,
+    capacity: int | None = None,
+) -> State:
+    """A prompt enters the free place of a request, which chooses its first token.
+
+    Args:
+      model: the decoder.
+      state: given up: the returned one takes its place.
+      request: in 0..B-1.
+      prompt: [S] token ids, S >= 1.
+      sampling: how its tokens are chosen; None is greedy.
+      weight: its share of the memory among all requests, > 0.
+      capacity: of prompts, for which the program is compiled once; None for that of S.
+
+    Raises:
+      ValueError: a place that is taken, an empty prompt, a weight that is not positive.
+    """
+    prompt = np.asarray(prompt, np.int32)
+    checks.rank("prompt", prompt, 1, "[S]")
+    checks.non_empty("prompt", prompt)
+    checks.positive("weight", weight)
+    check_request(state, request)
+    if bool(state.active[request]):
+        raise ValueError(f"request is {request}: its place is taken; `leave` it first")
+    sampling = Sampling() if sampling is None else sampling
+    state = dataclasses.replace(
+        state,
+        active=state.active.at[request].set(True),
+        weights=replaced(state.weights, request, weight),
+        samplers=state.samplers.replaced(request, sampling),
+    )
+    state = shared(state)
+    if state.contexts is None:
+        caches, logits = _prefill(model, state, request, prompt, capacity)
+    else:
+        caches, logits = extend.tokens_of(
+            model,
+            state.devices,
+            state.caches,
+            state.contexts,
+            request,
+            prompt,
+            state.context_tokens,
+            state.allowances,
+        )
+    return _chosen(state, caches, request, logits, state.context_tokens + len(prompt))
+
+
+def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
+    """More tokens for an active request, such as the next turn of a chat; it chooses the token after.
+
+    Its latest token, which no step has read yet, goes in before them.
+    """
+    check_request(state, request)
+    if not bool(state.active[request]):
+        raise ValueError(f"request is {request}: its place is free; `join` first")
+    new = np.concatenate([[int(state.tokens[request])], np.asarray(tokens, np.int32)])
+    first = int(state.positions[request])
+    caches, logits = extend.tokens_of(
+        model, state.devices, state.caches, state.contexts, request, new, first, state.allowances
+    )
+    return _chosen(state, caches, request, logits, first + len(new))
+
+
+def _prefill(model, state, request, prompt, capacity):
+    """A request's first prompt, layer by layer."""
+    caches = state.caches
+    x = jnp.zeros(0)
+    for layer, (x, held) in enumerate(prefill.layers_of(model, prompt, capacity)):  # noqa: B007
+        caches, _ = over.admit(
+            state.devices, caches, request, layer, held, len(prompt), state.allowances
+        )
+    return caches, prefill.logits_at(model, x, len(prompt) - 1)
+
+
+def _chosen(state, caches, request, logits, position) -> State:
+    """The state after a request's prompt: its first token, from the logits [V] behind it."""
+    one = jax.tree.map(lambda x: x[request : request + 1], state.samplers)
+    token = sample(logits[None], one, jnp.array([position], jnp.int32))[0]
+    return dataclasses.replace(
+        state,
+        caches=caches,
+        tokens=state.tokens.at[request].set(token),
+        positions=state.positions.at[request].set(position),
+    )
+
+
+def step(model: Model, state: State) -> tuple[jax.Array, State]:
+    """Every active request reads its latest token and chooses the next one.
+
+    Args:
+      model: the decoder.
+      state: given up: the returned one takes its place.
+
+    Returns:
+      [B] int32 tokens, those of inactive requests as before, and the state.
+    """
+    f, layers = model.functions, model.layers
+    active = [
+        None if x is None else jax.device_put(state.active, device)
+        for x, device in zip(state.caches, state.devices, strict=True)
+    ]
+    x, qkv = _first_layer(f, model.params, layers[0], state.tokens, state.positions)
+    caches = state.caches
+    for layer, weights in enumerate(layers):
+        y, caches = over.attend_token(state.devices, caches, state.contexts, layer, qkv, active)
+        if layer + 1 < model.num_layers:
+            x, qkv = _between(f, weights, layers[layer + 1], x, y, state.positions)
+    requests = state.tokens, state.positions, state.active, state.samplers
+    tokens, positions = _last_layer(f, model.params, layers[-1], x, y, requests)
+    counted = [
+        (None, False) if x is None else over.counted(x, own)
+        for x, own in zip(caches, active, strict=True)
+    ]
+    caches = tuple(
+        over.settle(x, pages) if x is not None and bool(full) else x
+        for (x, full), pages in zip(counted, state.allowances, strict=True)
+    )
+    return tokens, dataclasses.replace(state, caches=caches, tokens=tokens, positions=positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_layer(model: Functions, params, weights, tokens, positions):
+    x = model.embed(params, tokens[:, None], positions[:, None])
+    return x, _qkv(model, weights, x, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _between(model: Functions, weights, following, x, y, positions):
+    """From a layer's attention to the following one's."""
+    x = model.finish(weights, x, y[:, None].astype(x.dtype))
+    return x, _qkv(model, following, x, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_layer(model: Functions, params, weights, x, y, requests):
+    """The tokens after the last layer's attention, and their positions."""
+    tokens, positions, active, samplers = requests
+    x = model.finish(weights, x, y[:, None].astype(x.dtype))
+    logits = model.logits(params, x)[:, 0].astype(jnp.float32)
+    positions = positions + active
+    return jnp.where(active, sample(logits, samplers, positions), tokens), positions
+
+
+def _qkv(model: Functions, weights, x, positions):
+    """Of one token of each request, the queries scaled."""
+    q, k, v = model.qkv(weights, x, positions[:, None])
+    return _step.scaled(q[:, 0], model.spec.scale), k[:, 0], v[:, 0]
+
+
+def leave(state: State, request: int) -> State:
+    """A request's place becomes free, and its memory the others'."""
+    check_request(state, request)
+    caches = tuple(None if x is None else over.release(x, request) for x in state.caches)
+    state = dataclasses.replace(
+        state,
+        caches=caches,
+        active=state.active.at[request].set(False),
+        weights=replaced(state.weights, request, 0),
+        samplers=state.samplers.replaced(request, Sampling()),
+    )
+    return shared(state)

@@ -1,0 +1,116 @@
+"""New tokens go on from what the devices hold: a question, the next turn of a chat, a given text.
+
+They go through the model a piece at a time. The tokens of a piece see all that is held, and each other
+causally; then they are kept at what they are worth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import attention, importance
+from jbalance.attention import Partial, merge
+from jbalance.cache import _prefill, _step
+from jbalance.decode import devices as over
+from jbalance.decode.devices import Caches
+from jbalance.decode.model import Functions, Model
+
+PIECE_TOKENS = 64
+
+
+def tokens_of(
+    model: Model,
+    devices: Sequence[jax.Device],
+    caches: Caches,
+    contexts: Caches | None,
+    request: int,
+    tokens: np.ndarray,
+    position: int,
+    allowances: Sequence[Any],
+) -> tuple[Caches, jax.Array]:
+    """New tokens [S] of a request from `position` on enter its caches; logits [V] after the last."""
+    for first in range(0, len(tokens), PIECE_TOKENS):
+        piece = tokens[first : first + PIECE_TOKENS]
+        padded = np.zeros(PIECE_TOKENS, np.int32)
+        padded[: len(piece)] = piece
+
+        positions = position + first + jnp.arange(PIECE_TOKENS)
+        x, qkv = _first_layer(model.functions, model.params, model.layers[0], padded, positions)
+        for layer, weights in enumerate(model.layers):
+            held = over.held(devices, caches, contexts, request, layer, qkv[0])
+            w = _worth(model.functions, *qkv, len(piece))
+            caches, _ = over.admit(
+                devices, caches, request, layer, (*qkv[1:], w), len(piece), allowances
+            )
+            following = model.layers[min(layer + 1, model.num_layers - 1)]
+            x, qkv = _next_layer(model.functions, weights, following, x, qkv, held, positions)
+    return caches, _logits(model.functions, model.params, x)[len(piece) - 1]
+
+
+def log_probs(
+    model: Model,
+    devices: Sequence[jax.Device],
+    caches: Caches | None,
+    contexts: Caches | None,
+    tokens: np.ndarray,
+    position: int,
+    *,
+    request: int = 0,
+) -> jax.Array:
+    """Log-probabilities [T, V] after each of the tokens [T] from `position` on, which enter nothing.
+
+    They see a context, what a request holds, or both, and each other causally.
+    """
+    positions = position + jnp.arange(len(tokens))
+    new = jnp.asarray(tokens, jnp.int32)
+    x, qkv = _first_layer(model.functions, model.params, model.layers[0], new, positions)
+    for layer, weights in enumerate(model.layers):
+        held = over.held(devices, caches, contexts, request, layer, qkv[0])
+        following = model.layers[min(layer + 1, model.num_layers - 1)]
+        x, qkv = _next_layer(model.functions, weights, following, x, qkv, held, positions)
+    return jax.nn.log_softmax(_logits(model.functions, model.params, x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_layer(model: Functions, params, weights, tokens, positions):
+    x = model.embed(params, tokens[None], positions[None])
+    return x, _qkv(model, weights, x, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_layer(model: Functions, weights, following, x, qkv, held: Partial, positions):
+    """Attention merged, the layer finished, and the q, k, v of the following one."""
+    q, k, v = qkv
+    size, kv_heads = q.shape[0], k.shape[1]
+    block = min(64, size)
+    plan = attention.causal(size, size, block_q=block, block_k=block)
+    own = attention.attend(q[None], k[None], v[None], plan, causal=True)
+    own = Partial(*(_prefill.by_kv_head(part[0], kv_heads) for part in own))
+    y = _prefill.by_token(merge(own, held).y, size)[None].astype(x.dtype)
+    x = model.finish(weights, x, y)
+    return x, _qkv(model, following, x, positions)
+
+
+def _qkv(model: Functions, weights, x, positions):
+    """[T, H, D] and [T, K, D] of one request, the queries scaled, in float32."""
+    q, k, v = model.qkv(weights, x, positions[None])
+    q, k, v = (part[0].astype(jnp.float32) for part in (q, k, v))
+    return _step.scaled(q, model.spec.scale), k, v
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _worth(model: Functions, q, k, v, number):
+    return importance.token_worth(
+        q, k, v, frequencies=model.frequencies, num_tokens=jnp.asarray(number)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Functions, params, x):
+    return model.logits(params, x)[0].astype(jnp.float32)

@@ -1,0 +1,94 @@
+"""Prompts in, tokens out: requests of any number share the devices' memories, as places become free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jbalance.decode import engine
+from jbalance.decode import state as states
+from jbalance.decode.context import Context
+from jbalance.decode.model import Model
+from jbalance.decode.prefill import capacity_for
+from jbalance.decode.sampling import Sampling
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Any],
+    budgets_bytes: Sequence[int],
+    *,
+    max_new_tokens: int | Sequence[int],
+    num_requests: int | None = None,
+    context: Context | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop_tokens: Sequence[int] = (),
+    on_token: Callable[[int, int], object] | None = None,
+) -> list[np.ndarray]:
+    """Continuous batching within fixed memories.
+
+    Args:
+      model: the decoder.
+      prompts: token ids of each, of any lengths.
+      budgets_bytes: of each device, for all caches, never exceeded.
+      max_new_tokens: of every prompt, or of each.
+      num_requests: places: how many prompts are decoded at once; None for all.
+      context: that all of them read first, as `read` gives it; the prompts go on from it.
+      devices: None for the first ones.
+      sampling: of all or of each; None is greedy.
+      stop_tokens: after which a request is done; they are part of its tokens.
+      on_token: called with (prompt, token) for each new token as it comes.
+
+    Returns:
+      The new tokens of each prompt.
+
+    Raises:
+      ValueError: no prompts or an empty one, fewer than one new token, budgets too small.
+    """
+    prompts = [np.asarray(p, np.int32) for p in prompts]
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    most = [int(n) for n in np.broadcast_to(np.asarray(max_new_tokens), len(prompts))]
+    if min(most) < 1:
+        raise ValueError(f"max_new_tokens is {min(most)}: it must be at least 1")
+    each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+    places = len(prompts) if num_requests is None else num_requests
+    state = states.create(
+        model, budgets_bytes, num_requests=places, context=context, devices=devices
+    )
+    capacity = capacity_for(max(map(len, prompts)))
+    found: list[list[int]] = [[] for _ in prompts]
+    waiting, of_place = list(range(len(prompts)))[::-1], [-1] * places
+
+    def take(place, token):
+        """Whether the request of a place is done with this token."""
+        prompt = of_place[place]
+        found[prompt].append(token)
+        if on_token is not None:
+            on_token(prompt, token)
+        return token in stop_tokens or len(found[prompt]) == most[prompt]
+
+    while waiting or any(p >= 0 for p in of_place):
+        for place in range(places):
+            while of_place[place] < 0 and waiting:
+                prompt = waiting.pop()
+                of_place[place] = prompt
+                state = engine.join(
+                    model, state, place, prompts[prompt], sampling=each[prompt], capacity=capacity
+                )
+                if take(place, int(state.tokens[place])):
+                    of_place[place] = -1
+                    state = engine.leave(state, place)
+        if any(p >= 0 for p in of_place):
+            tokens, state = engine.step(model, state)
+            for place, token in enumerate(np.asarray(tokens).tolist()):
+                if of_place[place] >= 0 and take(place, token):
+                    of_place[place] = -1
+                    state = engine.leave(state, place)
+    return [np.array(tokens, np.int32) for tokens in found]

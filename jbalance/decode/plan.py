@@ -1,0 +1,259 @@
+"""Which tokens of a context are kept, at how many bits, and on which device: one price for all bytes.
+
+Tokens get levels as if the devices' memory were one, by one price; the units' exact pages are then
+placed so that each layer's time and each device's memory are even (`place.over_layers`). Pages do not
+divide, so the devices may together hold a few fewer than one of their bytes: the price rises until they
+fit. Where they do not fit so, each device's bytes are spent on its own units, at a price of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jbalance import place
+from jbalance.cache import _cache, _pages, _price
+from jbalance.cache._layout import PageLayout, table_bytes, token_bytes
+from jbalance.importance.token_worth import NUM_RECENT
+
+_PACKINGS = 4  # of one price's pages into the devices, before each gets its own price
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserve:
+    """Bytes beside a context for the caches of the requests that read it.
+
+    Attributes:
+      num_requests: at once.
+      new_tokens: of each, its question and its answer, that are kept at 8 bits or more; for more of them
+        the precision falls.
+    """
+
+    num_requests: int = 1
+    new_tokens: int = 64
+
+    recent_tokens = 16
+
+    def page_bytes(self, head_dim: int) -> int:
+        """Of the requests' pages: eight tokens at 8 bits."""
+        return -(-8 * token_bytes(head_dim, _cache.BITS[0]) // 64) * 64
+
+    def unit_bytes(self, head_dim: int) -> int:
+        """Of each of the model's layers and key/value heads."""
+        pages = -(-max(self.new_tokens, 2 * NUM_RECENT) // 8) + len(_cache.BITS)
+        beside = _cache.unit_bytes(head_dim, self.recent_tokens)
+        tables = table_bytes(1, len(_cache.BITS), pages)
+        return self.num_requests * (beside + tables + pages * self.page_bytes(head_dim))
+
+    def device_bytes(self, num_units: int) -> int:
+        """Of each device, whatever units it has."""
+        return _cache.table_bytes_of(self.num_requests, num_units)
+
+
+class Levels(NamedTuple):
+    """What a rule decided."""
+
+    level: np.ndarray  # [U, S] index into the bits; their number where evicted
+    price: np.ndarray | None  # [G] worth per byte, if it has prices
+
+
+class Room(NamedTuple):
+    """What the devices hold in pages."""
+
+    num_pages: np.ndarray  # [G]
+    page_bytes: int
+    device_of: np.ndarray  # [U]
+    head_dim: int
+    bits: tuple[int, ...]
+
+    @property
+    def page_tokens(self) -> tuple[int, ...]:
+        """Tokens that a page holds at each level."""
+        return tuple(
+            PageLayout.within(self.page_bytes, self.head_dim, b).page_tokens for b in self.bits
+        )
+
+    def pages_of(self, level: np.ndarray) -> np.ndarray:
+        """[U] pages of units whose tokens have these levels [U, S]."""
+        counts = (level[..., None] == np.arange(len(self.bits))).sum(axis=1)
+        return np.sum(-(-counts // np.array(self.page_tokens)), axis=1)
+
+
+Rule = Callable[[Room], Levels]
+
+
+class Evenness(NamedTuple):
+    """How even the parts of several devices are."""
+
+    layer_time: float  # tokens that the fullest device of each layer reads, summed over the layers
+    layer_time_bound: float  # that no placement within the budgets beats
+    memory_over_even: float  # the fullest device's part of its budget over the mean part, less 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Levels of all tokens of a context, and the devices of its units."""
+
+    level: np.ndarray  # [L, K, S] int8, index into bits; their number where evicted
+    room: Room
+    price: np.ndarray | None  # [G] worth per byte, if the rule has prices
+    evenness: Evenness | None  # of several devices
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Of each level."""
+        return self.room.bits
+
+    @property
+    def kept(self) -> np.ndarray:
+        """[L, K, S] bool."""
+        return self.level < len(self.bits)
+
+    @property
+    def device_of(self) -> np.ndarray:
+        """[L, K]."""
+        return self.room.device_of.reshape(self.level.shape[:2])
+
+
+def ladder(codes: np.ndarray) -> Rule:
+    """The rule of one price over all units of a device.
+
+    Args:
+      codes: [U, S] uint8 codes of worth, `_price.PROTECTED` for tokens that always stay.
+    """
+
+    def rule(room: Room) -> Levels:
+        offsets = _price.steps(room.head_dim, room.bits)
+        level = np.full(codes.shape, len(room.bits), np.int8)
+        prices = np.zeros(room.num_pages.size)
+        for d, num_pages in enumerate(room.num_pages):
+            own = room.device_of == d
+            histogram = np.zeros((own.sum(), len(room.bits), _price.NUM_CODES), np.int32)
+            np.add.at(histogram[:, 0], (np.arange(len(histogram))[:, None], codes[own]), 1)
+            out = _price.price_of(jnp.asarray(histogram), offsets, room.page_tokens, num_pages)
+            if out.shortfall > 0:
+                raise ValueError(
+                    f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the first "
+                    f"and latest tokens of its units lack {out.shortfall}; give more"
+                )
+            level[own] = _price.levels_of(codes[own], out.least[:, None])
+            least = float(_price.decode_worth(jnp.max(out.price)))
+            prices[d] = least / token_bytes(room.head_dim, room.bits[-1])
+        return Levels(level, prices)
+
+    return rule
+
+
+def fit(
+    rule: Rule,
+    shape: tuple[int, int, int],
+    head_dim: int,
+    budgets_bytes: list[int],
+    *,
+    bits: tuple[int, ...] = _cache.BITS,
+    reserve: Reserve | None = None,
+    page_bytes: int | None = None,
+) -> Plan:
+    """Levels of a context's tokens under the devices' budgets, and the placement of its units.
+
+    Args:
+      rule: who gets how much, such as `ladder` of the tokens' codes.
+      shape: (L, K, S) of the context.
+      head_dim: D.
+      budgets_bytes: of each device [G], for all that `Context` holds there and what is beside it.
+      bits: of each level, descending.
+      reserve: what is left free for the requests that will read it; None for nothing.
+      page_bytes: of one page; None for a size that fits the budget.
+
+    Returns:
+      `Plan`.
+
+    Raises:
+      ValueError: a budget too small for what a device's units need at least.
+    """
+    budgets = np.asarray(budgets_bytes, np.int64)
+    layers, heads, _ = shape
+    units = layers * heads
+    unit_bytes = _cache.unit_bytes(head_dim, 0)
+    device_bytes = _cache.table_bytes_of(1, units)
+    if reserve is not None:
+        unit_bytes += reserve.unit_bytes(head_dim)
+        device_bytes += reserve.device_bytes(units) + 4  # the last offset of an arena's table
+    if page_bytes is None:
+        left = max(int(budgets.sum()) - units * unit_bytes, 1)
+        page_bytes = _cache.page_bytes_for(left, units, head_dim, bits)
+
+    sizes = head_dim, bits, page_bytes
+
+    def room_of(budgets: np.ndarray, device_of: np.ndarray) -> Room:
+        number = np.bincount(device_of, minlength=budgets.size)
+        fits = [
+            _pages_within(int(size), int(n), n * unit_bytes + device_bytes, sizes, d)
+            for d, (size, n) in enumerate(zip(budgets, np.maximum(number, 1), strict=True))
+        ]
+        return Room(np.array(fits), page_bytes, device_of, head_dim, bits)
+
+    def sizes_of(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pages [U], and tokens and bytes [L, K], of units with tokens at levels [U, S]."""
+        need = room.pages_of(level)
+        size = need * (page_bytes + 4) + unit_bytes + 8 * len(bits)  # its part of the tables too
+        tokens = (level < len(bits)).sum(axis=1)
+        return need, tokens.reshape(layers, heads), size.reshape(layers, heads)
+
+    room = pool = room_of(budgets.sum(keepdims=True), np.zeros(units, np.int32))
+    chosen = rule(pool)
+    for _ in range(_PACKINGS if budgets.size > 1 else 0):
+        need, tokens, size = sizes_of(chosen.level)
+        room = room_of(budgets, place_units(tokens, size, budgets - device_bytes - 4))
+        if (np.bincount(room.device_of, need, budgets.size) <= room.num_pages).all():
+            if chosen.price is not None:
+                chosen = Levels(chosen.level, chosen.price.repeat(budgets.size))
+            break
+        fewer = np.minimum(room.num_pages.sum(), pool.num_pages - 1)
+        pool = pool._replace(num_pages=fewer)
+        chosen = rule(pool)
+    else:
+        chosen = rule(room) if budgets.size > 1 else chosen
+    _, tokens, size = sizes_of(chosen.level)
+    even = evenness(tokens, size, room.device_of, budgets)
+    return Plan(chosen.level.reshape(shape).astype(np.int8), room, chosen.price, even)
+
+
+def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:
+    """device_of [U] of units [L, K] by the tokens that attention reads of them and their bytes.
+
+    A device may end up with more than its room [G] where the units do not fit: callers look.
+    """
+    if room_bytes.size == 1:
+        return np.zeros(tokens.size, np.int32)
+    placed = place.over_layers(*(x.astype(np.float32) for x in (tokens, size_bytes, room_bytes)))
+    return np.asarray(placed.device_of).reshape(-1)
+
+
+def evenness(
+    tokens: np.ndarray, size_bytes: np.ndarray, device_of: np.ndarray, budgets: np.ndarray
+) -> Evenness | None:
+    """Of units [L, K] at device_of [U]; None of one device."""
+    if budgets.size == 1:
+        return None
+    time = np.zeros((len(tokens), budgets.size))
+    np.add.at(time, (np.arange(len(tokens))[:, None], device_of.reshape(tokens.shape)), tokens)
+    bound = place.over_layers_bound(*(x.astype(np.float32) for x in (tokens, size_bytes, budgets)))
+    held = np.bincount(device_of, size_bytes.reshape(-1), budgets.size)
+    over = (held / budgets).max() / (held.sum() / budgets.sum()) - 1
+    return Evenness(float(time.max(axis=1).sum()), float(bound), float(over))
+
+
+def _pages_within(budget, units, beside, sizes, device) -> int:
+    """Pages that a device can hold beside what its units have besides."""
+    try:
+        return _pages.pages_within(budget - beside, units, *sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"budgets_bytes[{device}] is {budget}, of which mean keys, centroids and new tokens of its "
+            f"{units} units take {beside}: {error}"
+        ) from None

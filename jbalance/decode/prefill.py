@@ -1,0 +1,137 @@
+"""A prompt goes through the model one layer at a time, and through each layer in chunks of its tokens.
+
+At no time does the cache of the whole prompt exist: beside the residual stream there are the keys and
+values of one layer, and the activations of one chunk. The number of tokens is data, so that prompts
+of any length up to the capacity share one program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbalance import attention
+from jbalance.attention import TilePlan
+from jbalance.decode.model import Functions, Model
+from jbalance.importance.token_worth import (
+    NUM_QUERIES,
+    later_energy,
+    repeated_energy,
+    worth_of,
+)
+
+CHUNK_TOKENS = 256
+BLOCK_TOKENS = 64  # queries and keys of a tile
+
+
+class LayerTokens(NamedTuple):
+    """What a layer leaves of a prompt; rows behind its length mean nothing."""
+
+    k: jax.Array  # [S, K, D]
+    v: jax.Array  # [S, K, D]
+    w: jax.Array  # [K, S] float32 worth
+
+
+def capacity_for(num_tokens: int) -> int:
+    """The capacity of a prompt of at most so many tokens: a multiple of `CHUNK_TOKENS`."""
+    return -(-max(num_tokens, 1) // CHUNK_TOKENS) * CHUNK_TOKENS
+
+
+def layers_of(
+    model: Model, tokens: np.ndarray, capacity: int | None = None
+) -> Iterator[tuple[jax.Array, LayerTokens]]:
+    """Run a prompt through the model: after each layer the residual stream and the layer's tokens.
+
+    Args:
+      model: the decoder.
+      tokens: [S] ids.
+      capacity: S at most, for which the program is compiled; None for `capacity_for` S.
+
+    Yields:
+      x [1, capacity, E], only valid until the next layer, and `LayerTokens` of the capacity.
+    """
+    capacity = capacity_for(len(tokens)) if capacity is None else capacity
+    if len(tokens) > capacity:
+        raise ValueError(f"tokens has {len(tokens)} entries: the capacity is {capacity}")
+    padded = np.zeros(capacity, np.int32)
+    padded[: len(tokens)] = tokens
+    number = jnp.int32(len(tokens))
+    x = _embed(model.functions, model.params, jnp.asarray(padded))
+    for weights in model.layers:
+        x, held = _layer(model.functions, weights, x, number)
+        yield x, held
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: Functions, params: Any, tokens: jax.Array) -> jax.Array:
+    return model.embed(params, tokens[None], jnp.arange(tokens.shape[0])[None])
+
+
+def logits_at(model: Model, x: jax.Array, position: int) -> jax.Array:
+    """[V] after the token at `position` of x [1, S, E], the residual stream behind the last layer."""
+    return _logits_at(model.functions, model.params, x, position)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_at(model: Functions, params: Any, x: jax.Array, position: jax.Array) -> jax.Array:
+    return model.logits(params, lax.dynamic_slice_in_dim(x, position, 1, axis=1))[0, 0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _layer(
+    model: Functions, weights: Any, x: jax.Array, number: jax.Array
+) -> tuple[jax.Array, LayerTokens]:
+    """x [1, S, E] through one layer, of which `number` tokens are there."""
+    size = x.shape[1]
+    chunks = -(-number // CHUNK_TOKENS)
+
+    def qkv(first, count):
+        positions = first + jnp.arange(count)
+        part = lax.dynamic_slice_in_dim(x, first, count, axis=1)
+        return model.qkv(weights, part, positions[None])
+
+    def keys(i, kv):
+        first = i * CHUNK_TOKENS
+        new = qkv(first, CHUNK_TOKENS)[1:]
+        return tuple(
+            lax.dynamic_update_slice_in_dim(old, part, first, axis=1)
+            for old, part in zip(kv, new, strict=True)
+        )
+
+    shapes = jax.eval_shape(lambda: qkv(0, CHUNK_TOKENS))[1:]
+    empty = tuple(jnp.zeros((1, size, *s.shape[2:]), s.dtype) for s in shapes)
+    k, v = lax.fori_loop(0, chunks, keys, empty)
+    last = min(NUM_QUERIES, size)
+    q = qkv(jnp.clip(number - last, 0, size - last), last)[0]
+    later = later_energy(q[0], k[0], v[0], num_tokens=number)
+
+    def chunk(i, carry):
+        x, repeated = carry
+        first = i * CHUNK_TOKENS
+        part = lax.dynamic_slice_in_dim(x, first, CHUNK_TOKENS, axis=1)
+        q, _, _ = model.qkv(weights, part, (first + jnp.arange(CHUNK_TOKENS))[None])
+        plan = _causal_chunk(first, size)
+        y = attention.attend(q, k, v, plan, causal=True, scale=model.spec.scale, offset=first).y
+        repeated += repeated_energy(
+            q[0], k[0], v[0], first, frequencies=model.frequencies, num_tokens=number
+        )
+        part = model.finish(weights, part, y)
+        return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated
+
+    x, repeated = lax.fori_loop(0, chunks, chunk, (x, jnp.zeros((k.shape[2], size))))
+    return x, LayerTokens(k[0], v[0], worth_of(repeated, later))
+
+
+def _causal_chunk(first: jax.Array, num_keys: int) -> TilePlan:
+    """The tiles of a chunk of queries that begins at `first`."""
+    last = first + (np.arange(CHUNK_TOKENS // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
+    blocks = -(-num_keys // BLOCK_TOKENS)
+    lists = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (1, 1, last.shape[0], blocks))
+    count = jnp.minimum(-(-last // BLOCK_TOKENS), blocks).astype(jnp.int32)[None, None]
+    return TilePlan(lists, count, CHUNK_TOKENS, num_keys, BLOCK_TOKENS, BLOCK_TOKENS)

@@ -1,0 +1,95 @@
+"""The next token of each request: greedy, or by temperature, top-k and top-p with a seed of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbalance import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are chosen.
+
+    Attributes:
+      temperature: of the softmax; 0 is greedy.
+      top_k: only so many most likely tokens; 0 for all.
+      top_p: only the most likely tokens that together have this probability; 1 for all.
+      seed: of the request: its tokens do not depend on what other requests do.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.non_negative("temperature", self.temperature)
+        checks.at_least("top_k", self.top_k, 0, "it must be at least 0, which is all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be in (0, 1]")
+        checks.in_range("seed", self.seed, 0, checks.INT32_MAX)
+
+
+class Samplers(NamedTuple):
+    """`Sampling` of B requests, as data."""
+
+    temperature: Any  # [B] float32
+    top_k: Any  # [B] int32
+    top_p: Any  # [B] float32
+    seed: Any  # [B] int32
+
+    @classmethod
+    def greedy(cls, num_requests: int) -> Samplers:
+        """Of requests that have not said otherwise."""
+        zeros = jnp.zeros(num_requests, jnp.int32)
+        return cls(zeros.astype(jnp.float32), zeros, jnp.ones(num_requests), zeros + 0)
+
+    def replaced(self, request: int, one: Sampling) -> Samplers:
+        """With one request's."""
+        return Samplers(
+            *(
+                x.at[request].set(getattr(one, name))
+                for name, x in zip(self._fields, self, strict=True)
+            )
+        )
+
+
+def sample(logits: jax.Array, samplers: Samplers, positions: jax.Array) -> jax.Array:
+    """Nucleus and top-k sampling by the Gumbel maximum; greedy where the temperature is 0.
+
+    Args:
+      logits: [B, V] float32.
+      samplers: of the requests.
+      positions: [B] int32 of the tokens that are chosen: with the seed they decide the noise.
+
+    Returns:
+      [B] int32.
+
+    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn():
+        chosen = jax.vmap(_sample_one)(logits, samplers, positions)
+        return jnp.where(samplers.temperature > 0, chosen, best)
+
+    return lax.cond(jnp.any(samplers.temperature > 0), drawn, lambda: best)
+
+
+def _sample_one(logits, sampler, position):
+    """The token of one request."""
+    scaled = logits / jnp.where(sampler.temperature > 0, sampler.temperature, 1)
+    ordered = -jnp.sort(-scaled)
+    mass = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
+    rank = jnp.arange(logits.shape[0])
+    kept = (mass < sampler.top_p) & ((sampler.top_k == 0) | (rank < sampler.top_k))
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf))
+    key = jax.random.fold_in(jax.random.key(sampler.seed), position)
+    noise = jax.random.gumbel(key, logits.shape)
+    return jnp.argmax(jnp.where(scaled >= least, scaled + noise, -jnp.inf)).astype(jnp.int32)

@@ -1,0 +1,192 @@
+"""The state of decoding: places for B requests within the devices' memories, and how they share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jbalance import allocate
+from jbalance.cache import KVCache, _cache
+from jbalance.decode import devices as over
+from jbalance.decode.context import Context, is_local, slots_of
+from jbalance.decode.devices import Caches
+from jbalance.decode.model import Model, check_model
+from jbalance.decode.plan import place_units
+from jbalance.decode.sampling import Samplers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """B requests that are being decoded."""
+
+    caches: Caches  # [G], the requests' own
+    contexts: Caches | None  # [G], what all of them read besides
+    tokens: jax.Array  # [B] int32, each request's latest token, which is not in its cache yet
+    positions: jax.Array  # [B] int32, of those tokens
+    active: jax.Array  # [B] bool
+    samplers: Samplers
+    weights: np.ndarray  # [B] float32 shares of the memory
+    allowances: tuple[Any, ...]  # [G] of [B] int32 pages; None of other processes' devices
+    devices: tuple[jax.Device, ...] = dataclasses.field(metadata={"static": True})
+    context_tokens: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_requests(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes of caches that stay resident on each device; 0 for those of other processes."""
+        contexts = [None] * len(self.caches) if self.contexts is None else self.contexts
+        return [
+            sum(0 if x is None else x.nbytes for x in pair)
+            for pair in zip(self.caches, contexts, strict=True)
+        ]
+
+
+def create(
+    model: Model,
+    budgets_bytes: Sequence[int],
+    *,
+    num_requests: int = 1,
+    context: Context | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    recent_tokens: int | None = None,
+) -> State:
+    """Empty places for requests, within the devices' memories.
+
+    Args:
+      model: the decoder.
+      budgets_bytes: of each device [G], for all caches there, the context's among them.
+      num_requests: B.
+      context: that all requests read, on the same devices.
+      devices: [G]; None for the first ones.
+      recent_tokens: of each request that are kept unquantized; None for a share of the budget.
+
+    Raises:
+      ValueError: a model that is not supported, too few devices, or budgets too small.
+    """
+    check_model(model)
+    spec, shape = model.spec, (model.num_layers, model.spec.num_kv_heads)
+    budgets = [int(b) for b in budgets_bytes]
+    devices = devices_for(devices, len(budgets))
+    page_bytes = None
+    if context is None:
+        even = np.full(shape, sum(budgets) // (shape[0] * shape[1]))
+        device_of = place_units(np.ones(shape), even, np.array(budgets)).reshape(shape)
+    else:
+        device_of = context.plan.device_of
+        budgets = [b - held for b, held in zip(budgets, context.nbytes, strict=True)]
+        if context.reserve is not None:
+            page_bytes = context.reserve.page_bytes(spec.head_dim)
+            recent_tokens = recent_tokens or context.reserve.recent_tokens
+    caches = [
+        jax.device_put(
+            _cache.create(
+                budget,
+                *shape,
+                spec.head_dim,
+                num_requests=num_requests,
+                slots=slots_of(device_of, d),
+                page_bytes=page_bytes,
+                recent_tokens=recent_tokens,
+            ),
+            device,
+        )
+        if is_local(device)
+        else None
+        for d, (budget, device) in enumerate(zip(budgets, devices, strict=True))
+    ]
+    zeros = np.zeros(num_requests, np.int32)
+    return around(
+        caches,
+        None if context is None else context.caches,
+        Requests(zeros, zeros, zeros.astype(bool), Samplers.greedy(num_requests)),
+        zeros.astype(np.float32),
+        devices,
+        0 if context is None else context.num_tokens,
+    )
+
+
+class Requests(NamedTuple):
+    """What is small in a state, of B requests."""
+
+    tokens: Any
+    positions: Any
+    active: Any
+    samplers: Samplers
+
+
+def around(
+    caches: Sequence[KVCache | None],
+    contexts: Sequence[KVCache | None] | None,
+    requests: Requests,
+    weights: np.ndarray,
+    devices: Sequence[jax.Device],
+    context_tokens: int,
+) -> State:
+    """The state around its caches; its small arrays on this process's first device."""
+    # Committed to it, or a step's results would enter the next step as arguments of another kind.
+    requests = jax.device_put(jax.tree.map(np.array, requests), over.main_device(devices))
+    return State(
+        tuple(caches),
+        None if contexts is None else tuple(contexts),
+        *requests,
+        weights,
+        tuple(None if x is None else np.full(x.num_requests, x.even_pages) for x in caches),
+        tuple(devices),
+        context_tokens,
+    )
+
+
+def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.Device]:
+    """The devices, one for each of so many budgets; ValueError if they are too few or too many."""
+    devices = jax.devices()[:number] if devices is None else list(devices)
+    if len(devices) != number:
+        raise ValueError(
+            f"budgets_bytes has {number} entries for {len(devices)} devices: give one for each"
+        )
+    return devices
+
+
+def shared(state: State) -> State:
+    """Weighted max-min shares of every arena; who holds more than its own gives it up."""
+    if not state.weights.any():
+        return state
+    caches, allowances = [], []
+    for cache in state.caches:
+        pages = None if cache is None else shares_of(cache, state.weights)
+        if cache is not None and pages is not None:
+            held = np.asarray(cache.held_pages)
+            for request in np.flatnonzero((held > pages) & (state.weights > 0)):
+                cache = over.shrink(cache, int(request), int(pages[request]))
+        caches.append(cache)
+        allowances.append(pages)
+    return dataclasses.replace(state, caches=tuple(caches), allowances=tuple(allowances))
+
+
+def shares_of(cache: KVCache, weights: np.ndarray) -> np.ndarray:
+    """[B] int32 pages of requests by weight [B], at least the floor of each that has one."""
+    floor = np.where(weights > 0, cache.floor_pages, 0)
+    cap = np.where(weights > 0, cache.arena.num_pages, 0)
+    pages = np.asarray(allocate.whole(weights, cache.arena.num_pages, floor, cap).amount)
+    return np.where(weights > 0, pages, cache.floor_pages).astype(np.int32)
+
+
+def replaced(x: np.ndarray, index: int, value: float) -> np.ndarray:
+    """A copy with one entry replaced."""
+    x = np.array(x)
+    x[index] = value
+    return x
+
+
+def check_request(state, request):
+    """ValueError for a place that there is not."""
+    if not 0 <= request < state.num_requests:
+        raise ValueError(f"request is {request}: it must be in 0..{state.num_requests - 1}")
