@@ -100,20 +100,17 @@ def generate(
 ) -> Generation:
     """The question, then `steps` greedy tokens, by a request that reads the context.
 
-    `at_half` is called when half of them are there. The first token after the question is not timed: it
-    compiles.
+    `at_half` is called when half of them are there. The rate is that of the median step: some compile.
     """
     state = decode.create(model, budgets_bytes, context=context, devices=devices)
     state = decode.join(model, state, 0, query)
-    tokens, most, seconds = [int(state.tokens[0])], np.array(state.nbytes), 0.0
+    tokens, most, seconds = [int(state.tokens[0])], np.array(state.nbytes), [np.inf]
     while len(tokens) < steps:
         start = time.perf_counter()
         new, state = decode.step(model, state)
         tokens.append(int(new[0]))
-        if len(tokens) > 2:
-            seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         most = np.maximum(most, state.nbytes)
         if len(tokens) == steps // 2:
             at_half(state, tokens)
-    rate = (steps - 2) / seconds if steps > 2 else 0.0
-    return Generation(np.array(tokens, np.int32), rate, most)
+    return Generation(np.array(tokens, np.int32), float(1 / np.median(seconds)), most)

@@ -15,8 +15,6 @@ from jbalance import decode
 from jbalance.decode import devices
 from jbalance.resources import AttentionDims, kv_cache_bytes
 
-WARM_STEPS = 3  # of which the first compiles
-
 
 def stream(
     model: Llama,
@@ -47,7 +45,7 @@ def stream(
     start = time.perf_counter()
     state = decode.join(decoder, state, 0, context)
     tokens = [int(state.tokens[0])]
-    prefill_s, largest, decode_s = time.perf_counter() - start, max(state.nbytes), 0.0
+    prefill_s, largest, seconds = time.perf_counter() - start, max(state.nbytes), [np.inf]
     compiled: Any = (
         devices._attend_token
     )  # whose cache the type of jitted functions does not tell of
@@ -56,7 +54,7 @@ def stream(
         start = time.perf_counter()
         new, state = decode.step(decoder, state)
         tokens.append(int(new[0]))
-        decode_s += (time.perf_counter() - start) * (len(tokens) > WARM_STEPS)
+        seconds.append(time.perf_counter() - start)
         largest = max(largest, *state.nbytes)
         step(1)
     (cache,) = state.caches
@@ -78,7 +76,7 @@ def stream(
         },
         "recent_tokens": cache.recent_tokens,
         "prefill_s": prefill_s,
-        "tokens_per_s": (len(tokens) - WARM_STEPS) / decode_s if decode_s else None,
+        "tokens_per_s": float(1 / np.median(seconds)),
         "compilations": compiled._cache_size() - before,
         "tokens": tokens,
     }
