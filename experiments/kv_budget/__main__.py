@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiments.harness import cli, guard, processes
+from experiments.harness import cli, files, guard, processes
 
 MODULE = "experiments.kv_budget"
 # JAX is imported by the jobs: a guard does without.
@@ -109,7 +109,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _stream(options: argparse.Namespace) -> None:
     from experiments.harness import progress, texts
-    from experiments.kv_budget import score, stream
+    from experiments.kv_budget import stream
     from experiments.models import load_gguf, smollm2_path
 
     if options.new_tokens < 1:
@@ -134,7 +134,7 @@ def _stream(options: argparse.Namespace) -> None:
     tokens = result.pop("tokens")
     if options.json:
         result["text"] = tokenizer.decode(tokens)
-        score.write(result, options.json)
+        files.write_json(Path(options.json), result)
     for name, value in result.items():
         print(f"{name}: {value}")
 
@@ -174,7 +174,7 @@ def _score(options: argparse.Namespace) -> None:
         total = sum(len(x) for name, x in cases.items() if name.endswith("_ctx"))
         task = bar.add_task("contexts", total=total)
         results = score.score(model, cases, names, budgets, lambda: bar.advance(task))
-    score.write(results, options.json)
+    files.write_json(Path(options.json), results)
     for row in results["results"]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in row["mean"].items())
         print(f"{row['policy']} at {row['budget']:g}: {figures}")

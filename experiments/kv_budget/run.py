@@ -31,6 +31,7 @@ from experiments.models import Llama
 from jbalance import decode
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
+from jbalance.decode.devices import main_device
 from jbalance.decode.saved import check_folder
 from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
 
@@ -250,7 +251,7 @@ def _curve(job, policies, measured, rows) -> list[dict[str, Any]]:
         for row in rows
     ]
     full_bytes = _full_bytes(job)
-    device = [next(filter(is_local, job.devices))]
+    device = [main_device(job.devices)]
     units = job.decoder.num_layers * job.decoder.spec.num_kv_heads
     beside = job.reserve.unit_bytes(job.decoder.spec.head_dim) * units
     for policy in policies:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -146,9 +144,3 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every figure over the cases that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-
-
-def write(results: dict[str, Any], path: str) -> None:
-    """The results as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from jbalance.tiling import Tiling  # noqa: I001  (pipeline order)
 from jbalance.attention.partial import EMPTY, Partial, merge
 from jbalance.attention.plan import (
     TilePlan,
-    causal,
     dense,
     from_mask,
     intersection,
@@ -29,7 +28,6 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "from_mask",
     "to_mask",
     "dense",
-    "causal",
     "window",
     "segments",
     "union",

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jbalance import checks
-from jbalance.tiling import BLOCK_TOKENS, Tiling
+from jbalance.tiling import Tiling
 
 
 def _static():
@@ -143,13 +143,6 @@ def to_mask(plan: TilePlan) -> jax.Array:
 def dense(tiling: Tiling) -> TilePlan:
     """All visible tiles: dense attention, causal or full."""
     return from_mask(jnp.asarray(tiling.visible())[None, None], tiling)
-
-
-def causal(
-    num_queries: int, num_keys: int, block_q: int = BLOCK_TOKENS, block_k: int = BLOCK_TOKENS
-) -> TilePlan:
-    """`dense` of a causal tiling."""
-    return dense(Tiling(num_queries, num_keys, block_q, block_k))
 
 
 def window(size: int, tiling: Tiling, num_sinks: int = 0) -> TilePlan:

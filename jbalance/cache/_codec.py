@@ -261,7 +261,7 @@ def _quantize(x, bits):
         return jax.tree.map(lambda x, old: jnp.where(new[0] > best[0], x, old), new, best)
 
     none = jnp.zeros_like(norm)
-    # A loop, though short: unrolled it is half of all that the cache takes to compile.
+    # A loop, though short: unrolled it takes half as long again to compile, once for each precision.
     _, factor, stretch = lax.fori_loop(0, len(stretches), fit, (none, none, none + 1))
     codes = _nearest(y / stretch[..., None], bits)
     norm *= factor

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from jbalance import attention, checks
-from jbalance.attention import Partial, merge
+from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
@@ -62,7 +62,7 @@ def prefill(
     checks.in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = _checked_lengths(lengths, requests, size)
-    own = attention.attend(q, k, v, _causal(size), causal=True, scale=scale)
+    own = attention.attend(q, k, v, causal_plan(size), causal=True, scale=scale)
     heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(scaled(q, scale))
     own = Partial(*(jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(x) for x in own))
 
@@ -108,10 +108,10 @@ def by_token(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(size, -1, *x.shape[3:])
 
 
-def _causal(size):
-    """The plan of all tiles of a causal prompt; narrower blocks for one that is shorter."""
+def causal_plan(size: int) -> TilePlan:
+    """All tiles of a causal prompt; narrower blocks for one that is shorter."""
     block = min(64, size)
-    return attention.causal(size, size, block_q=block, block_k=block)
+    return attention.dense(Tiling(size, size, block, block))
 
 
 def _check(cache, q, k, v) -> tuple[int, int]:

@@ -118,23 +118,21 @@ def admit(
     tokens: Any,
     number: int,
     allowances: Sequence[Any],
-) -> tuple[Caches, list[jax.Array]]:
-    """One layer's tokens (k, v, w) of a prompt enter; pages that each device lacked for them."""
-    after, lacking = [], []
+) -> Caches:
+    """One layer's tokens (k, v, w) of a prompt enter; no allowance is below what always stays."""
+    after = []
     for d, cache in enumerate(caches):
         if cache is not None:
             moved = jax.device_put(tuple(tokens), devices[d])
             pages = jnp.int32(allowances[d][request])
-            cache, short = _admit(cache, request, layer, *moved, pages, number)
-            lacking.append(short)
+            cache = _admit(cache, request, layer, *moved, pages, number)
         after.append(cache)
-    return tuple(after), lacking
+    return tuple(after)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _admit(cache, request, layer, k, v, w, pages, number):
-    cache, report = _prefill.admit(cache, request, layer, k, v, w, pages, num_tokens=number)
-    return cache, report.shortfall
+    return _prefill.admit(cache, request, layer, k, v, w, pages, num_tokens=number)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -104,7 +104,7 @@ def _prefill(model, state, request, prompt, capacity):
     caches = state.caches
     x = jnp.zeros(0)
     for layer, (x, held) in enumerate(prefill.layers_of(model, prompt, capacity)):  # noqa: B007
-        caches, _ = over.admit(
+        caches = over.admit(
             state.devices, caches, request, layer, held, len(prompt), state.allowances
         )
     return caches, prefill.logits_at(model, x, len(prompt) - 1)

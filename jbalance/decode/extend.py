@@ -7,7 +7,7 @@ causally; then they are kept at what they are worth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,22 +35,28 @@ def tokens_of(
     allowances: Sequence[Any],
 ) -> tuple[Caches, jax.Array]:
     """New tokens [S] of a request from `position` on enter its caches; logits [V] after the last."""
+    logits = jnp.zeros(0)
     for first in range(0, len(tokens), PIECE_TOKENS):
-        piece = tokens[first : first + PIECE_TOKENS]
-        padded = np.zeros(PIECE_TOKENS, np.int32)
-        padded[: len(piece)] = piece
+        piece, start = tokens[first : first + PIECE_TOKENS], position + first
+        caches, logits = _piece(model, devices, caches, contexts, request, piece, start, allowances)
+    return caches, logits
 
-        positions = position + first + jnp.arange(PIECE_TOKENS)
-        x, qkv = _first_layer(model.functions, model.params, model.layers[0], padded, positions)
-        for layer, weights in enumerate(model.layers):
-            held = over.held(devices, caches, contexts, request, layer, qkv[0])
-            w = _worth(model.functions, *qkv, len(piece))
-            caches, _ = over.admit(
-                devices, caches, request, layer, (*qkv[1:], w), len(piece), allowances
-            )
-            following = model.layers[min(layer + 1, model.num_layers - 1)]
-            x, qkv = _next_layer(model.functions, weights, following, x, qkv, held, positions)
-    return caches, _logits(model.functions, model.params, x)[len(piece) - 1]
+
+def _piece(model, devices, caches, contexts, request, tokens, position, allowances):
+    """`tokens_of` for at most `PIECE_TOKENS`."""
+    number = len(tokens)
+    padded = np.zeros(PIECE_TOKENS, np.int32)
+    padded[:number] = tokens
+
+    def attend(layer, qkv):
+        nonlocal caches
+        held = over.held(devices, caches, contexts, request, layer, qkv[0])
+        new = *qkv[1:], _worth(model.functions, *qkv, number)
+        caches = over.admit(devices, caches, request, layer, new, number, allowances)
+        return held
+
+    logits = _through(model, padded, position, attend)
+    return caches, logits[number - 1]
 
 
 def log_probs(
@@ -67,14 +73,28 @@ def log_probs(
 
     They see a context, what a request holds, or both, and each other causally.
     """
+
+    def attend(layer, qkv):
+        return over.held(devices, caches, contexts, request, layer, qkv[0])
+
+    return jax.nn.log_softmax(_through(model, np.asarray(tokens, np.int32), position, attend))
+
+
+def _through(
+    model: Model,
+    tokens: np.ndarray,
+    position: int,
+    attend: Callable[[int, tuple[jax.Array, ...]], Partial],
+) -> jax.Array:
+    """Logits [T, V] of tokens [T] from `position` on, which see what `attend(layer, qkv)` gives them."""
+    f, layers = model.functions, model.layers
     positions = position + jnp.arange(len(tokens))
-    new = jnp.asarray(tokens, jnp.int32)
-    x, qkv = _first_layer(model.functions, model.params, model.layers[0], new, positions)
-    for layer, weights in enumerate(model.layers):
-        held = over.held(devices, caches, contexts, request, layer, qkv[0])
-        following = model.layers[min(layer + 1, model.num_layers - 1)]
-        x, qkv = _next_layer(model.functions, weights, following, x, qkv, held, positions)
-    return jax.nn.log_softmax(_logits(model.functions, model.params, x))
+    x, qkv = _first_layer(f, model.params, layers[0], tokens, positions)
+    for layer, weights in enumerate(layers):
+        held = attend(layer, qkv)
+        following = layers[min(layer + 1, model.num_layers - 1)]
+        x, qkv = _next_layer(f, weights, following, x, qkv, held, positions)
+    return _logits(f, model.params, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,8 +108,7 @@ def _next_layer(model: Functions, weights, following, x, qkv, held: Partial, pos
     """Attention merged, the layer finished, and the q, k, v of the following one."""
     q, k, v = qkv
     size, kv_heads = q.shape[0], k.shape[1]
-    block = min(64, size)
-    plan = attention.causal(size, size, block_q=block, block_k=block)
+    plan = _prefill.causal_plan(size)
     own = attention.attend(q[None], k[None], v[None], plan, causal=True)
     own = Partial(*(_prefill.by_kv_head(part[0], kv_heads) for part in own))
     y = _prefill.by_token(merge(own, held).y, size)[None].astype(x.dtype)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from jbalance.cache import _admit, _centroids, _pages, _price
 from jbalance.cache._layout import PageLayout
 
-pytestmark = pytest.mark.xdist_group("admit")  # compiled once
 U, D, BITS, PAGE, SPAN, SIZE = 5, 16, (8, 4, 3), 256, 3, 20
 M = len(BITS)
 ROOM = 360  # tokens of a batch in the tests

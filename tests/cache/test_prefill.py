@@ -24,7 +24,6 @@ from tests.support.small_cache import (
     rounded,
 )
 
-pytestmark = pytest.mark.xdist_group("prefill")  # compiled once
 prefill = compiled("prompts", jax.jit).prefill
 shrink = jax.jit(_cache.shrink)
 UNITS = L * K

@@ -31,7 +31,6 @@ from tests.support.small_cache import (
     rounded,
 )
 
-pytestmark = pytest.mark.xdist_group("step")  # compiled once
 UNITS = L * K
 FIRST = np.array([True, False])
 FLOORS = np.array([0, 22])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.harness import texts
+from experiments.harness import files, texts
 from experiments.kv_budget import score
 from experiments.kv_budget.__main__ import main
 
@@ -34,7 +34,7 @@ def test_score_writes_what_was_promised(small_model, tmp_path):
     given = score.read_cases(cases(tmp_path / "c.npz"), 61)
     results = score.score(small_model, given, ["ladder", "full"], [0.5, 0.3])
     out = tmp_path / "new" / "out.json"
-    score.write(results, str(out))
+    files.write_json(out, results)
     read = json.loads(out.read_text())["results"]
     assert [(r["policy"], r["budget"]) for r in read] == [
         (name, budget) for name in ("ladder", "full") for budget in (0.5, 0.3)
