@@ -46,6 +46,16 @@ def is_local(device: jax.Device) -> bool:
     return device.process_index == jax.process_index()
 
 
+def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.Device]:
+    """The devices, one for each of so many budgets; ValueError if they are too few or too many."""
+    devices = jax.devices()[:number] if devices is None else list(devices)
+    if len(devices) != number:
+        raise ValueError(
+            f"budgets_bytes has {number} entries for {len(devices)} devices: give one for each"
+        )
+    return devices
+
+
 def read(
     model: Model,
     tokens: np.ndarray,
@@ -67,9 +77,10 @@ def read(
       devices: [G]; None for the first ones.
 
     Raises:
-      ValueError: a model that is not supported, or budgets too small.
+      ValueError: a model that is not supported, too few devices, or budgets too small.
     """
     check_model(model)
+    devices = devices_for(devices, len(budgets_bytes))  # before the prompt is read
     spec, tokens = model.spec, np.asarray(tokens)
     reserve = Reserve() if reserve is None else reserve
     codes = [
@@ -112,7 +123,7 @@ def write(
       devices: [G]; None for the first ones.
       centroids: whether evicted tokens join centroids, or are lost.
     """
-    devices = jax.devices()[: plan.room.num_pages.size] if devices is None else devices
+    devices = devices_for(devices, plan.room.num_pages.size)
     caches = [
         _empty(plan, d, device) if is_local(device) else None for d, device in enumerate(devices)
     ]

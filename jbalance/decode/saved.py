@@ -22,11 +22,11 @@ import numpy as np
 
 from jbalance.cache import KVCache, _cache
 from jbalance.decode._units import arrays_of, joined, put_together, taken_apart
-from jbalance.decode.context import is_local, slots_of
+from jbalance.decode.context import devices_for, is_local, slots_of
 from jbalance.decode.model import Model
 from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
-from jbalance.decode.state import Requests, State, around, devices_for
+from jbalance.decode.state import Requests, State, around
 
 MANIFEST = "manifest.json"
 _FORMAT = 2

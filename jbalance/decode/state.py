@@ -12,7 +12,7 @@ import numpy as np
 from jbalance import allocate
 from jbalance.cache import KVCache, _cache
 from jbalance.decode import devices as over
-from jbalance.decode.context import Context, is_local, slots_of
+from jbalance.decode.context import Context, devices_for, is_local, slots_of
 from jbalance.decode.devices import Caches
 from jbalance.decode.model import Model, check_model
 from jbalance.decode.plan import place_units
@@ -143,16 +143,6 @@ def around(
         tuple(devices),
         context_tokens,
     )
-
-
-def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.Device]:
-    """The devices, one for each of so many budgets; ValueError if they are too few or too many."""
-    devices = jax.devices()[:number] if devices is None else list(devices)
-    if len(devices) != number:
-        raise ValueError(
-            f"budgets_bytes has {number} entries for {len(devices)} devices: give one for each"
-        )
-    return devices
 
 
 def shared(state: State) -> State:

@@ -122,6 +122,11 @@ def test_units_decode_alike_wherever_they_are(decoder, devices):
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
 
 
+def test_budgets_without_a_device_are_named(decoder):
+    with pytest.raises(ValueError, match="2 entries for 1 devices"):
+        decode.read(decoder, PROMPT[:200], AMPLE, devices=jax.devices()[:1])
+
+
 def test_too_little_memory_is_named(decoder):
     with pytest.raises(ValueError, match=r"budgets_bytes\[0\] is 3000"):
         decode.read(decoder, PROMPT[:200], [3000])
