@@ -104,7 +104,8 @@ def generate(
     """
     state = decode.create(model, budgets_bytes, context=context, devices=devices)
     state = decode.join(model, state, 0, query)
-    tokens, most, seconds = [int(state.tokens[0])], np.array(state.nbytes), [np.inf]
+    tokens, most = [int(state.tokens[0])], np.array(state.nbytes)
+    seconds: list[float] = []
     while len(tokens) < steps:
         start = time.perf_counter()
         new, state = decode.step(model, state)
@@ -113,4 +114,9 @@ def generate(
         most = np.maximum(most, state.nbytes)
         if len(tokens) == steps // 2:
             at_half(state, tokens)
-    return Generation(np.array(tokens, np.int32), float(1 / np.median(seconds)), most)
+    return Generation(np.array(tokens, np.int32), rate_of(seconds), most)
+
+
+def rate_of(seconds: list[float]) -> float:
+    """Steps a second, by the median of what each took; 0 of none."""
+    return float(1 / np.median(seconds)) if seconds else 0.0

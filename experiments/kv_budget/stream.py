@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.kv_budget.evaluate import decoder_of
+from experiments.kv_budget.evaluate import decoder_of, rate_of
 from experiments.models.llama import Llama
 from jbalance import decode
 from jbalance.decode import devices
@@ -45,7 +45,8 @@ def stream(
     start = time.perf_counter()
     state = decode.join(decoder, state, 0, context)
     tokens = [int(state.tokens[0])]
-    prefill_s, largest, seconds = time.perf_counter() - start, max(state.nbytes), [np.inf]
+    prefill_s, largest = time.perf_counter() - start, max(state.nbytes)
+    seconds: list[float] = []
     compiled: Any = (
         devices._attend_token
     )  # whose cache the type of jitted functions does not tell of
@@ -76,7 +77,7 @@ def stream(
         },
         "recent_tokens": cache.recent_tokens,
         "prefill_s": prefill_s,
-        "tokens_per_s": float(1 / np.median(seconds)),
+        "tokens_per_s": rate_of(seconds),
         "compilations": compiled._cache_size() - before,
         "tokens": tokens,
     }

@@ -66,29 +66,29 @@ def generate(
     found: list[list[int]] = [[] for _ in prompts]
     waiting, of_place = list(range(len(prompts)))[::-1], [-1] * places
 
-    def take(place, token):
-        """Whether the request of a place is done with this token."""
+    def heard(state, place, token):
+        """A token of the request of a place, which leaves if it is done with it."""
         prompt = of_place[place]
         found[prompt].append(token)
         if on_token is not None:
             on_token(prompt, token)
-        return token in stop_tokens or len(found[prompt]) == most[prompt]
+        if token not in stop_tokens and len(found[prompt]) < most[prompt]:
+            return state
+        of_place[place] = -1
+        return engine.leave(state, place)
 
     while waiting or any(p >= 0 for p in of_place):
         for place in range(places):
             while of_place[place] < 0 and waiting:
-                prompt = waiting.pop()
-                of_place[place] = prompt
+                prompt = of_place[place] = waiting.pop()
                 state = engine.join(
                     model, state, place, prompts[prompt], sampling=each[prompt], capacity=capacity
                 )
-                if take(place, int(state.tokens[place])):
-                    of_place[place] = -1
-                    state = engine.leave(state, place)
-        if any(p >= 0 for p in of_place):
-            tokens, state = engine.step(model, state)
-            for place, token in enumerate(np.asarray(tokens).tolist()):
-                if of_place[place] >= 0 and take(place, token):
-                    of_place[place] = -1
-                    state = engine.leave(state, place)
+                state = heard(state, place, int(state.tokens[place]))
+        busy = [place for place, prompt in enumerate(of_place) if prompt >= 0]
+        if busy:
+            new, state = engine.step(model, state)
+            tokens = np.asarray(new).tolist()
+            for place in busy:
+                state = heard(state, place, tokens[place])
     return [np.array(tokens, np.int32) for tokens in found]

@@ -176,51 +176,84 @@ def fit(
       ValueError: a budget too small for what a device's units need at least.
     """
     budgets = np.asarray(budgets_bytes, np.int64)
-    layers, heads, _ = shape
-    units = layers * heads
-    unit_bytes = _cache.unit_bytes(head_dim, 0)
-    device_bytes = _cache.table_bytes_of(1, units)
-    if reserve is not None:
-        unit_bytes += reserve.unit_bytes(head_dim)
-        device_bytes += reserve.device_bytes(units) + 4  # the last offset of an arena's table
-    if page_bytes is None:
-        left = max(int(budgets.sum()) - units * unit_bytes, 1)
-        page_bytes = _cache.page_bytes_for(left, units, head_dim, bits)
-
-    sizes = head_dim, bits, page_bytes
-
-    def room_of(budgets: np.ndarray, device_of: np.ndarray) -> Room:
-        number = np.bincount(device_of, minlength=budgets.size)
-        fits = [
-            _pages_within(int(size), int(n), n * unit_bytes + device_bytes, sizes, d)
-            for d, (size, n) in enumerate(zip(budgets, np.maximum(number, 1), strict=True))
-        ]
-        return Room(np.array(fits), page_bytes, device_of, head_dim, bits)
-
-    def sizes_of(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pages [U], and tokens and bytes [L, K], of units with tokens at levels [U, S]."""
-        need = room.pages_of(level)
-        size = need * (page_bytes + 4) + unit_bytes + 8 * len(bits)  # its part of the tables too
-        tokens = (level < len(bits)).sum(axis=1)
-        return need, tokens.reshape(layers, heads), size.reshape(layers, heads)
-
-    room = pool = room_of(budgets.sum(keepdims=True), np.zeros(units, np.int32))
-    chosen = rule(pool)
-    for _ in range(_PACKINGS if budgets.size > 1 else 0):
-        need, tokens, size = sizes_of(chosen.level)
-        room = room_of(budgets, place_units(tokens, size, budgets - device_bytes - 4))
-        if (np.bincount(room.device_of, need, budgets.size) <= room.num_pages).all():
-            if chosen.price is not None:
-                chosen = Levels(chosen.level, chosen.price.repeat(budgets.size))
-            break
-        fewer = np.minimum(room.num_pages.sum(), pool.num_pages - 1)
-        pool = pool._replace(num_pages=fewer)
-        chosen = rule(pool)
-    else:
-        chosen = rule(room) if budgets.size > 1 else chosen
-    _, tokens, size = sizes_of(chosen.level)
+    costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes)
+    pool = costs.room(budgets.sum(keepdims=True), np.zeros(shape[0] * shape[1], np.int32))
+    chosen, room = rule(pool), pool
+    if budgets.size > 1:
+        chosen, room = _packed(rule, chosen, pool, costs, budgets)
+    tokens, size = costs.sizes(chosen.level, pool.pages_of(chosen.level))
     even = evenness(tokens, size, room.device_of, budgets)
     return Plan(chosen.level.reshape(shape).astype(np.int8), room, chosen.price, even)
+
+
+class _Costs(NamedTuple):
+    """What pages, units and devices take."""
+
+    shape: tuple[int, int]  # (L, K)
+    head_dim: int
+    bits: tuple[int, ...]
+    page_bytes: int
+    unit_bytes: int  # of each unit beside its pages
+    device_bytes: int  # of each device beside its units
+
+    @classmethod
+    def of(cls, shape, head_dim, bits, budget_bytes, reserve, page_bytes) -> _Costs:
+        """Those of a context and its reserve; pages of a given size, or one that fits the budget."""
+        units = shape[0] * shape[1]
+        unit, device = _cache.unit_bytes(head_dim, 0), _cache.table_bytes_of(1, units)
+        if reserve is not None:
+            unit += reserve.unit_bytes(head_dim)
+            device += reserve.device_bytes(units) + 4  # the last offset of an arena's table
+        if page_bytes is None:
+            left = max(budget_bytes - units * unit, 1)
+            page_bytes = _cache.page_bytes_for(left, units, head_dim, bits)
+        return cls(shape[:2], head_dim, bits, page_bytes, unit, device)
+
+    def room(self, budgets: np.ndarray, device_of: np.ndarray) -> Room:
+        """The pages that devices with these bytes [G] hold beside what their units have besides."""
+        number = np.maximum(np.bincount(device_of, minlength=budgets.size), 1)
+        fits = [
+            self._pages_within(int(size), int(n), d)
+            for d, (size, n) in enumerate(zip(budgets, number, strict=True))
+        ]
+        return Room(np.array(fits), self.page_bytes, device_of, self.head_dim, self.bits)
+
+    def sizes(self, level: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and bytes [L, K] of units with tokens at levels [U, S] in so many pages [U]."""
+        tables = 8 * len(self.bits)  # a unit's part of them
+        size = pages * (self.page_bytes + 4) + self.unit_bytes + tables
+        tokens = (level < len(self.bits)).sum(axis=1)
+        return tokens.reshape(self.shape), size.reshape(self.shape)
+
+    def _pages_within(self, budget: int, units: int, device: int) -> int:
+        beside = units * self.unit_bytes + self.device_bytes
+        try:
+            return _pages.pages_within(
+                budget - beside, units, self.head_dim, self.bits, self.page_bytes
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"budgets_bytes[{device}] is {budget}, of which mean keys, centroids and new tokens of "
+                f"its {units} units take {beside}: {error}"
+            ) from None
+
+
+def _packed(
+    rule: Rule, chosen: Levels, pool: Room, costs: _Costs, budgets: np.ndarray
+) -> tuple[Levels, Room]:
+    """What was chosen for all bytes, packed into the devices at a rising price; else by device."""
+    for _ in range(_PACKINGS):
+        pages = pool.pages_of(chosen.level)
+        tokens, size = costs.sizes(chosen.level, pages)
+        own = place_units(tokens, size, budgets - costs.device_bytes - 4)
+        room = costs.room(budgets, own)
+        need = np.bincount(own, pages, budgets.size)
+        if (need <= room.num_pages).all():
+            price = None if chosen.price is None else chosen.price.repeat(budgets.size)
+            return Levels(chosen.level, price), room
+        pool = pool._replace(num_pages=np.minimum(room.num_pages.sum(), pool.num_pages - 1))
+        chosen = rule(pool)
+    return rule(room), room
 
 
 def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:
@@ -246,14 +279,3 @@ def evenness(
     held = np.bincount(device_of, size_bytes.reshape(-1), budgets.size)
     over = (held / budgets).max() / (held.sum() / budgets.sum()) - 1
     return Evenness(float(time.max(axis=1).sum()), float(bound), float(over))
-
-
-def _pages_within(budget, units, beside, sizes, device) -> int:
-    """Pages that a device can hold beside what its units have besides."""
-    try:
-        return _pages.pages_within(budget - beside, units, *sizes)
-    except ValueError as error:
-        raise ValueError(
-            f"budgets_bytes[{device}] is {budget}, of which mean keys, centroids and new tokens of its "
-            f"{units} units take {beside}: {error}"
-        ) from None
