@@ -14,6 +14,7 @@ from jbalance import checks
 from jbalance.adapters.attention_fn import is_causal_mask, shows_all_before
 from jbalance.adapters.modules import attentions
 from jbalance.cache import KVCache
+from jbalance.cache._step import step_in_order
 
 COLLECTION = "cache"  # of linen's variables, as that of the stock modules
 
@@ -107,10 +108,11 @@ class NnxCache(nnx.Module):
                 f"cache needs each of the {self.state.get_value().num_layers} once"
             )
         cache, lengths = self.state.get_value(), self.lengths.get_value()
-        y, cache = _attend(cache, layer, query, key, value, self.frequencies, lengths)
-        self.state.set_value(cache)
         self.called = (*self.called, layer)
-        if len(self.called) == cache.num_layers:
+        last = len(self.called) == cache.num_layers
+        y, cache = _attend(cache, layer, query, key, value, self.frequencies, lengths, last)
+        self.state.set_value(cache)
+        if last:
             self.called = ()
             if query.shape[1] > 1:  # what comes after a prompt is not padded
                 self.lengths.set_value(jnp.full_like(lengths, checks.INT32_MAX))
@@ -178,12 +180,12 @@ class LinenCachedAttention(linen.Module):
 
         state = self.variable(COLLECTION, "jbalance", empty)
         lengths = jnp.full(batch, checks.INT32_MAX, jnp.int32)
-        y, state.value = _attend(state.value, 0, query, key, value, self.frequencies, lengths)
+        y, state.value = _attend(state.value, 0, query, key, value, self.frequencies, lengths, True)
         return y
 
 
-def _attend(cache, layer, query, key, value, frequencies, lengths):
-    """Prompts [B, S, H, D] or a token [B, 1, H, D] of each request."""
+def _attend(cache, layer, query, key, value, frequencies, lengths, last):
+    """Prompts [B, S, H, D] or a token [B, 1, H, D] of each request; `last` of a forward pass's layers?"""
     if query.shape[0] != cache.num_requests:
         raise ValueError(
             f"query has {query.shape[0]} sequences: the cache is for {cache.num_requests}"
@@ -194,7 +196,7 @@ def _attend(cache, layer, query, key, value, frequencies, lengths):
         return kv_cache.prefill(
             cache, layer, query, key, value, frequencies=frequencies, lengths=lengths
         )
-    y, cache = kv_cache.step(cache, layer, query[:, 0], key[:, 0], value[:, 0])
+    y, cache = step_in_order(cache, layer, query[:, 0], key[:, 0], value[:, 0], last=last)
     return y[:, None].astype(query.dtype), cache
 
 
