@@ -185,7 +185,7 @@ class LinenCachedAttention(linen.Module):
 
 
 def _attend(cache, layer, query, key, value, frequencies, lengths, last):
-    """Prompts [B, S, H, D] or a token [B, 1, H, D] of each request; `last` of a forward pass's layers?"""
+    """Prompts [B, S, H, D] or a token [B, 1, H, D] of each request; `last` of a token's layers?"""
     if query.shape[0] != cache.num_requests:
         raise ValueError(
             f"query has {query.shape[0]} sequences: the cache is for {cache.num_requests}"
