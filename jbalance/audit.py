@@ -49,13 +49,13 @@ def by_group(
         there is not.
     """
     checks.rank("attention", attention, 1, "[U]")
-    checks.non_negative("attention", attention)
+    attention = checks.non_negative("attention", attention)
     checks.same_length("group_of", group_of, "attention", attention)
-    checks.positive("num_groups", num_groups)
-    checks.index_below("group_of", group_of, num_groups)
+    num_groups = checks.static_int("num_groups", num_groups, 1)
+    group_of = checks.index_below("group_of", group_of, num_groups)
     if error is not None:
         checks.same_length("error", error, "attention", attention)
-        checks.finite("error", error)
+        error = checks.finite("error", error)
     attention = jnp.asarray(attention, jnp.float32)
     error = jnp.zeros_like(attention) if error is None else jnp.asarray(error, jnp.float32)
     columns = jnp.stack([jnp.ones_like(attention), attention, error], axis=1)

@@ -101,7 +101,7 @@ def balancer(
         feedback: jax.Array | None = None,
     ) -> tuple[Balance, BalanceState]:
         checks.rank("w", w, 1 + shares_of.of_curves, "[U, M]" if shares_of.of_curves else "[U]")
-        checks.non_negative("w", w)
+        w = checks.non_negative("w", w)
         checks.same_length("w", w, "state.average", state.average)
         step = state.step + 1
         average = decay * state.average + (1 - decay) * jnp.asarray(w, jnp.float32)

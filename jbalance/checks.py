@@ -1,12 +1,15 @@
 """Errors for bad input: each names the argument, its value and what would fit.
 
-Shapes are checked always. Values are checked where they are concrete; a tracer has none, so under
-jit the functions report a `Status`, and `debug_check` states the same conditions for
-`jax.experimental.checkify`: wrap the caller in `checkify.checkify` to turn them on.
+The checks of values return the array that is computed with: float32 or int32, converted on the host,
+before jit could wrap a 64-bit number. Shapes are checked always. Values are checked where they are
+concrete; a tracer has none, so under jit the functions report a `Status`, and `debug_check` states the
+same conditions for `jax.experimental.checkify`: wrap the caller in `checkify.checkify` to turn them on.
 """
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-INT32_MAX = 2**31 - 1
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def is_concrete(*xs: Any) -> bool:
@@ -69,36 +73,97 @@ def _where(name: str, x: Any, bad: np.ndarray, want: str) -> None:
     """Raise for the first entry where `bad`."""
     if not bad.any():
         return
-    x = np.asarray(x)
     if x.ndim == 0:
         raise ValueError(f"{name} is {x.item()}: it must be {want}")
     at = tuple(int(i) for i in np.argwhere(bad)[0])
     index = at[0] if len(at) == 1 else at
+    entry = x[at].item() if hasattr(x[at], "item") else x[at]
     raise ValueError(
-        f"{name}[{index}] is {x[at].item()} ({int(bad.sum())} such of {x.size}): "
-        f"every entry must be {want}"
+        f"{name}[{index}] is {entry} ({int(bad.sum())} such of {x.size}): every entry must be {want}"
     )
 
 
-def _values(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> None:
-    """Check values now if they are there, else leave a debug check for checkify."""
-    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise ValueError(f"{name} is {x!r} (dtype {dtype}): it must be numbers, {want}")
-    if is_concrete(x):
-        _where(name, x, np.asarray(bad(np, np.asarray(x))), want)
-    else:
+def _host(name: str, x: Any, want: str) -> np.ndarray:
+    """Concrete numbers as NumPy has them; ValueError for what are none."""
+    try:
+        out = np.asarray(x)
+    except ValueError:
+        raise ValueError(
+            f"{name} has rows of different lengths: it must be numbers, {want}"
+        ) from None
+    whole = out.dtype.kind == "O" and all(type(i) is int for i in out.flat)  # Python's, of any size
+    if not (whole or _is_real(out.dtype)):
+        raise ValueError(
+            f"{name} is {reprlib.repr(x)} (dtype {out.dtype}): it must be numbers, {want}"
+        )
+    return out
+
+
+def _is_real(dtype: Any) -> bool:
+    """Whether these are real numbers, booleans not among them."""
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _traced(name: str, x: Any, want: str, dtype: Any) -> jax.Array:
+    """A traced array in the type that the device computes in; ValueError for what are no numbers."""
+    if not _is_real(x.dtype):
+        raise ValueError(f"{name} has dtype {x.dtype}: it must be numbers, {want}")
+    return jnp.asarray(x).astype(dtype)
+
+
+def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> Any:
+    """Numbers in float32, whatever their type was on the host: checked now, or by checkify.
+
+    Inside jit NumPy's 64-bit integers would wrap, and other byte orders be misread.
+    """
+    if not is_concrete(x):
+        x = _traced(name, x, want, jnp.float32)
         checkify.debug_check(~jnp.any(bad(jnp, x)), message)
+        return x
+    given = _host(name, x, want)
+    with np.errstate(over="ignore", invalid="ignore"):
+        number = given.astype(np.float32)
+    _where(name, given, np.asarray(bad(np, number)), want)
+    return x.astype(jnp.float32) if isinstance(x, jax.Array) else number
 
 
-def finite(name: str, x: Any) -> None:
-    """ValueError if `x` holds NaN or infinity."""
-    _values(name, x, "finite", lambda np_, x: ~np_.isfinite(x), f"{name} must be finite")
+def _int32(name: str, x: Any, low: int, high: int, want: str) -> Any:
+    """Whole numbers in int32: checked before anything can wrap, or by checkify."""
+    kind = _host(name, x, want).dtype if is_concrete(x) else x.dtype
+    if not (kind.kind == "O" or jnp.issubdtype(kind, jnp.integer)):
+        raise ValueError(f"{name} has dtype {kind}: it must be {want}")
+    if not is_concrete(x):
+        checkify.debug_check(jnp.all((x >= low) & (x <= high)), f"{name} must be {want}")
+        return jnp.asarray(x).astype(jnp.int32)
+    given = _host(name, x, want)
+    _where(name, given, np.asarray((given < low) | (given > high), bool), want)
+    return x.astype(jnp.int32) if isinstance(x, jax.Array) else given.astype(np.int32)
 
 
-def non_negative(name: str, x: Any) -> None:
-    """ValueError if `x` holds NaN, infinity or a negative number."""
-    _values(
+def host_numbers(name: str, x: Any) -> np.ndarray:
+    """Concrete numbers for sums on the host: int64 if they are whole by type, else float64.
+
+    Raises:
+      ValueError: what are no numbers, or are not finite, or whole ones above 2^63-1.
+    """
+    given = _host(name, x, "finite")
+    if given.dtype.kind == "O" or jnp.issubdtype(given.dtype, jnp.integer):
+        want = f"whole numbers in {-INT64_MAX}..{INT64_MAX}"
+        _where(name, given, np.asarray((given < -INT64_MAX) | (given > INT64_MAX), bool), want)
+        return given.astype(np.int64)
+    given = given.astype(np.float64)
+    _where(name, given, ~np.isfinite(given), "finite")
+    return given
+
+
+def finite(name: str, x: Any) -> Any:
+    """`x` in float32; ValueError if it holds NaN, infinity or more than float32 can."""
+    return _float32(name, x, "finite", lambda np_, x: ~np_.isfinite(x), f"{name} must be finite")
+
+
+def non_negative(name: str, x: Any) -> Any:
+    """`x` in float32; ValueError if it holds NaN, infinity or a negative number."""
+    return _float32(
         name,
         x,
         "finite and >= 0",
@@ -107,9 +172,9 @@ def non_negative(name: str, x: Any) -> None:
     )
 
 
-def positive(name: str, x: Any) -> None:
-    """ValueError if `x` holds NaN, infinity, zero or a negative number."""
-    _values(
+def positive(name: str, x: Any) -> Any:
+    """`x` in float32; ValueError if it holds NaN, infinity, zero there or a negative number."""
+    return _float32(
         name,
         x,
         "finite and > 0",
@@ -118,9 +183,9 @@ def positive(name: str, x: Any) -> None:
     )
 
 
-def in_range(name: str, x: Any, low: float, high: float) -> None:
-    """ValueError if `x` holds NaN or anything outside [low, high]."""
-    _values(
+def in_range(name: str, x: Any, low: float, high: float) -> Any:
+    """`x` in float32; ValueError if it holds NaN or anything outside [low, high]."""
+    return _float32(
         name,
         x,
         f"in [{low}, {high}]",
@@ -129,12 +194,26 @@ def in_range(name: str, x: Any, low: float, high: float) -> None:
     )
 
 
-def index_below(name: str, x: Any, bound: int) -> None:
-    """ValueError unless `x` is integer and in 0..bound-1."""
-    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
-    if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"{name} has dtype {dtype}: it must be integers in 0..{bound - 1}")
-    in_range(name, x, 0, bound - 1)
+def int_in_range(name: str, x: Any, low: int, high: int) -> Any:
+    """`x` in int32; ValueError unless it is whole numbers in low..high."""
+    return _int32(name, x, low, high, f"whole numbers in {low}..{high}")
+
+
+def index_below(name: str, x: Any, bound: int) -> Any:
+    """`x` in int32; ValueError unless it is integers in 0..bound-1."""
+    return _int32(name, x, 0, bound - 1, f"integers in 0..{bound - 1}")
+
+
+def whole(name: str, x: Any) -> Any:
+    """`x` in int32; ValueError unless it is whole numbers in 0..2^31-1."""
+    return _int32(
+        name,
+        x,
+        0,
+        INT32_MAX,
+        f"whole numbers in 0..{INT32_MAX}: count larger amounts in blocks, entries or pages "
+        f"(resources.blocks)",
+    )
 
 
 def not_above(name: str, x: Any, other_name: str, other: Any) -> None:
@@ -152,44 +231,53 @@ def not_above(name: str, x: Any, other_name: str, other: Any) -> None:
         )
 
 
-def whole(name: str, x: Any) -> None:
-    """ValueError unless `x` is whole numbers in 0..2^31-1 (count blocks, not bytes, above that)."""
-    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
-    if not np.issubdtype(dtype, np.integer):
-        raise ValueError(
-            f"{name} has dtype {dtype}: it must be whole numbers (int32); "
-            f"count in blocks, entries or pages"
-        )
-    _values(
-        name,
-        x,
-        f"in 0..{INT32_MAX}: count larger amounts in blocks (resources.blocks)",
-        lambda np_, x: (x < 0) | (x > INT32_MAX),
-        f"{name} must be in 0..2^31-1",
-    )
+def static_int(
+    name: str, value: Any, least: int = 0, most: int | None = INT32_MAX, hint: str = ""
+) -> int:
+    """The static whole number `value`; ValueError unless in least..most, which `hint` may explain."""
+    want = f"a whole number, at least {least}"
+    if most is not None:
+        want += " and below 2^31" if most == INT32_MAX else f" and at most {most}"
+    try:
+        number = operator.index(value)
+    except TypeError:  # no whole number, or traced
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} is {reprlib.repr(value)}: it must be {want}, known before jit")
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name} is {number}: {hint or 'it must be ' + want}")
+    return number
 
 
-def at_least(name: str, value: Any, least: int, hint: str) -> None:
-    """ValueError unless the static `value` is whole and >= `least`; `hint` says what would fit."""
-    if value != int(value):
-        raise ValueError(f"{name} is {value}: it must be a whole number")
-    if value < least:
-        raise ValueError(f"{name} is {value}: {hint}")
+def static_float(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False
+) -> float:
+    """The static real number `value`; ValueError unless in [low, high], or (low, high]."""
+    want = f"in {'(' if open_low else '['}{low}, {high}], known before jit"
+    if not is_concrete(value) or np.ndim(value) or isinstance(value, str | bool | np.bool_):
+        raise ValueError(f"{name} is {reprlib.repr(value)}: it must be one number {want}")
+    number = float(_host(name, value, want))
+    if not low <= number <= high or (open_low and number == low):
+        raise ValueError(f"{name} is {number}: it must be {want}")
+    return number
 
 
-def device_budgets(name: str, budgets: Any, device_of: Any, units_name: str, units: Any) -> None:
-    """ValueError unless `budgets` [] or [G] are whole and `device_of` [U] says whose each unit is."""
+def device_budgets(
+    name: str, budgets: Any, device_of: Any, units_name: str, units: Any
+) -> tuple[Any, Any]:
+    """Both in int32; ValueError unless `budgets` [] or [G] are whole and `device_of` [U] fits them."""
     rank(name, budgets, (0, 1), "[] or [G]")
     non_empty(name, budgets)
-    whole(name, budgets)
+    budgets = whole(name, budgets)
     if device_of is not None:
         rank("device_of", device_of, 1, "[U]")
         same_length("device_of", device_of, units_name, units)
-        index_below("device_of", device_of, np.size(budgets))
+        device_of = index_below("device_of", device_of, np.size(budgets))
     elif np.size(budgets) > 1:
         raise ValueError(
             f"device_of is None, but {name} has {np.size(budgets)} entries: say which unit is where"
         )
+    return budgets, device_of
 
 
 def choice(name: str, value: str, table: Any) -> Any:

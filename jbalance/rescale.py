@@ -33,9 +33,8 @@ def weights(
     checks.rank("association", association, 2, "[N, K]")
     checks.same_length("association", association, "alpha", alpha)
     checks.same_length("attention", attention, "association", association, axis=-1)
-    for name, x in (("alpha", alpha), ("association", association), ("attention", attention)):
-        checks.non_negative(name, x)
-    return fn(*(jnp.asarray(x, jnp.float32) for x in (alpha, association, attention)))
+    given = {"alpha": alpha, "association": association, "attention": attention}
+    return fn(*(jnp.asarray(checks.non_negative(name, x)) for name, x in given.items()))
 
 
 def literal(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> jax.Array:
@@ -85,8 +84,8 @@ def logit_bias(alpha: ArrayLike, association: ArrayLike, *, minimum: float = -1e
     checks.rank("alpha", alpha, 1, "[N]")
     checks.rank("association", association, 2, "[N, K]")
     checks.same_length("association", association, "alpha", alpha)
-    checks.non_negative("alpha", alpha)
-    checks.non_negative("association", association)
+    alpha = checks.non_negative("alpha", alpha)
+    association = checks.non_negative("association", association)
     gain = jnp.asarray(alpha, jnp.float32) @ jnp.asarray(association, jnp.float32)
     return jnp.where(gain > 0, jnp.log(jnp.where(gain > 0, gain, 1.0)), minimum)
 

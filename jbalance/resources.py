@@ -7,6 +7,7 @@ counted in blocks (entries, pages): `blocks` converts, and says what the roundin
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ def status(
     """Resources available and remaining, per device and in total.
 
     C_avail = C - sum_i c'_i and C_remain = C - sum_i min(c_i, c'_i), over the units on each device.
+    Whole numbers of the host, such as bytes, stay whole: the sums are NumPy's int64, exact. Other
+    numbers of the host are summed in float64, traced ones in float32.
 
     Args:
       capacity: [] or [G], what each device has, in any unit.
@@ -44,33 +47,51 @@ def status(
       `Resources` of the shape of capacity, and the totals.
 
     Raises:
-      ValueError: capacity <= 0, demand or used negative or NaN, wrong shapes.
+      ValueError: capacity <= 0, demand or used negative or NaN, wrong shapes, whole numbers whose sum
+        is above 2^62.
     """
     checks.rank("capacity", capacity, (0, 1), "[] or [G]")
-    checks.positive("capacity", capacity)
-    for name, x in (("demand", demand), ("used", used)):
+    shape, given = np.shape(capacity), {"demand": demand, "used": used}
+    for name, x in given.items():
         checks.rank(name, x, 1, "[N]")
-        checks.non_negative(name, x)
     checks.same_length("used", used, "demand", demand)
-    capacity, demand, used = (jnp.asarray(x, jnp.float32) for x in (capacity, demand, used))
     if device_of is None:
-        if capacity.ndim:
+        if shape:
             raise ValueError(
-                f"device_of is None, but capacity has {capacity.shape[0]} devices: say which unit "
-                f"is where, or give one capacity"
+                f"device_of is None, but capacity has {shape[0]} devices: say which unit is where, "
+                f"or give one capacity"
             )
-        taken, needed = jnp.sum(used), jnp.sum(jnp.minimum(demand, used))
-    else:
-        num_devices = capacity.shape[0] if capacity.ndim else 1
-        checks.same_length("device_of", device_of, "demand", demand)
-        checks.index_below("device_of", device_of, num_devices)
-        device_of = jnp.asarray(device_of)
-        taken, needed = (
-            jax.ops.segment_sum(x, device_of, num_devices).reshape(capacity.shape)
-            for x in (used, jnp.minimum(demand, used))
+        device_of = np.zeros(np.shape(demand)[0], np.int32)
+    checks.rank("device_of", device_of, 1, "[N]")
+    checks.same_length("device_of", device_of, "demand", demand)
+    device_of = checks.index_below("device_of", device_of, shape[0] if shape else 1)
+    numbers = [checks.positive("capacity", capacity)]
+    numbers += [checks.non_negative(name, x) for name, x in given.items()]
+    if not checks.is_concrete(capacity, demand, used, device_of):
+        return _left(jnp, [jnp.asarray(x) for x in numbers], device_of, shape)
+    numbers = [checks.host_numbers(n, x) for n, x in ({"capacity": capacity} | given).items()]
+    if sum(np.sum(x, dtype=float) for x in numbers) > 2.0**62:
+        raise ValueError(
+            f"capacity, demand and used are {sum(np.sum(x, dtype=float) for x in numbers):g} in sum: "
+            f"at most 2^62 are summed exactly, count in larger units"
         )
-    available, remaining = capacity - taken, capacity - needed
-    return Resources(available, remaining, jnp.sum(available), jnp.sum(remaining))
+    return _left(np, numbers, np.asarray(device_of), shape)
+
+
+def _left(np_, numbers, device_of, shape) -> Resources:
+    """`Resources` of capacity, demand and used, by NumPy or by jax.numpy."""
+    capacity, demand, used = numbers
+
+    def on_devices(x):
+        if np_ is jnp:
+            return jax.ops.segment_sum(x, device_of, capacity.size).reshape(shape)
+        out = np.zeros(capacity.size, x.dtype)
+        np.add.at(out, device_of, x)
+        return out.reshape(shape)
+
+    available = capacity - on_devices(used)
+    remaining = capacity - on_devices(np_.minimum(demand, used))
+    return Resources(available, remaining, np_.sum(available), np_.sum(remaining))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +105,7 @@ class AttentionDims:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} is {value!r}: it must be a whole number >= 1")
+            checks.static_int(field.name, getattr(self, field.name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}: it must be a multiple of num_kv_heads = "
@@ -102,14 +121,21 @@ class AttentionDims:
 def kv_entry_bytes(head_dim: int, bits: int = 16, scale_bits: int = 0) -> int:
     """Bytes of one cached token of one layer and key/value head: a key, a value, and their scales.
 
+    >>> kv_entry_bytes(64, bits=4, scale_bits=16)
+    68
+
     Args:
       head_dim: D.
       bits: per number; 2 D numbers.
       scale_bits: per vector, of the norms or scales that a quantized code needs; two vectors.
 
     Raises:
-      ValueError: if the entry is not a whole number of bytes.
+      ValueError: bits that are no whole number (codes of different widths have levels of their own), or
+        an entry that is not a whole number of bytes.
     """
+    head_dim = checks.static_int("head_dim", head_dim, 1)
+    bits = checks.static_int("bits", bits, 1, 64)
+    scale_bits = checks.static_int("scale_bits", scale_bits)
     total_bits = 2 * (head_dim * bits + scale_bits)
     if total_bits % 8:
         raise ValueError(
@@ -131,12 +157,14 @@ def kv_cache_bytes(dims: AttentionDims, entries: Any, bits: Any = 16, scale_bits
       Bytes as a Python int, exact at any size.
     """
     shape = (dims.num_layers, dims.num_kv_heads)
-    entries = np.broadcast_to(np.asarray(entries), shape)
-    bits = np.broadcast_to(np.asarray(bits), shape)
-    checks.non_negative("entries", entries)
+    given = {}
+    for name, x in (("entries", entries), ("bits", bits)):
+        if np.shape(x) not in ((), shape):
+            raise ValueError(f"{name} has shape {np.shape(x)}: it must be [] or [L, K] = {shape}")
+        given[name] = np.broadcast_to(np.asarray(x, object), shape)
     return sum(
-        int(n) * kv_entry_bytes(dims.head_dim, int(b), scale_bits)
-        for n, b in zip(entries.flat, bits.flat, strict=True)
+        checks.static_int("entries", n, 0, None) * kv_entry_bytes(dims.head_dim, b, scale_bits)
+        for n, b in zip(given["entries"].flat, given["bits"].flat, strict=True)
     )
 
 
@@ -153,9 +181,11 @@ def parse_bytes(text: str) -> int:
             f"bytes: {text!r} is not an amount of memory: write a number and one of B, kB, MB, GB, "
             f"TB, KiB, MiB, GiB, TiB"
         )
-    size = float(match.group(1)) * _UNITS[unit]
-    if size < 1 or size != int(size):
-        raise ValueError(f"bytes: {text!r} is {size:g} bytes: it must be a whole number >= 1")
+    size = fractions.Fraction(match.group(1)) * _UNITS[unit]
+    if size < 1 or size.denominator != 1:
+        raise ValueError(
+            f"bytes: {text!r} is {float(size):g} bytes: it must be a whole number >= 1"
+        )
     return int(size)
 
 
@@ -173,17 +203,18 @@ def device_budgets(
       ValueError: fewer or more budgets than devices, a budget below 1, or a device without memory
         statistics and no budget given.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: it must be in (0, 1]")
+    fraction = checks.static_float("fraction", fraction, 0, 1, open_low=True)
+    part = fractions.Fraction(fraction)  # exact: bytes stay whole
     if given_bytes is not None:
         if len(given_bytes) != len(devices):
             raise ValueError(
                 f"given_bytes has {len(given_bytes)} budgets for {len(devices)} devices: give one each"
             )
-        for d, size in enumerate(given_bytes):
-            if int(size) < 1:
-                raise ValueError(f"given_bytes[{d}] is {size}: it must be at least 1 byte")
-        return [int(int(size) * fraction) for size in given_bytes]
+        sizes = [
+            checks.static_int(f"given_bytes[{d}]", size, 1, None)
+            for d, size in enumerate(given_bytes)
+        ]
+        return [int(size * part) for size in sizes]
     budgets = []
     for device in devices:
         stats = device.memory_stats()
@@ -192,7 +223,7 @@ def device_budgets(
                 f"given_bytes is None, and {device} reports no memory statistics: give its budget"
             )
         free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-        budgets.append(int(free * fraction))
+        budgets.append(int(free * part))
     return budgets
 
 
@@ -202,14 +233,14 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
     Raises:
       ValueError: block_bytes below 1, or more than 2^31-1 blocks: take larger ones.
     """
-    if block_bytes < 1:
-        raise ValueError(f"block_bytes is {block_bytes}: it must be at least 1")
-    sizes = np.atleast_1d(np.asarray(num_bytes, dtype=object))
-    counts = [int(size) // int(block_bytes) for size in sizes]
-    if min(counts) < 0:
-        raise ValueError(f"num_bytes is {min(sizes)}: it must be >= 0")
+    block_bytes = checks.static_int("block_bytes", block_bytes, 1, None)
+    checks.non_empty("num_bytes", num_bytes)
+    sizes = [
+        checks.static_int("num_bytes", size, 0, None) for size in np.asarray(num_bytes, object).flat
+    ]
+    counts = [size // block_bytes for size in sizes]
     if max(counts) > checks.INT32_MAX:
-        least = -(-int(max(sizes)) // checks.INT32_MAX)
+        least = -(-max(sizes) // checks.INT32_MAX)
         raise ValueError(
             f"block_bytes is {block_bytes}: {max(counts)} blocks exceed 2^31-1, take at least {least}"
         )
@@ -217,8 +248,8 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
 
 
 def partition(
-    capacity: float, attention: ArrayLike, level_of: ArrayLike, num_levels: int = 3
-) -> jax.Array:
+    capacity: ArrayLike, attention: ArrayLike, level_of: ArrayLike, num_levels: int = 3
+) -> jax.Array | np.ndarray:
     """Divide a capacity over the model's levels (feature extraction, middle, output) by attention.
 
     Args:
@@ -229,23 +260,31 @@ def partition(
 
     Returns:
       [num_levels] amounts that sum to capacity, in proportion to the levels' attention (METHOD
-      section 1, second source); equal where there is none at all.
+      section 1, second source); equal where there is none at all. A capacity and attention of the host
+      are divided in float64, by NumPy.
     """
-    checks.positive("capacity", capacity)
+    checks.rank("capacity", capacity, 0, "[]")
     checks.rank("attention", attention, 1, "[L]")
     checks.non_empty("attention", attention)
-    checks.non_negative("attention", attention)
     checks.same_length("level_of", level_of, "attention", attention)
-    checks.index_below("level_of", level_of, num_levels)
-    level_of = jnp.asarray(level_of)
-    mass = jax.ops.segment_sum(jnp.asarray(attention, jnp.float32), level_of, num_levels)
-    present = jax.ops.segment_sum(jnp.ones_like(level_of, jnp.float32), level_of, num_levels)
-    mass = jnp.where(jnp.sum(mass) > 0, mass, present)
-    return capacity * mass / jnp.sum(mass)
+    num_levels = checks.static_int("num_levels", num_levels, 1)
+    level_of = checks.index_below("level_of", level_of, num_levels)
+    numbers = checks.positive("capacity", capacity), checks.non_negative("attention", attention)
+    if not checks.is_concrete(capacity, attention, level_of):
+        traced, present = (
+            jax.ops.segment_sum(x, jnp.asarray(level_of), num_levels)
+            for x in (jnp.asarray(numbers[1]), jnp.ones(np.shape(level_of)))
+        )
+        traced = jnp.where(jnp.sum(traced) > 0, traced, present)
+        return numbers[0] * (traced / jnp.sum(traced))
+    mass = np.bincount(np.asarray(level_of), np.asarray(attention, float), num_levels)
+    if mass.sum() == 0:
+        mass = np.bincount(np.asarray(level_of), minlength=num_levels).astype(float)
+    return float(np.asarray(capacity)) * (mass / mass.sum())
 
 
 def thirds(num_layers: int) -> np.ndarray:
     """level_of [L] that cuts the layers into feature extraction, middle and output."""
-    if num_layers < 3:
-        raise ValueError(f"num_layers is {num_layers}: three levels need at least 3 layers")
+    hint = "three levels need at least 3 layers"
+    num_layers = checks.static_int("num_layers", num_layers, 3, hint=hint)
     return (np.arange(num_layers) * 3 // num_layers).astype(np.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbalance import _search as search
 from jbalance import allocate, checks, resources, shares
 from jbalance.types import Resources, Status, container
 
@@ -62,22 +63,26 @@ def divide(
       ValueError: shapes or ranges as above; floors of the active tasks above 1.
     """
     checks.rank("w", w, 1, "[N]")
-    checks.non_negative("w", w)
+    w = checks.non_negative("w", w)
     checks.same_length("active", active, "w", w)
+    checks.rank("capacity", capacity, 1, "[G]")
     for name, x in (("demand", demand), ("used", used)):
         checks.rank(name, x, 2, "[G, N]")
-        checks.whole(name, x)
         if np.shape(x) != (*np.shape(capacity), *np.shape(w)):
             raise ValueError(
                 f"{name} has shape {np.shape(x)}: it must be [G, N] = "
                 f"{(*np.shape(capacity), *np.shape(w))}, as capacity and w say"
             )
-    checks.rank("capacity", capacity, 1, "[G]")
+    demand, used = checks.whole("demand", demand), checks.whole("used", used)
+    capacity = checks.whole("capacity", capacity)
     active = jnp.asarray(active, bool)
-    w = jnp.where(active, jnp.asarray(w, jnp.float32), 0)
+    w = jnp.where(active, w, 0)
     # All of no importance count alike, but only those that are there.
     w = jnp.where(jnp.sum(w) > 0, w, active.astype(jnp.float32))
-    cap, floor = active.astype(jnp.float32), jnp.where(active, jnp.asarray(floor, jnp.float32), 0)
+    cap, floor = (
+        active.astype(jnp.float32),
+        jnp.where(active, checks.in_range("floor", floor, 0, 1), 0),
+    )
     alpha = shares.proportional(w)
     alpha = jnp.where(jnp.any(active), shares.constrained(alpha, floor=floor, cap=cap), 0)
     most = jnp.where(active, checks.INT32_MAX, 0)
@@ -89,11 +94,15 @@ def divide(
 
 def remaining(capacity: ArrayLike, demand: ArrayLike, used: ArrayLike) -> Resources:
     """`resources.status` of tasks [G, N] that may each use every device of `capacity` [G]."""
+    checks.rank("demand", demand, 2, "[G, N]")
+    checks.rank("used", used, 2, "[G, N]")
     devices, tasks = np.shape(demand)
     device_of = np.repeat(np.arange(devices), tasks)
-    return resources.status(
-        capacity, jnp.ravel(jnp.asarray(demand)), jnp.ravel(jnp.asarray(used)), device_of
+    demand, used = (
+        jnp.ravel(x) if isinstance(x, jax.Array) else np.ravel(np.asarray(x))
+        for x in (demand, used)
     )
+    return resources.status(capacity, demand, used, device_of)
 
 
 def task_of(examples: jax.Array, batch: int) -> jax.Array:
@@ -103,7 +112,9 @@ def task_of(examples: jax.Array, batch: int) -> jax.Array:
       examples: [N] of `divide`, B in sum (fewer leave the last rows to task N: nobody's).
       batch: B, static.
     """
-    ends = jnp.cumsum(examples)
+    checks.rank("examples", examples, 1, "[N]")
+    batch = checks.static_int("batch", batch)
+    ends = jnp.cumsum(checks.whole("examples", examples))
     return jnp.searchsorted(ends, jnp.arange(batch), side="right").astype(jnp.int32)
 
 
@@ -115,8 +126,9 @@ def _caches(alpha, active, capacity, demand, used):
     device_of = np.repeat(np.arange(devices), tasks)
     capacity = jnp.asarray(capacity, jnp.int32)
     # What is kept counts first: the floors; what remains goes by alpha.
-    fits = jnp.sum(kept, axis=1) <= capacity
-    left = jnp.where(fits, capacity - jnp.sum(kept, axis=1), capacity)
+    sums = search.total(kept.reshape(-1), jnp.asarray(device_of), devices, None)
+    fits = sums <= capacity.astype(jnp.uint32)
+    left = jnp.where(fits, capacity - sums.astype(jnp.int32), capacity)
     weight = jnp.where(fits[:, None], alpha, kept.astype(jnp.float32))
     more = jnp.where(fits[:, None], need - kept, kept)
     out = allocate.whole(weight.reshape(-1), left, 0, more.reshape(-1), device_of)

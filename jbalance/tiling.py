@@ -52,7 +52,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         for name in ("num_queries", "num_keys", "block_q", "block_k"):
-            checks.at_least(name, getattr(self, name), 1, "it must be at least 1")
+            checks.static_int(name, getattr(self, name), 1)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -115,3 +115,28 @@ def test_partition_over_the_levels_of_a_model():
     np.testing.assert_allclose(
         resources.partition(70.0, jnp.zeros(7), list(level_of)), [30, 20, 20]
     )
+
+
+def test_bytes_past_32_bits_stay_whole():
+    gib = 2**30
+    out = resources.status(80 * gib, np.array([80 * gib, 3000]), np.array([80 * gib, 3000]))
+    assert out.available == -3000
+    assert out.total_remaining == -3000
+    two = resources.status(
+        np.array([80 * gib, 2**40 + 1]), [2**40, 7], np.array([2**40 - 1, 5]), [1, 0]
+    )
+    np.testing.assert_array_equal(two.available, [80 * gib - 5, 2])
+    assert two.total_available == 80 * gib - 3
+    parts = resources.partition(np.int64(80 * gib), [1, 2, 5], [0, 1, 2])
+    np.testing.assert_allclose(parts, [10 * gib, 20 * gib, 50 * gib], rtol=1e-15)
+    assert resources.device_budgets([None], 0.1, [2**60 + 8]) == [
+        (2**60 + 8) * int(0.1 * 2**55) // 2**55
+    ]
+
+
+def test_amounts_of_memory_are_read_exactly():
+    assert resources.parse_bytes("4.1GB") == 4_100_000_000
+    assert resources.parse_bytes("1.1kB") == 1100
+    for bits in (3.5, True, "8", 0):
+        with pytest.raises(ValueError, match="bits is"):
+            resources.kv_cache_bytes(DIMS, 1, bits)

@@ -137,3 +137,19 @@ def test_an_audit_of_empty_groups_and_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_what_is_in_use_does_not_wrap():
+    """Five times 10^9 blocks on a device of 2 10^9: scaled down to what there is."""
+    most = np.full((1, 5), 10**9)
+    out = tasks.divide(
+        np.ones(5),
+        np.ones(5, bool),
+        batch=1,
+        tokens=1,
+        capacity=[2 * 10**9],
+        demand=most,
+        used=most,
+    )
+    assert out.status == Status.INFEASIBLE
+    np.testing.assert_array_equal(out.cache, np.full((1, 5), 4 * 10**8))

@@ -34,9 +34,9 @@ class Tiles:
     causal: bool | None = None
 
     def __post_init__(self) -> None:
-        checks.positive("block_q", self.block_q)
-        checks.positive("block_k", self.block_k)
-        checks.in_range("rows", self.rows, 1, self.block_q)
+        checks.static_int("block_q", self.block_q, 1)
+        checks.static_int("block_k", self.block_k, 1)
+        checks.static_int("rows", self.rows, 1, self.block_q)
 
     def tiling(self, num_queries: int, num_keys: int, causal: bool | None) -> Tiling:
         """The grid of a call, whose mask is causal, is not, or cannot be looked at (None).

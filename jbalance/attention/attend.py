@@ -241,7 +241,7 @@ def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
                 f"task_shares has shape {np.shape(task_shares)}: it must be [N, S] with the S = "
                 f"{k.shape[1]} of k"
             )
-        checks.non_negative("task_shares", task_shares)
+        task_shares = checks.non_negative("task_shares", task_shares)
 
 
 def _fits(shape, want, num_free):

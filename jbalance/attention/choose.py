@@ -91,10 +91,10 @@ def _check(score, num_tiles, tiling, floor, where):
         raise ValueError(
             f"score has shape {np.shape(score)}: for {tiling} its last axes must be {tiling.shape}"
         )
-    checks.non_negative("score", score)
+    score = checks.non_negative("score", score)
     checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
-    checks.whole("num_tiles", num_tiles)
-    checks.in_range("floor", floor, 0, 1)
+    num_tiles = checks.whole("num_tiles", num_tiles)
+    floor = checks.in_range("floor", floor, 0, 1)
     heads = np.shape(score)[1]
     if where is not None and np.shape(where) != (heads,):
         raise ValueError(f"where has shape {np.shape(where)}: it must be [H] = ({heads},)")

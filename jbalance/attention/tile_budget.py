@@ -66,7 +66,7 @@ class TileBalancer:
         Raises:
           ValueError: a concrete density outside 0..1.
         """
-        checks.in_range("density", density, 0, 1)
+        density = checks.in_range("density", density, 0, 1)
         all_layers = _stacked(budgets)
         least, most = all_layers.limits[:, 0], all_layers.limits[:, 1]
         total = jnp.floor(density * jnp.sum(most)).astype(jnp.int32)

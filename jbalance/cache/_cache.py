@@ -173,10 +173,11 @@ def create(
       ValueError: values that do not fit, or a budget too small for the tokens that always stay, with
         what would fit.
     """
-    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "num_requests": num_requests}
+    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    sizes["num_requests"] = num_requests
     for name, x in sizes.items():
-        checks.at_least(name, x, 1, "it must be at least 1")
-    checks.at_least("budget_bytes", budget_bytes, 0, "it must be at least 0")
+        checks.static_int(name, x, 1)
+    budget_bytes = checks.static_int("budget_bytes", budget_bytes, 0, None)
     slots = _checked_slots(slots, num_layers, num_kv_heads)
     units = num_requests * (int(slots.max()) + 1)
     bits = tuple(bits)
@@ -250,7 +251,7 @@ def shrink(
     cache: KVCache, request: jax.Array | int, allowance_pages: jax.Array | int
 ) -> tuple[KVCache, Report]:
     """Weigh a request's tokens anew, without new ones, so that others get the rest of its pages."""
-    checks.in_range("request", request, 0, cache.num_requests - 1)
+    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
     n, head_dim = cache.units_per_request, cache.head_dim
     none = jnp.zeros((0, 0, head_dim))
     arena, centroids, report = _admit.admit(
@@ -269,7 +270,7 @@ def shrink(
 
 def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     """Forget a request: its pages are free, its recent buffer is empty, another may take its place."""
-    checks.in_range("request", request, 0, cache.num_requests - 1)
+    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
     n = cache.units_per_request
     mine = jnp.arange(cache.key_mean.shape[0])[:, None] // n == request
     arena, _ = _pages.reallocate(cache.arena, jnp.where(mine, 0, cache.arena.pages))
@@ -321,8 +322,8 @@ def allowance(
     for name, x in (("floors_pages", floors), ("weights", weights), ("active", active)):
         if np.shape(x) != shape:
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [B] = {shape}")
-    checks.whole("floors_pages", floors)
-    checks.non_negative("weights", weights)
+    floors = checks.whole("floors_pages", floors)
+    weights = checks.non_negative("weights", weights)
     total = cache.arena.num_pages
     if checks.is_concrete(floors) and np.sum(floors, dtype=np.int64) > total:
         raise ValueError(

@@ -97,7 +97,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     if np.ndim(x) < 1:
         raise ValueError(f"x has shape {np.shape(x)}: it must have shape [..., D]")
     _check(np.shape(x)[-1], bits, "x's last axis")
-    checks.finite("x", x)
+    x = checks.finite("x", x)
     codes = _quantize(jnp.asarray(x), bits)
     if checks.is_concrete(x) and np.any(np.asarray(codes.norm) >= NORM_MAX):
         raise ValueError(

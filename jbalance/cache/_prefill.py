@@ -59,7 +59,7 @@ def prefill(
       ValueError: shapes that do not fit, lengths outside 0..S, an allowance below the floor.
     """
     requests, size = _check(cache, q, k, v)
-    checks.in_range("layer", layer, 0, cache.num_layers - 1)
+    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = _checked_lengths(lengths, requests, size)
     own = attention.attend(q, k, v, causal_plan(size), causal=True, scale=scale)
@@ -140,7 +140,7 @@ def _checked_lengths(lengths, requests, size):
         return jnp.full(requests, size, jnp.int32)
     if np.shape(lengths) != (requests,):
         raise ValueError(f"lengths has shape {np.shape(lengths)}: it must be [B] = ({requests},)")
-    checks.in_range("lengths", lengths, 0, size)
+    lengths = checks.int_in_range("lengths", lengths, 0, size)
     return jnp.asarray(lengths, jnp.int32)
 
 
@@ -187,8 +187,8 @@ def admit(
     size = np.shape(k)[0]
     if np.shape(w) != (heads, size):
         raise ValueError(f"w has shape {np.shape(w)}: it must be [K, S] = {(heads, size)}")
-    checks.in_range("request", request, 0, cache.num_requests - 1)
-    checks.in_range("layer", layer, 0, cache.num_layers - 1)
+    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
+    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     units = cache.units(request, layer)
     number = jnp.asarray(size if num_tokens is None else num_tokens, jnp.int32)
     k, v = (jnp.swapaxes(jnp.asarray(x), 0, 1).astype(jnp.float32) for x in (k, v))

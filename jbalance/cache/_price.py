@@ -57,7 +57,7 @@ def encode_worth(w: jax.Array) -> jax.Array:
     Raises:
       ValueError: worth that is negative or not finite.
     """
-    checks.non_negative("w", w)
+    w = checks.non_negative("w", w)
     code = jnp.round(_PER_OCTAVE * jnp.log2(jnp.asarray(w, jnp.float32))) + _OF_ONE
     return jnp.clip(code, LOWEST, HIGHEST).astype(jnp.uint8)
 

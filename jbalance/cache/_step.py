@@ -57,7 +57,7 @@ def step(
       ValueError: shapes that do not fit, an allowance below the floor.
     """
     _check(cache, q, k, v, context)
-    checks.in_range("layer", layer, 0, cache.num_layers - 1)
+    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     active = jnp.ones(cache.num_requests, bool) if active is None else jnp.asarray(active)
     y, cache = attend_token(cache, layer, scaled(q, scale), k, v, active, context)
@@ -202,8 +202,9 @@ def checked_allowance(cache: KVCache, pages: jax.Array | None) -> jax.Array:
         raise ValueError(
             f"allowance_pages has shape {np.shape(pages)}: it must be [B] = ({requests},)"
         )
-    checks.in_range("allowance_pages", pages, cache.floor_pages, checks.INT32_MAX)
-    return jnp.asarray(pages, jnp.int32)
+    return jnp.asarray(
+        checks.int_in_range("allowance_pages", pages, cache.floor_pages, checks.INT32_MAX)
+    )
 
 
 def settle(cache: KVCache, allowance_pages: jax.Array) -> tuple[KVCache, Report]:

@@ -55,7 +55,7 @@ def join(
     prompt = np.asarray(prompt, np.int32)
     checks.rank("prompt", prompt, 1, "[S]")
     checks.non_empty("prompt", prompt)
-    checks.positive("weight", weight)
+    weight = checks.positive("weight", weight)
     check_request(state, request)
     if bool(state.active[request]):
         raise ValueError(f"request is {request}: its place is taken; `leave` it first")

@@ -47,7 +47,7 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
-            checks.at_least(name, getattr(self, name), 1, "it must be at least 1")
+            checks.static_int(name, getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}: it must be a multiple of num_kv_heads = "

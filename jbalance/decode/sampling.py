@@ -29,11 +29,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.non_negative("temperature", self.temperature)
-        checks.at_least("top_k", self.top_k, 0, "it must be at least 0, which is all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be in (0, 1]")
-        checks.in_range("seed", self.seed, 0, checks.INT32_MAX)
+        checks.static_float("temperature", self.temperature, 0, checks.FLOAT32_MAX)
+        checks.static_int("top_k", self.top_k, hint="it must be at least 0, which is all tokens")
+        checks.static_float("top_p", self.top_p, 0, 1, open_low=True)
+        checks.static_int("seed", self.seed)
 
 
 class Samplers(NamedTuple):

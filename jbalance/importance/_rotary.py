@@ -30,7 +30,7 @@ def check(frequencies: Any, head_dim: int) -> None:
             f"frequencies has shape {np.shape(frequencies)}: it must be [D/2] = ({head_dim // 2},), "
             f"radians per position of each rotated pair (0 for a pair that does not turn)"
         )
-    checks.finite("frequencies", frequencies)
+    frequencies = checks.finite("frequencies", frequencies)
 
 
 def turn(x: jax.Array, angle: ArrayLike) -> jax.Array:

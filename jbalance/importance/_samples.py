@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,37 +11,47 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 
-Samples = tuple[jax.Array, jax.Array, int]
+Samples = tuple[Any, jax.Array, int]
 
 
 def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
-    """Checked x [B, N] float32, y [B] int32 and the number of classes C.
+    """Checked x [B, N], y [B] int32 and the number of classes C.
 
+    Features of the host stay there as int64 or float64 until they are moved and scaled: timestamps
+    differ by less than float32 can tell.
     C is read from y where it has a value; under jit it is a shape, so the caller must say it.
     """
     checks.rank("x", x, 2, "[B, N]")
     checks.rank("y", y, 1, "[B]")
     checks.same_length("y", y, "x", x)
     checks.non_empty("x", x)
-    x = jnp.asarray(x, jnp.float32)
-    checks.finite("x", x)
+    if checks.is_concrete(x) and not isinstance(x, jax.Array):
+        x = checks.host_numbers("x", x)
+    else:
+        x = jnp.asarray(checks.finite("x", x))
     if num_classes is None:
         if not checks.is_concrete(y):
             raise ValueError("num_classes is None but y is traced: give the number of classes")
-        num_classes = max(int(np.max(np.asarray(y))), 0) + 1
-    checks.positive("num_classes", num_classes)
-    checks.index_below("y", y, num_classes)
+        largest = int(np.max(checks.index_below("y", y, checks.INT32_MAX)))
+        num_classes = largest + 1
+    num_classes = checks.static_int("num_classes", num_classes, 1)
+    y = checks.index_below("y", y, num_classes)
     return x, jnp.asarray(y, jnp.int32), num_classes
 
 
-def unit_interval(x: jax.Array) -> jax.Array:
-    """x [B, N] with every feature moved and scaled to 0..1; a constant feature to 0."""
-    low = x.min(axis=0)
-    span = x.max(axis=0) - low
-    return jnp.where(span > 0, (x - low) / jnp.where(span > 0, span, 1.0), 0.0)
+def unit_interval(x: Any) -> jax.Array:
+    """x [B, N] with every feature moved and scaled to 0..1, float32; a constant feature to 0."""
+    if isinstance(x, np.ndarray) and x.dtype == np.int64:  # differences below 2^64 are exact
+        x = (x.view(np.uint64) - x.min(axis=0).view(np.uint64)).astype(np.float64)
+    np_: Any = np if isinstance(x, np.ndarray) else jnp
+    half = 0.5 * x  # whose span is finite too
+    low = half.min(axis=0)
+    span = half.max(axis=0) - low
+    unit = np_.where(span > 0, (half - low) / np_.where(span > 0, span, 1.0), 0.0)
+    return jnp.asarray(unit, jnp.float32)
 
 
-def centered(x: jax.Array) -> jax.Array:
+def centered(x: Any) -> jax.Array:
     """x [B, N] scaled to a span of 1 per feature and moved to mean 0; a constant feature is 0."""
     unit = unit_interval(x)
     return unit - unit.mean(axis=0)
@@ -50,9 +62,9 @@ def per_class(values: jax.Array, y: jax.Array, num_classes: int) -> jax.Array:
     return jax.ops.segment_sum(values, y, num_segments=num_classes)
 
 
-def histogram(x: jax.Array, y: jax.Array, *, bins: int, num_classes: int) -> jax.Array:
+def histogram(x: Any, y: jax.Array, *, bins: int, num_classes: int) -> jax.Array:
     """Samples by feature, bin of equal width and class, [N, bins, C] float32."""
-    checks.positive("bins", bins)
+    bins = checks.static_int("bins", bins, 1)
     index = jnp.minimum(jnp.floor(unit_interval(x) * bins).astype(jnp.int32), bins - 1)
     feature = jnp.arange(x.shape[1])
     counts = jnp.zeros((x.shape[1], bins, num_classes), jnp.float32)

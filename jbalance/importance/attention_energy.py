@@ -43,8 +43,8 @@ def attention_energy(
         value that is not finite.
     """
     q, k, _ = _tokens.tokens(q, k, v)
-    checks.in_range("queries", queries, 1, q.shape[0])
-    checks.in_range("min_distance", min_distance, 0, checks.INT32_MAX)
+    queries = checks.static_int("queries", queries, 1, q.shape[0])
+    min_distance = checks.static_int("min_distance", min_distance)
     key = jnp.arange(k.shape[0])
     number = jnp.asarray(k.shape[0] if num_tokens is None else num_tokens, jnp.int32)
     start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)

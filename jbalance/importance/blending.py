@@ -43,9 +43,8 @@ def blend(
     Raises:
       ValueError: shapes or ranges as above, or w and the prior share no unit.
     """
-    w = jnp.asarray(w, jnp.float32)
     checks.rank("w", w, tuple(range(1, 9)), "[..., U]")
-    checks.non_negative("w", w)
+    w = jnp.asarray(checks.non_negative("w", w))
     beta = _strength("beta", beta, "prior", prior, high=1.0)
     eta = _strength("eta", eta, "feedback", feedback, high=_LARGEST)
     if prior is None and feedback is None:
@@ -74,19 +73,19 @@ def decay_feedback(
     Raises:
       ValueError: a value outside its range.
     """
-    checks.in_range("feedback", feedback, -1.0, 1.0)
-    checks.in_range("decay", decay, 0.0, 1.0)
+    feedback = checks.in_range("feedback", feedback, -1.0, 1.0)
+    decay = checks.in_range("decay", decay, 0.0, 1.0)
     later = jnp.asarray(decay, jnp.float32) * jnp.asarray(feedback, jnp.float32)
     if new is None:
         return later
-    checks.in_range("new", new, -1.0, 1.0)
+    new = checks.in_range("new", new, -1.0, 1.0)
     return jnp.clip(later + jnp.asarray(new, jnp.float32), -1.0, 1.0)
 
 
 def _strength(name: str, x: Any, of: str, array: ArrayLike | None, high: float) -> jax.Array:
     """beta or eta, checked; only 0 where what it weighs is not given."""
     checks.rank(name, x, 0, "[]")
-    checks.in_range(name, x, 0.0, high)
+    x = checks.in_range(name, x, 0.0, high)
     if array is None and not (checks.is_concrete(x) and float(x) == 0):
         raise ValueError(f"{name} is {x} but {of} is None: give {of}, or {name}=0")
     return jnp.asarray(x, jnp.float32)
@@ -96,8 +95,7 @@ def _fit(name: str, x: ArrayLike, w: jax.Array, low: float, high: float) -> jax.
     """prior or feedback, checked against w's shape and its own range."""
     if np.shape(x) not in (w.shape, w.shape[-1:]):
         raise ValueError(f"{name} has shape {np.shape(x)}: w needs {w.shape} or {w.shape[-1:]}")
-    checks.in_range(name, x, low, high)
-    return jnp.asarray(x, jnp.float32)
+    return jnp.asarray(checks.in_range(name, x, low, high))
 
 
 def _log_power(x: jax.Array, exponent: jax.Array) -> jax.Array:

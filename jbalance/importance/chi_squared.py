@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
@@ -33,9 +36,10 @@ def chi_squared(x: ArrayLike, y: ArrayLike, *, num_classes: int | None = None) -
     Reference: H. Cramér, Mathematical Methods of Statistics, 1946; chi2 of scikit-learn.
     """
     x, y, num_classes = _samples.samples(x, y, num_classes)
-    checks.non_negative("x", x)
-    largest = jax.lax.stop_gradient(x).max(axis=0)
-    x = x / jnp.where(largest > 0, largest, 1.0)  # V does not depend on the unit, overflow does
+    # V does not depend on the unit, overflow does.
+    np_: Any = np if isinstance(x, np.ndarray) else jnp
+    largest = np_.abs(x if np_ is np else jax.lax.stop_gradient(x)).max(axis=0)
+    x = jnp.asarray(checks.non_negative("x", x / np_.where(largest > 0, largest, 1.0)))
     share = _samples.per_class(jnp.ones_like(x[:, 0]), y, num_classes) / x.shape[0]
     present = share > 0
     p = jnp.where(present, share, 1.0)[:, None]

@@ -40,11 +40,9 @@ _NORMALIZERS = {"sum": _by_sum, "max": _by_max, "rank": _by_rank}
 def _normalized(w: ArrayLike, normalize: str) -> jax.Array:
     """Scores [..., S] of different scales in one currency, row by row."""
     rows = checks.choice("normalize", normalize, _NORMALIZERS)
-    w = jnp.asarray(w, jnp.float32)
     checks.rank("w", w, _ROWS, "[..., S]")
     checks.non_empty("w", w)
-    checks.non_negative("w", w)
-    return rows(w)
+    return rows(jnp.asarray(checks.non_negative("w", w)))
 
 
 def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") -> jax.Array:
@@ -67,7 +65,7 @@ def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") ->
     checks.rank("scores", scores, _ROWS[1:], "[M, ..., S]")
     checks.rank("weights", weights, 1, "[M]")
     checks.same_length("weights", weights, "scores", scores)
-    checks.non_negative("weights", weights)
+    weights = checks.non_negative("weights", weights)
     weights = jnp.asarray(weights, jnp.float32)
     normalized = _normalized(scores, normalize)
     return jnp.einsum("m,m...->...", weights, normalized, precision=jax.lax.Precision.HIGHEST)
@@ -98,7 +96,7 @@ def combined(
     checks.non_empty("weights", list(weights))
     for name, weight in weights.items():
         checks.choice("a name in weights", name, scorers)
-        checks.non_negative(f"weights[{name!r}]", weight)
+        checks.static_float(f"weights[{name!r}]", weight, 0, checks.FLOAT32_MAX)
     by_name = dict.fromkeys(weights, normalize) if isinstance(normalize, str) else dict(normalize)
     for name, how in by_name.items():
         checks.choice("a name in normalize", name, weights)

@@ -30,7 +30,7 @@ def entropy(
 
     Reference: C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    checks.in_range("bins", bins, 2, checks.INT32_MAX)
+    bins = checks.static_int("bins", bins, 2)
     x, y, num_classes = _samples.samples(x, y, num_classes)
     counts = _samples.histogram(x, y, bins=bins, num_classes=num_classes).sum(axis=2)
     return (_samples.entropy_nats(counts) / math.log(bins)).clip(0.0, 1.0)

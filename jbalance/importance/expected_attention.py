@@ -51,9 +51,9 @@ def expected_attention(
     Reference: Devoto, Jeblick and Jégou, Expected Attention, arXiv 2510.00636.
     """
     q, k, v = _tokens.tokens(q, k, v)
-    checks.positive("future", future)
-    checks.in_range("num_sinks", num_sinks, 0, k.shape[0] - 1)
-    checks.non_negative("epsilon", epsilon)
+    future = checks.static_int("future", future, 1)
+    num_sinks = checks.static_int("num_sinks", num_sinks, 0, k.shape[0] - 1)
+    epsilon = checks.non_negative("epsilon", epsilon)
     start = max(0, num_sinks - (k.shape[0] - q.shape[0]))  # queries that are sinks themselves
     z = q[start:]
     _rotary.check(frequencies, q.shape[-1])

@@ -79,11 +79,10 @@ def feature_importance(
     Raises:
       ValueError: weights not [3] or negative, an unknown name, or what the scorers refuse.
     """
-    w = jnp.asarray(weights, jnp.float32)
-    checks.rank("weights", w, 1, "[3]")
+    checks.rank("weights", weights, 1, "[3]")
+    w = jnp.asarray(checks.non_negative("weights", weights))
     if w.size != 3:
         raise ValueError(
             f"weights has {w.size} entries: give 3, for relevance, discrimination and complexity"
         )
-    checks.non_negative("weights", w)
     return weighted(feature_association(x, y, **options), w)

@@ -41,7 +41,7 @@ def leverage(
     Reference: Chari and Van Durme, Compactor, arXiv 2507.08143 (there with a random sketch).
     """
     _, k, _ = _tokens.tokens(q, k, v)
-    checks.positive("ridge", ridge)
+    ridge = checks.positive("ridge", ridge)
     _rotary.check(frequencies, k.shape[-1])
     if frequencies is not None:
         k = _rotary.unrotate(k, frequencies, start=0)

@@ -34,7 +34,7 @@ def max_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, min_distance: int
     """
     q, k, _ = _tokens.tokens(q, k, v)
     key = jnp.arange(k.shape[0])
-    checks.in_range("min_distance", min_distance, 0, k.shape[0] - 1)
+    min_distance = checks.static_int("min_distance", min_distance, 0, k.shape[0] - 1)
 
     def step(w, attention, position):
         far = position[:, None] - key >= min_distance

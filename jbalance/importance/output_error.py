@@ -12,7 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
@@ -36,10 +35,10 @@ def protected(w: ArrayLike, *, num_sinks: int = 4, num_recent: int = 32) -> jax.
     Raises:
       ValueError: w not finite, or fewer than num_sinks + num_recent tokens.
     """
-    checks.finite("w", w)
+    w = checks.finite("w", w)
     w = jnp.asarray(w, jnp.float32)
     for name, number in (("num_sinks", num_sinks), ("num_recent", num_recent)):
-        checks.in_range(name, number, 0, w.shape[-1])
+        checks.static_int(name, number, 0, w.shape[-1])
     if num_sinks + num_recent > w.shape[-1]:
         raise ValueError(
             f"num_sinks + num_recent is {num_sinks + num_recent}: "
@@ -87,10 +86,14 @@ def output_error(
     w = jnp.asarray(w, jnp.float32)
     if w.shape != (k.shape[1], k.shape[0]):
         raise ValueError(f"w must have shape {(k.shape[1], k.shape[0])} ([K, S]), got {w.shape}")
-    checks.in_range("counts", np.asarray(counts), 1, k.shape[0])
+    if not isinstance(counts, tuple | list):
+        raise ValueError(f"counts is {counts!r}: it must be rising whole numbers, a tuple")
+    counts = tuple(
+        checks.static_int(f"counts[{i}]", x, 1, k.shape[0]) for i, x in enumerate(counts)
+    )
     if not counts or any(b <= a for a, b in itertools.pairwise(counts)):
         raise ValueError(f"counts must rise, got {counts}")
-    checks.in_range("num_local", num_local, 0, checks.INT32_MAX)
+    num_local = checks.static_int("num_local", num_local)
     groups = jnp.moveaxis(_tokens.by_group(q, k.shape[1]), 0, 2)  # [K, G, T, D]
 
     def one_head(at):

@@ -70,8 +70,8 @@ def reconstruction(
             f"q has {q.shape[0]} queries: every one of the {size} tokens needs its own, or give start"
         )
     for name, value in (("reach", reach), ("num_sinks", num_sinks)):
-        checks.in_range(name, value, 0, size - 1)
-    checks.positive("samples", samples)
+        checks.static_int(name, value, 0, size - 1)
+    samples = checks.static_int("samples", samples, 1)
     _rotary.check(frequencies, q.shape[-1])
     number = size if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
     if frequencies is not None:

@@ -31,7 +31,7 @@ def sinks_recent(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, num_sinks: int = 4
     Reference: Xiao et al., StreamingLLM, arXiv 2309.17453.
     """
     _, k, _ = _tokens.tokens(q, k, v)
-    checks.in_range("num_sinks", num_sinks, 0, checks.INT32_MAX)
+    num_sinks = checks.static_int("num_sinks", num_sinks)
     size = k.shape[0]
     position = jnp.arange(size)
     order = jnp.where(position < num_sinks, size - position, position + 1 - num_sinks)

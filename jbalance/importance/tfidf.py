@@ -28,8 +28,7 @@ def tfidf(counts: ArrayLike) -> jax.Array:
     """
     checks.rank("counts", counts, 2, "[B, N]")
     checks.non_empty("counts", counts)
-    tf = jnp.asarray(counts, jnp.float32)
-    checks.non_negative("counts", tf)
+    tf = jnp.asarray(checks.non_negative("counts", counts))
     df = jnp.sum(tf > 0, axis=0, dtype=jnp.float32)
     raw = tf * (jnp.log((1 + tf.shape[0]) / (1 + df)) + 1)
     squared = jnp.sum(raw**2, axis=1, keepdims=True)

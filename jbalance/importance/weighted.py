@@ -27,9 +27,8 @@ def weighted(association: ArrayLike, complexity: ArrayLike) -> jax.Array:
     """
     checks.rank("association", association, 2, "[N, K]")
     checks.rank("complexity", complexity, 1, "[K]")
-    a, c = jnp.asarray(association, jnp.float32), jnp.asarray(complexity, jnp.float32)
-    checks.same_length("complexity", c, "a row of association", a.T)
-    checks.non_empty("association", a)
-    checks.non_negative("association", a)
-    checks.non_negative("complexity", c)
+    checks.same_length("complexity", complexity, "association", association, axis=-1)
+    checks.non_empty("association", association)
+    a = jnp.asarray(checks.non_negative("association", association))
+    c = jnp.asarray(checks.non_negative("complexity", complexity))
     return jnp.matmul(a, c, precision=jax.lax.Precision.HIGHEST)

@@ -44,8 +44,8 @@ def window(
     Reference: Li et al., SnapKV, arXiv 2404.14469.
     """
     q, k, _ = _tokens.tokens(q, k, v)
-    checks.positive("window", window)
-    checks.positive("kernel", kernel)
+    window = checks.static_int("window", window, 1)
+    kernel = checks.static_int("kernel", kernel, 1)
     checks.choice("pooling", pooling, _POOLINGS)
     if window > q.shape[0]:
         raise ValueError(f"window is {window} but q has {q.shape[0]} queries: give at most that")

@@ -33,7 +33,7 @@ def worth_curve(value: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     """
     checks.rank("value", value, tuple(range(1, 9)), "[..., N]")
     checks.non_empty("value", value)
-    checks.non_negative("value", value)
+    value = checks.non_negative("value", value)
     value = jnp.asarray(value, jnp.float32)
     counts = jnp.ones(value.shape[-1:]) if where is None else jnp.asarray(where, jnp.float32)
     if counts.shape != value.shape[-1:]:

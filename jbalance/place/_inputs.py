@@ -12,21 +12,24 @@ from jbalance.types import Status
 ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 
-def check_loads(loads: ArrayLike, num_devices: int) -> None:
-    """ValueError unless loads [U] are finite and >= 0 and there is a device."""
+def check_loads(loads: ArrayLike, num_devices: int) -> ArrayLike:
+    """Loads [U] in float32; ValueError unless they are finite and >= 0 and there is a device."""
     checks.rank("loads", loads, 1, "[U]")
     checks.non_empty("loads", loads)
-    checks.non_negative("loads", loads)
-    checks.at_least("num_devices", num_devices, 1, "at least one device is needed")
+    loads = checks.non_negative("loads", loads)
+    checks.static_int("num_devices", num_devices, 1)
+    return loads
 
 
-def check_capacity(capacity: ArrayLike | None, num_devices: int, name: str = "capacity") -> None:
-    """ValueError unless capacity [G] is positive."""
+def check_capacity(
+    capacity: ArrayLike | None, num_devices: int, name: str = "capacity"
+) -> ArrayLike | None:
+    """Capacity [G] in float32; ValueError unless it is positive."""
     if capacity is None:
-        return
+        return None
     checks.rank(name, capacity, 1, "[G]")
-    checks.positive(name, capacity)
     checks.length(name, capacity, num_devices, "num_devices")
+    return checks.positive(name, capacity)
 
 
 def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> None:
@@ -34,18 +37,19 @@ def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> 
     if max_count is None:
         return
     least = -(-num_units // num_devices)
-    checks.at_least(
+    checks.static_int(
         "max_count",
         max_count,
         least,
-        f"{num_devices} devices then hold {num_devices * max_count} of {num_units} units, it must "
+        hint=f"{num_devices} devices then hold {num_devices * max_count} of {num_units} units, it must "
         f"be at least {least}",
     )
 
 
 def check_slots(num_slots: int, num_units: int, num_devices: int) -> None:
     """ValueError unless every unit has a slot and no unit needs two on one device."""
-    checks.at_least("num_slots", num_slots, num_units, f"{num_units} units need one slot each")
+    hint = f"{num_units} units need one slot each"
+    checks.static_int("num_slots", num_slots, num_units, hint=hint)
     if num_slots > num_units * num_devices:
         raise ValueError(
             f"num_slots is {num_slots}: {num_units} units on {num_devices} devices, one copy of each "
@@ -53,22 +57,24 @@ def check_slots(num_slots: int, num_units: int, num_devices: int) -> None:
         )
 
 
-def check_memory(memory: ArrayLike | None, room: ArrayLike | None, loads, num_devices) -> None:
-    """ValueError unless memory [U] and memory_capacity [G] are given together, or neither."""
+def check_memory(
+    memory: ArrayLike | None, room: ArrayLike | None, loads, num_devices
+) -> tuple[ArrayLike | None, ArrayLike | None]:
+    """Both in float32; ValueError unless memory [U] and memory_capacity [G] come together."""
     if (memory is None) != (room is None):
         given, missing = ("memory", "memory_capacity")[:: 1 if room is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both or neither")
     if memory is None:
-        return
+        return None, None
     checks.rank("memory", memory, 1, "[U]")
     checks.same_length("memory", memory, "loads", loads)
-    checks.non_negative("memory", memory)
-    check_capacity(room, num_devices, "memory_capacity")
+    memory = checks.non_negative("memory", memory)
+    return memory, check_capacity(room, num_devices, "memory_capacity")
 
 
 def check_swaps(swaps: int) -> None:
     """ValueError unless swaps is whole and >= 0."""
-    checks.at_least("swaps", swaps, 0, "it must be >= 0")
+    checks.static_int("swaps", swaps)
 
 
 def scale_of(loads: jax.Array, capacity: jax.Array) -> jax.Array:

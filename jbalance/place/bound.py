@@ -61,8 +61,8 @@ def bound(
       ValueError: loads or capacity as for `pack`; slots fewer than units or more than copies on
         distinct devices; `group_of` without num_nodes, or nodes that do not divide the devices.
     """
-    check_loads(loads, num_devices)
-    check_capacity(capacity, num_devices)
+    loads = check_loads(loads, num_devices)
+    capacity = check_capacity(capacity, num_devices)
     num_units = np.shape(loads)[0]
     check_max_count(max_count, num_units, num_devices)
     if num_slots is not None:
@@ -70,7 +70,7 @@ def bound(
     if group_of is not None:
         checks.rank("group_of", group_of, 1, "[U]")
         checks.same_length("group_of", group_of, "loads", loads)
-        checks.index_below("group_of", group_of, num_units)
+        group_of = checks.index_below("group_of", group_of, num_units)
         if num_nodes is None or num_nodes < 1 or num_devices % num_nodes:
             raise ValueError(
                 f"num_nodes is {num_nodes}: it must divide num_devices = {num_devices}"

@@ -29,7 +29,7 @@ def visible_keys(segment_ids: ArrayLike, block_q: int) -> jax.Array:
     """
     checks.rank("segment_ids", segment_ids, 1, "[T]")
     checks.non_empty("segment_ids", segment_ids)
-    checks.at_least("block_q", block_q, 1, "it must be at least 1")
+    block_q = checks.static_int("block_q", block_q, 1)
     ids = jnp.asarray(segment_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {ids.dtype}: it must be integers")
@@ -69,5 +69,5 @@ def causal_tiles(
     Reference: ring attention's zigzag and striped orders (Brandon et al., arXiv:2311.09431).
     """
     loads = visible_keys(segment_ids, block_q)
-    checks.at_least("num_ranks", num_ranks, 1, "at least one rank is needed")
+    num_ranks = checks.static_int("num_ranks", num_ranks, 1)
     return pack(loads, num_ranks, max_count=-(-np.shape(loads)[0] // num_ranks), swaps=swaps)

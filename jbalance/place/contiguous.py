@@ -47,9 +47,9 @@ def contiguous(
 
     Reference: Pinar and Aykanat, J. Parallel Distrib. Comput. 64 (2004).
     """
-    check_loads(loads, num_devices)
-    check_capacity(capacity, num_devices)
-    check_memory(memory, memory_capacity, loads, num_devices)
+    loads = check_loads(loads, num_devices)
+    capacity = check_capacity(capacity, num_devices)
+    memory, memory_capacity = check_memory(memory, memory_capacity, loads, num_devices)
     if num_devices > np.shape(loads)[0]:
         raise ValueError(
             f"num_devices is {num_devices}: {np.shape(loads)[0]} units make at most as many stretches"

@@ -71,9 +71,9 @@ def over_layers(
 
     References: Graham, SIAM J. Applied Math. 17 (1969); Glover, ORSA J. Computing 1 (1989).
     """
-    _check(loads, memory, memory_capacity, speed)
+    given = _check(loads, memory, memory_capacity, speed)
     check_swaps(swaps)
-    return _over_layers(loads, memory, memory_capacity, speed, swaps)
+    return _over_layers(*given, swaps)
 
 
 def over_layers_bound(
@@ -85,28 +85,27 @@ def over_layers_bound(
     device can serve the memory that the others have no room for: the units of least load for their
     memory, the last one in part.
     """
-    _check(loads, memory, memory_capacity, speed)
-    return _bound(loads, memory, memory_capacity, speed)
+    return _bound(*_check(loads, memory, memory_capacity, speed))
 
 
 def _check(loads, memory, room, speed):
-    """ValueError for bad arguments of either function."""
+    """The arguments of either function in float32; ValueError for bad ones."""
     checks.rank("loads", loads, 2, "[L, K]")
     checks.non_empty("loads", loads)
-    checks.non_negative("loads", loads)
-    checks.non_negative("memory", memory)
+    loads = checks.non_negative("loads", loads)
+    memory = checks.non_negative("memory", memory)
     if np.shape(memory) != np.shape(loads):
         raise ValueError(
             f"memory has shape {np.shape(memory)}: it must be that of loads, {np.shape(loads)}"
         )
     checks.rank("memory_capacity", room, 1, "[G]")
     checks.non_empty("memory_capacity", room)
-    check_capacity(room, np.shape(room)[0], "memory_capacity")
+    room = check_capacity(room, np.shape(room)[0], "memory_capacity")
     if speed is not None and np.shape(speed) != np.shape(room):
         raise ValueError(
             f"speed has shape {np.shape(speed)}: it must be that of memory_capacity, {np.shape(room)}"
         )
-    check_capacity(speed, np.shape(room)[0], "speed")
+    return loads, memory, room, check_capacity(speed, np.shape(room)[0], "speed")
 
 
 def _arrays(loads, memory, room, speed):

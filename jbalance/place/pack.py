@@ -65,10 +65,10 @@ def pack(
 
     References: Graham, SIAM J. Applied Math. 17 (1969); Glover, ORSA J. Computing 1 (1989).
     """
-    check_loads(loads, num_devices)
-    check_capacity(capacity, num_devices)
+    loads = check_loads(loads, num_devices)
+    capacity = check_capacity(capacity, num_devices)
     check_max_count(max_count, np.shape(loads)[0], num_devices)
-    check_memory(memory, memory_capacity, loads, num_devices)
+    memory, memory_capacity = check_memory(memory, memory_capacity, loads, num_devices)
     check_swaps(swaps)
     return _pack(loads, capacity, memory, memory_capacity, num_devices, max_count, swaps)
 

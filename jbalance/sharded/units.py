@@ -58,7 +58,7 @@ def blend(
     for name, x in units.items():
         checks.rank(name, x, 1, "[U]")
         checks.same_length(name, x, "w", w)
-    checks.non_negative("w", w)
+    w = checks.non_negative("w", w)
     common = {}
     for name, x, of in (("beta", beta, "prior"), ("eta", eta, "feedback")):
         if of in units:

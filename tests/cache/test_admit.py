@@ -282,7 +282,7 @@ def good(**changes):
         ({"units": np.arange(3)}, ("units has shape (3,)", "(2,)")),
         ({"num_tokens": np.arange(3)}, ("num_tokens has shape (3,)",)),
         ({"num_units": 6}, ("num_units is 6", "1..5")),
-        ({"first_unit": 3}, ("first_unit is 3", "[0, 2]")),
+        ({"first_unit": 3}, ("first_unit is 3", "0..2")),
         (
             {"centroids": _centroids.create(U, 8)},
             ("centroids are of 5 units and head_dim 8", "5 and 16"),

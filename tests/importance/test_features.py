@@ -246,3 +246,12 @@ def test_bad_input_is_named(function, args, options, message):
 def test_classes_must_be_given_under_jit():
     with pytest.raises(ValueError, match="num_classes is None but y is traced"):
         jax.jit(importance.anova)(X, Y)
+
+
+def test_timestamps_differ_although_float32_cannot_tell():
+    y = (np.arange(100) >= 50).astype(int)
+    for x in (1.7e9 + np.arange(100), 17 * 10**17 + np.arange(100), 1e300 * np.arange(100)):
+        want = abs(np.corrcoef(np.arange(100), y)[0, 1])
+        np.testing.assert_allclose(importance.correlation(x[:, None], y), [want], rtol=1e-5)
+        plain = importance.feature_association(np.arange(100.0)[:, None], y)
+        np.testing.assert_allclose(importance.feature_association(x[:, None], y), plain, rtol=1e-5)

@@ -256,11 +256,11 @@ BAD = {
         f"block_q is {2**30}",
         "715827882",
     ),
-    "ranks": (lambda: place.causal_tiles(jnp.arange(3), 0), "num_ranks is 0", "at least one"),
+    "ranks": (lambda: place.causal_tiles(jnp.arange(3), 0), "num_ranks is 0", "at least 1"),
     "moved, device": (
         lambda: place.rebalance(jnp.array([0, 1, 2]), W, jnp.arange(3), 2),
         "device_of[2] is 2",
-        "[0, 1]",
+        "0..1",
     ),
     "moved, size": (
         lambda: place.rebalance(jnp.array([0, 1, 1]), W, W, 2),
@@ -287,3 +287,11 @@ def test_bad_input(case):
         call()
     for word in words:
         assert word in str(error.value)
+
+
+def test_loads_past_32_bits_do_not_wrap():
+    out = place.pack(np.array([2**32, 2**32, 1]), 2)
+    assert out.device_of[0] != out.device_of[1]
+    swapped = np.array([3.0, 1.0, 1.0]).astype(">f8")  # bytes in the other order
+    for _ in range(2):
+        np.testing.assert_array_equal(place.pack(swapped, 2).load, [3, 2])
