@@ -88,8 +88,7 @@ def balancer(
     shares_of = _rule(rule, blended, axis_name)
 
     def init(num_units: int) -> BalanceState:
-        if num_units < 1:
-            raise ValueError(f"num_units is {num_units}: at least one unit is needed")
+        checks.static_int("num_units", num_units, 1)
         shape = (num_units, CURVE_BINS) if shares_of.of_curves else (num_units,)
         return BalanceState(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
 
@@ -139,9 +138,7 @@ def _rule(name: str, blended: Callable[..., jax.Array], axis_name: str | None) -
 
 
 def _check(decay: float, beta: float, eta: float) -> None:
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}: it must be in [0, 1)")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}: it must be in [0, 1]")
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta}: it must be >= 0")
+    if checks.static_float("decay", decay, 0, 1) == 1:
+        raise ValueError("decay is 1: it must be in [0, 1)")
+    checks.static_float("beta", beta, 0, 1)
+    checks.static_float("eta", eta, 0, checks.FLOAT32_MAX)

@@ -49,6 +49,12 @@ def rank(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> Non
 
 def same_length(name: str, x: Any, other_name: str, other: Any, axis: int = 0) -> None:
     """ValueError unless `x` and `other` agree along `axis`."""
+    for label, given in ((name, x), (other_name, other)):
+        dims = axis + 1 if axis >= 0 else -axis
+        if np.ndim(given) < dims:
+            raise ValueError(
+                f"{label} has shape {np.shape(given)}: it must have {dims} axes or more"
+            )
     got, want = np.shape(x)[axis], np.shape(other)[axis]
     if got != want:
         raise ValueError(
@@ -254,9 +260,10 @@ def static_float(
 ) -> float:
     """The static real number `value`; ValueError unless in [low, high], or (low, high]."""
     want = f"in {'(' if open_low else '['}{low}, {high}], known before jit"
-    if not is_concrete(value) or np.ndim(value) or isinstance(value, str | bool | np.bool_):
+    given = _host(name, value, want) if is_concrete(value) else np.zeros(2)
+    if given.ndim:
         raise ValueError(f"{name} is {reprlib.repr(value)}: it must be one number {want}")
-    number = float(_host(name, value, want))
+    number = float(given)
     if not low <= number <= high or (open_low and number == low):
         raise ValueError(f"{name} is {number}: it must be {want}")
     return number
@@ -288,3 +295,32 @@ def choice(name: str, value: str, table: Any) -> Any:
         raise ValueError(
             f"{name} is {value!r}: it must be one of {', '.join(map(repr, table))}"
         ) from None
+
+
+def floats(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> Any:
+    """`x` as a floating-point array in its own type; ValueError for others, float64 becomes float32."""
+    x = x if isinstance(x, jax.Array) else _host(name, x, f"floating point, {shape_hint}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantize first"
+        )
+    rank(name, x, ndim, shape_hint)
+    if isinstance(x, jax.Array):
+        return x
+    return finite(name, x) if x.dtype.itemsize > 4 else x.astype(x.dtype.newbyteorder("="))
+
+
+def booleans(name: str, x: Any, shape: tuple[int, ...], shape_hint: str) -> Any:
+    """`x` as an array of truth values; ValueError for others, or for another shape."""
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.dtype != bool or x.shape != shape:
+        raise ValueError(
+            f"{name} has dtype {x.dtype} and shape {x.shape}: it must be bool {shape_hint} = {shape}"
+        )
+    return x
+
+
+def instance(name: str, x: Any, kind: type) -> None:
+    """ValueError unless `x` is one of the library's own objects of this type."""
+    if not isinstance(x, kind):
+        raise ValueError(f"{name} is {reprlib.repr(x)}: it must be a {kind.__name__}")

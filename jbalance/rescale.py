@@ -32,6 +32,7 @@ def weights(
     checks.rank("alpha", alpha, 1, "[N]")
     checks.rank("association", association, 2, "[N, K]")
     checks.same_length("association", association, "alpha", alpha)
+    checks.rank("attention", attention, tuple(range(1, 9)), "[..., K]")
     checks.same_length("attention", attention, "association", association, axis=-1)
     given = {"alpha": alpha, "association": association, "attention": attention}
     return fn(*(jnp.asarray(checks.non_negative(name, x)) for name, x in given.items()))

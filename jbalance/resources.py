@@ -51,6 +51,7 @@ def status(
         is above 2^62.
     """
     checks.rank("capacity", capacity, (0, 1), "[] or [G]")
+    numbers = [checks.positive("capacity", capacity)]
     shape, given = np.shape(capacity), {"demand": demand, "used": used}
     for name, x in given.items():
         checks.rank(name, x, 1, "[N]")
@@ -65,7 +66,6 @@ def status(
     checks.rank("device_of", device_of, 1, "[N]")
     checks.same_length("device_of", device_of, "demand", demand)
     device_of = checks.index_below("device_of", device_of, shape[0] if shape else 1)
-    numbers = [checks.positive("capacity", capacity)]
     numbers += [checks.non_negative(name, x) for name, x in given.items()]
     if not checks.is_concrete(capacity, demand, used, device_of):
         return _left(jnp, [jnp.asarray(x) for x in numbers], device_of, shape)
@@ -266,6 +266,7 @@ def partition(
     checks.rank("capacity", capacity, 0, "[]")
     checks.rank("attention", attention, 1, "[L]")
     checks.non_empty("attention", attention)
+    checks.rank("level_of", level_of, 1, "[L]")
     checks.same_length("level_of", level_of, "attention", attention)
     num_levels = checks.static_int("num_levels", num_levels, 1)
     level_of = checks.index_below("level_of", level_of, num_levels)

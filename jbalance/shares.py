@@ -22,8 +22,7 @@ def uniform(num_units: int) -> jax.Array:
     Raises:
       ValueError: num_units below 1.
     """
-    if num_units < 1:
-        raise ValueError(f"num_units is {num_units}: at least one unit is needed")
+    num_units = checks.static_int("num_units", num_units, 1)
     return jnp.full((num_units,), 1.0 / num_units, jnp.float32)
 
 

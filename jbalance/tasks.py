@@ -64,7 +64,10 @@ def divide(
     """
     checks.rank("w", w, 1, "[N]")
     w = checks.non_negative("w", w)
-    checks.same_length("active", active, "w", w)
+    active = checks.booleans("active", active, np.shape(w), "[N]")
+    for name, amount in (("batch", batch), ("tokens", tokens)):
+        checks.rank(name, amount, 0, "[]")
+        checks.whole(name, amount)
     checks.rank("capacity", capacity, 1, "[G]")
     for name, x in (("demand", demand), ("used", used)):
         checks.rank(name, x, 2, "[G, N]")

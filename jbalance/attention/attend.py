@@ -14,12 +14,13 @@ from jbalance import checks
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import Partial
-from jbalance.attention.plan import TilePlan
+from jbalance.attention.plan import TilePlan, in_order
 
 # In the order in which they are tried. A back end has `unsupported`, `forward` and `backward`, and the
 # platform on which alone it runs, or None.
 _TILED = {"gpu": tiles_gpu, "tpu": tiles_tpu, "xla": tiles_xla}
 _BACKENDS = (*_TILED, "reference")
+_KEYS = "[B, S, K, D]"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -79,9 +80,18 @@ def attend(
 
     Method: Dao et al., FlashAttention (arXiv:2205.14135), over lists of tiles.
     """
+    q, k, v = (
+        jnp.asarray(checks.floats(name, x, 4, hint))
+        for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS))
+    )
     _check_arrays(q, k, v, plan)
     _check_biases(q, k, bias, relative_bias)
-    _check_masks(q, k, window, soft_cap, segment_ids, task_shares)
+    segment_ids, task_shares = _check_masks(q, k, window, soft_cap, segment_ids, task_shares)
+    if scale is not None:
+        scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+    if offset is not None:
+        offset = checks.int_in_range("offset", offset, -checks.INT32_MAX, checks.INT32_MAX)
+    plan = in_order(plan)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}: it must be one of {_BACKENDS} or None")
     values = v if task_shares is None else _for_tasks(v, task_shares)
@@ -169,8 +179,8 @@ def _same_type(tree):
 
 def _check_arrays(q, k, v, plan):
     """ValueError unless queries, keys, values and plan fit."""
-    for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]")):
-        checks.rank(name, x, 4, hint)
+    checks.instance("plan", plan, TilePlan)
+    for name, x in (("q", q), ("k", k)):
         checks.non_empty(name, x)
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
@@ -221,18 +231,24 @@ def _check_biases(q, k, bias, relative_bias):
 
 
 def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
-    """ValueError unless the masks, the cap and the task shares fit."""
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: it must be at least 1 key, or None")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap is {soft_cap}: it must be > 0, or None")
+    """segment_ids in int32 and task_shares; ValueError unless these, the window and the cap fit."""
+    if window is not None:
+        checks.static_int("window", window, 1, hint="it must be at least 1 key, or None")
+    if soft_cap is not None:
+        checks.static_float("soft_cap", soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
     if segment_ids is not None:
+        if not isinstance(segment_ids, tuple | list):
+            raise ValueError(f"segment_ids is {segment_ids!r}: it must be the pair of ids")
         want = (q.shape[:2], k.shape[:2])
         if len(segment_ids) != 2 or tuple(np.shape(x) for x in segment_ids) != want:
             raise ValueError(
                 f"segment_ids has shapes {tuple(np.shape(x) for x in segment_ids)}: it must be the "
                 f"pair ([B, T], [B, S]) = {want}"
             )
+        segment_ids = tuple(
+            checks.int_in_range(f"segment_ids[{i}]", x, -checks.INT32_MAX, checks.INT32_MAX)
+            for i, x in enumerate(segment_ids)
+        )
     if task_shares is not None:
         checks.rank("task_shares", task_shares, 2, "[N, S]")
         checks.non_empty("task_shares", task_shares)
@@ -242,6 +258,7 @@ def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
                 f"{k.shape[1]} of k"
             )
         task_shares = checks.non_negative("task_shares", task_shares)
+    return segment_ids, task_shares
 
 
 def _fits(shape, want, num_free):

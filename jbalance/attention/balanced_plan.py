@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jbalance import importance
+from jbalance import checks, importance
 from jbalance.attention.choose import choose
 from jbalance.attention.plan import TilePlan
 from jbalance.tiling import Tiling
@@ -43,5 +43,10 @@ def balanced_plan(
     Raises:
       ValueError: those of the scorer and of `choose`.
     """
-    q, k, v = jax.lax.stop_gradient((q, k, v))
+    hint = "[B, T, H, D] or [B, S, K, D]"
+    q, k, v = (
+        jax.lax.stop_gradient(checks.floats(name, x, 4, hint))
+        for name, x in (("q", q), ("k", k), ("v", v))
+    )
+    budget_tiles = checks.whole("budget_tiles", budget_tiles)
     return choose(scorer(q, k, v, tiling, rows=rows), budget_tiles, tiling, **options)

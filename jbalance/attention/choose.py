@@ -53,7 +53,7 @@ def choose(
       ValueError: shapes that do not fit, scores that are negative or NaN, fewer tiles than those that
         every query block has; traced, that is a `checkify` error, and the plan has these alone.
     """
-    _check(score, num_tiles, tiling, floor, where)
+    score, num_tiles, floor = _check(score, num_tiles, tiling, floor, where)
     batch, heads = np.shape(score)[:2]
     valid = None if where is None else jnp.asarray(where)[:, None, None]
     num_heads = _number_of_heads(heads, valid, axis_name)
@@ -85,7 +85,8 @@ def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(score, num_tiles, tiling, floor, where):
-    """ValueError for arguments of `choose` that do not fit."""
+    """score, num_tiles and floor as numbers of the device; ValueError for what does not fit."""
+    checks.instance("tiling", tiling, Tiling)
     checks.rank("score", score, 4, "[B, H, I, J]")
     if np.shape(score)[2:] != tiling.shape:
         raise ValueError(
@@ -96,12 +97,14 @@ def _check(score, num_tiles, tiling, floor, where):
     num_tiles = checks.whole("num_tiles", num_tiles)
     floor = checks.in_range("floor", floor, 0, 1)
     heads = np.shape(score)[1]
-    if where is not None and np.shape(where) != (heads,):
-        raise ValueError(f"where has shape {np.shape(where)}: it must be [H] = ({heads},)")
+    if where is not None:
+        checks.booleans("where", where, (heads,), "[H]")
+    return score, num_tiles, floor
 
 
 def _structure(tiling):
     """[I, J] bool: tiles that are visible, that are always computed, and that come first."""
+    checks.instance("tiling", tiling, Tiling)
     blocks, visible = tiling.positions(), tiling.visible()
     own = (blocks.first_key <= blocks.last_query) & (blocks.last_key >= blocks.first_query)
     previous = blocks.first_key < blocks.first_query

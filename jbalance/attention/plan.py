@@ -81,15 +81,15 @@ def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> T
       ValueError: shapes that do not fit; a concrete mask with a longer list than `capacity`, or with a
         tile that is not visible.
     """
+    checks.instance("tiling", tiling, Tiling)
     checks.rank("mask", mask, 4, "[B|1, H|1, I, J]")
+    mask = jnp.asarray(mask)
     if mask.shape[2:] != tiling.shape or mask.dtype != bool:
         raise ValueError(
             f"mask has shape {mask.shape} and dtype {mask.dtype}: for {tiling} it must be bool and its "
             f"last axes {tiling.shape}"
         )
-    capacity = tiling.shape[1] if capacity is None else capacity
-    if capacity < 0:
-        raise ValueError(f"capacity is {capacity}: it must be >= 0")
+    capacity = tiling.shape[1] if capacity is None else checks.static_int("capacity", capacity)
     capacity = min(capacity, tiling.shape[1])
     if checks.is_concrete(mask):
         _check_tiles(np.asarray(mask), tiling, capacity)
@@ -133,6 +133,56 @@ def _listed(mask, dropped, capacity):
     return lists.reshape(*mask.shape[:-1], capacity)
 
 
+def in_order(plan: TilePlan) -> TilePlan:
+    """The same tiles in ascending lists without repetitions, as the back ends read them.
+
+    Plans of this module are so already: that is looked at, and lists are sorted only where they are not.
+
+    Raises:
+      ValueError: concrete lists that name key blocks outside 0..J-1, or are not ascending, or a count
+        outside 0..C. Traced, blocks outside 0..J-1 are left out.
+    """
+    capacity, blocks = plan.capacity, plan.num_key_blocks
+    if checks.is_concrete(plan.blocks, plan.count):
+        _check_lists(np.asarray(plan.blocks), np.asarray(plan.count), blocks)
+        return plan
+    if capacity == 0:
+        return plan
+    count = jnp.clip(plan.count, 0, capacity)
+    listed = jnp.arange(capacity) < count[..., None]
+    key = jnp.where(listed & (plan.blocks >= 0) & (plan.blocks < blocks), plan.blocks, blocks)
+    rising = jnp.all(jnp.where(listed[..., 1:], key[..., 1:] > key[..., :-1], True), axis=-1)
+    valid = rising & (jnp.max(jnp.where(listed, key, -1), axis=-1) < blocks)
+
+    def repaired():
+        ordered = jnp.sort(key, axis=-1)
+        again = jnp.pad(ordered[..., 1:] == ordered[..., :-1], [(0, 0)] * (key.ndim - 1) + [(1, 0)])
+        ordered = jnp.sort(jnp.where(again, blocks, ordered), axis=-1)
+        number = jnp.sum(ordered < blocks, axis=-1, dtype=jnp.int32)
+        return jnp.minimum(ordered, blocks - 1).astype(jnp.int32), number
+
+    fits = jnp.all(valid) & jnp.all(count == plan.count)
+    lists, number = jax.lax.cond(
+        fits, lambda: (plan.blocks.astype(jnp.int32), count.astype(jnp.int32)), repaired
+    )
+    return dataclasses.replace(plan, blocks=lists, count=number)
+
+
+def _check_lists(lists, count, blocks):
+    """ValueError unless concrete lists are ascending and within the tiles."""
+    capacity = lists.shape[-1]
+    checks.int_in_range("plan.count", count, 0, capacity)
+    checks.int_in_range("plan.blocks", lists, 0, blocks - 1)
+    listed = np.arange(1, capacity) < count[..., None]
+    falling = listed & (np.diff(lists, axis=-1) <= 0)
+    if falling.any():
+        at = tuple(int(i) for i in np.argwhere(falling)[0][:-1])
+        raise ValueError(
+            f"plan.blocks[{at}] is {lists[at][: count[at]].tolist()}: lists of key blocks must ascend, "
+            f"without repetitions"
+        )
+
+
 def to_mask(plan: TilePlan) -> jax.Array:
     """[B|1, H|1, I, J] bool, the tiles of the plan."""
     listed = jnp.arange(plan.capacity) < plan.count[..., None]
@@ -142,6 +192,7 @@ def to_mask(plan: TilePlan) -> jax.Array:
 
 def dense(tiling: Tiling) -> TilePlan:
     """All visible tiles: dense attention, causal or full."""
+    checks.instance("tiling", tiling, Tiling)
     return from_mask(jnp.asarray(tiling.visible())[None, None], tiling)
 
 
@@ -156,10 +207,9 @@ def window(size: int, tiling: Tiling, num_sinks: int = 0) -> TilePlan:
     Raises:
       ValueError: a size below 1, a negative number of sinks.
     """
-    if size < 1 or num_sinks < 0:
-        raise ValueError(
-            f"size is {size} and num_sinks {num_sinks}: they must be >= 1 and >= 0 keys"
-        )
+    checks.instance("tiling", tiling, Tiling)
+    size = checks.static_int("size", size, 1)
+    num_sinks = checks.static_int("num_sinks", num_sinks)
     blocks = tiling.positions()
     near = blocks.last_key > blocks.first_query - size
     if not tiling.causal:
@@ -179,9 +229,15 @@ def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
     Raises:
       ValueError: shapes that do not fit.
     """
+    checks.instance("tiling", tiling, Tiling)
     checks.rank("q_ids", q_ids, 2, "[B, T]")
     checks.rank("k_ids", k_ids, 2, "[B, S]")
     checks.same_length("k_ids", k_ids, "q_ids", q_ids)
+    most = checks.INT32_MAX
+    q_ids, k_ids = (
+        checks.int_in_range(name, x, -most, most)
+        for name, x in (("q_ids", q_ids), ("k_ids", k_ids))
+    )
     sizes = q_ids.shape[1], k_ids.shape[1]
     if sizes != (tiling.num_queries, tiling.num_keys):
         raise ValueError(

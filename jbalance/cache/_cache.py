@@ -185,11 +185,14 @@ def create(
     if recent_tokens is None:
         share = int(budget_bytes) // (_RECENT_SHARE * units * (4 * head_dim + 4))
         recent_tokens = min(max(share - share % 2, _LEAST_RECENT), _MOST_RECENT)
-    if recent_tokens < 2 or recent_tokens % 2:
+    recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
+    if recent_tokens % 2:
         raise ValueError(f"recent_tokens is {recent_tokens}: it must be even and at least 2")
     fixed = units * unit_bytes(head_dim, recent_tokens) + table_bytes_of(num_requests, slots.size)
     left = int(budget_bytes) - fixed
-    page_bytes = page_bytes or page_bytes_for(max(left, 0), units, head_dim, bits)
+    if page_bytes is None:
+        page_bytes = page_bytes_for(max(left, 0), units, head_dim, bits)
+    page_bytes = checks.static_int("page_bytes", page_bytes, 1)
     tokens = page_bytes // token_bytes(head_dim, bits[0])
     floor = units * -(-(NUM_SINKS + NUM_RECENT) // max(tokens, 1))
     need = table_bytes(units, len(bits), floor) + floor * page_bytes
@@ -270,6 +273,7 @@ def shrink(
 
 def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     """Forget a request: its pages are free, its recent buffer is empty, another may take its place."""
+    checks.instance("cache", cache, KVCache)
     request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
     n = cache.units_per_request
     mine = jnp.arange(cache.key_mean.shape[0])[:, None] // n == request
@@ -317,9 +321,12 @@ def allowance(
     Raises:
       ValueError: shapes; values that are negative; floors that do not fit the arena.
     """
+    checks.instance("cache", cache, KVCache)
     shape = (cache.num_requests,)
     floors: ArrayLike = np.full(shape, cache.floor_pages) if floors_pages is None else floors_pages
-    for name, x in (("floors_pages", floors), ("weights", weights), ("active", active)):
+    checks.booleans("active", active, shape, "[B]")
+    for name, x in (("floors_pages", floors), ("weights", weights)):
+        checks.rank(name, x, 1, "[B]")
         if np.shape(x) != shape:
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [B] = {shape}")
     floors = checks.whole("floors_pages", floors)

@@ -92,16 +92,13 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     Raises:
       ValueError: unsupported D, bits or dtype; values that are not finite or too long for the norm.
     """
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise ValueError(f"x has dtype {jnp.result_type(x)}: it must be floating point")
-    if np.ndim(x) < 1:
-        raise ValueError(f"x has shape {np.shape(x)}: it must have shape [..., D]")
+    x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
     _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)
     codes = _quantize(jnp.asarray(x), bits)
-    if checks.is_concrete(x) and np.any(np.asarray(codes.norm) >= NORM_MAX):
+    if checks.is_concrete(codes.norm) and not np.all(np.asarray(codes.norm) < NORM_MAX):
         raise ValueError(
-            f"x has values up to {float(jnp.max(jnp.abs(x)))}: "
+            f"x has values up to {float(np.max(np.abs(np.asarray(x))))}: "
             f"the norms of its vectors must be below {NORM_MAX}, scale it down"
         )
     return codes
@@ -121,6 +118,8 @@ def dequantize(codes: Codes, head_dim: int, bits: int) -> jax.Array:
     Raises:
       ValueError: codes that are not of this `head_dim` and `bits`.
     """
+    checks.instance("codes", codes, Codes)
+    head_dim = checks.static_int("head_dim", head_dim, 1)
     _check(head_dim, bits)
     width = head_dim * bits // 8
     if codes.packed.dtype != jnp.uint8 or codes.packed.shape[-1:] != (width,):

@@ -116,8 +116,10 @@ def causal_plan(size: int) -> TilePlan:
 
 def _check(cache, q, k, v) -> tuple[int, int]:
     """B and S; ValueError for shapes that do not fit."""
+    checks.instance("cache", cache, KVCache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
-    checks.rank("q", q, 4, "[B, S, H, D]")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.floats(name, x, 4, "[B, S, H or K, D]")
     shape = (requests, np.shape(q)[1], heads, head_dim)
     fits = q.shape[0] == requests and q.shape[2] % heads == 0 and q.shape[3] == head_dim
     if not fits or q.shape[1] == 0:
@@ -138,6 +140,7 @@ def _checked_lengths(lengths, requests, size):
     """[B] int32 in 0..S."""
     if lengths is None:
         return jnp.full(requests, size, jnp.int32)
+    checks.rank("lengths", lengths, 1, "[B]")
     if np.shape(lengths) != (requests,):
         raise ValueError(f"lengths has shape {np.shape(lengths)}: it must be [B] = ({requests},)")
     lengths = checks.int_in_range("lengths", lengths, 0, size)

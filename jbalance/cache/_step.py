@@ -59,7 +59,9 @@ def step(
     _check(cache, q, k, v, context)
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
-    active = jnp.ones(cache.num_requests, bool) if active is None else jnp.asarray(active)
+    if active is None:
+        active = jnp.ones(cache.num_requests, bool)
+    active = jnp.asarray(checks.booleans("active", active, (cache.num_requests,), "[B]"))
     y, cache = attend_token(cache, layer, scaled(q, scale), k, v, active, context)
     done = cache.layers_done + 1 == cache.num_layers
     cache = dataclasses.replace(
@@ -185,7 +187,10 @@ def _dense(q, keys, values, valid):
 def scaled(q: jax.Array, scale: float | None) -> jax.Array:
     """Queries in float32 whose logits over sqrt(D) are those of this scale."""
     q = jnp.asarray(q).astype(jnp.float32)
-    return q if scale is None else q * np.float32(scale * math.sqrt(q.shape[-1]))
+    if scale is None:
+        return q
+    scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+    return q * np.float32(scale * math.sqrt(q.shape[-1]))
 
 
 def _product(spec, x, y):
@@ -198,6 +203,7 @@ def checked_allowance(cache: KVCache, pages: jax.Array | None) -> jax.Array:
     requests = cache.num_requests
     if pages is None:
         return jnp.full(requests, cache.even_pages, jnp.int32)
+    checks.rank("allowance_pages", pages, 1, "[B]")
     if np.shape(pages) != (requests,):
         raise ValueError(
             f"allowance_pages has shape {np.shape(pages)}: it must be [B] = ({requests},)"
@@ -269,10 +275,13 @@ def _flush(cache, request, allowance_pages):
 
 def _check(cache, q, k, v, context):
     """ValueError for shapes that do not fit, or a cache that is only read."""
+    checks.instance("cache", cache, KVCache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     if cache.recent_tokens == 0:
         raise ValueError("cache has no recent buffer: it is a context, which is only read")
-    checks.rank("q", q, 3, "[B, H, D]")
+    q, k, v = (
+        checks.floats(name, x, 3, "[B, H or K, D]") for name, x in (("q", q), ("k", k), ("v", v))
+    )
     if q.shape[0] != requests or q.shape[1] % heads or q.shape[2] != head_dim:
         raise ValueError(
             f"q has shape {q.shape}: it must be [B, H, D] = ({requests}, a multiple of {heads}, "

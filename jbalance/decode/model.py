@@ -48,6 +48,12 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             checks.static_int(name, getattr(self, name), 1)
+        if self.window is not None:
+            checks.static_int("window", self.window, 1)
+        if self.scale is not None:
+            checks.static_float("scale", self.scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+        if self.soft_cap is not None:
+            checks.static_float("soft_cap", self.soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}: it must be a multiple of num_kv_heads = "

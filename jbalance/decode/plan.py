@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance import place
+from jbalance import checks, place
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import PageLayout, table_bytes, token_bytes
 from jbalance.importance.token_worth import NUM_RECENT
@@ -37,6 +37,10 @@ class Reserve:
     new_tokens: int = 64
 
     recent_tokens = 16
+
+    def __post_init__(self) -> None:
+        checks.static_int("num_requests", self.num_requests, 1)
+        checks.static_int("new_tokens", self.new_tokens)
 
     def page_bytes(self, head_dim: int) -> int:
         """Of the requests' pages: eight tokens at 8 bits."""

@@ -25,6 +25,7 @@ def check(frequencies: Any, head_dim: int) -> None:
             f"the head dim is {head_dim}: rotary embeddings need an even one; "
             f"give frequencies=None where there are none"
         )
+    checks.rank("frequencies", frequencies, 1, "[D/2]")
     if np.shape(frequencies) != (head_dim // 2,):
         raise ValueError(
             f"frequencies has shape {np.shape(frequencies)}: it must be [D/2] = ({head_dim // 2},), "

@@ -85,9 +85,15 @@ def checked(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k and v as arrays; ValueError for shapes and numbers that do not fit."""
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    checks.rank("q", q, 4, "[B, T, H, D]")
-    checks.rank("k", k, 4, "[B, S, K, D]")
+    checks.instance("tiling", tiling, Tiling)
+    q, k, v = (
+        jnp.asarray(checks.floats(name, x, 4, hint))
+        for name, x, hint in (
+            ("q", q, "[B, T, H, D]"),
+            ("k", k, "[B, S, K, D]"),
+            ("v", v, "[B, S, K, D]"),
+        )
+    )
     for name, x in (("q", q), ("k", k)):
         checks.non_empty(name, x)
     if v.shape != k.shape:

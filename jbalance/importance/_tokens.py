@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [T, H, D], k [S, K, D] and v [S, K, Dv], checked and in float32."""
-    checks.rank("q", q, 3, "[T, H, D]")
-    checks.rank("k", k, 3, "[S, K, D]")
-    checks.rank("v", v, 3, "[S, K, D]")
-    q, k, v = _float32("q", q), _float32("k", k), _float32("v", v)
+    q, k, v = (
+        _float32(name, checks.floats(name, x, 3, hint))
+        for name, x, hint in (("q", q, "[T, H, D]"), ("k", k, "[S, K, D]"), ("v", v, "[S, K, D]"))
+    )
     checks.same_length("v", v, "k", k)
     checks.same_length("v", v, "k", k, axis=1)
     checks.same_length("q", q, "k", k, axis=2)
@@ -38,14 +39,9 @@ def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Arr
     return q, k, v
 
 
-def _float32(name: str, x: ArrayLike) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantize first"
-        )
+def _float32(name: str, x: Any) -> jax.Array:
     checks.non_empty(name, x)
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x).astype(jnp.float32)
     checks.finite(f"the largest |{name}|", jnp.abs(x).max())  # one number leaves the device
     return x
 

@@ -46,7 +46,8 @@ def attention_energy(
     queries = checks.static_int("queries", queries, 1, q.shape[0])
     min_distance = checks.static_int("min_distance", min_distance)
     key = jnp.arange(k.shape[0])
-    number = jnp.asarray(k.shape[0] if num_tokens is None else num_tokens, jnp.int32)
+    given = k.shape[0] if num_tokens is None else num_tokens
+    number = jnp.asarray(checks.int_in_range("num_tokens", given, 0, k.shape[0]))
     start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)
 
     def step(w: jax.Array, attention: jax.Array, position: jax.Array) -> jax.Array:

@@ -93,6 +93,7 @@ def _strength(name: str, x: Any, of: str, array: ArrayLike | None, high: float) 
 
 def _fit(name: str, x: ArrayLike, w: jax.Array, low: float, high: float) -> jax.Array:
     """prior or feedback, checked against w's shape and its own range."""
+    checks.rank(name, x, (1, w.ndim), "[U] or w's shape")
     if np.shape(x) not in (w.shape, w.shape[-1:]):
         raise ValueError(f"{name} has shape {np.shape(x)}: w needs {w.shape} or {w.shape[-1:]}")
     return jnp.asarray(checks.in_range(name, x, low, high))

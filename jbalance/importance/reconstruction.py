@@ -73,7 +73,13 @@ def reconstruction(
         checks.static_int(name, value, 0, size - 1)
     samples = checks.static_int("samples", samples, 1)
     _rotary.check(frequencies, q.shape[-1])
-    number = size if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    number = size
+    if num_tokens is not None:
+        number = checks.int_in_range("num_tokens", num_tokens, 0, size)
+    if shift is not None:
+        shift = checks.int_in_range("shift", shift, -checks.INT32_MAX, checks.INT32_MAX)
+    if start is not None:
+        start = checks.int_in_range("start", start, 0, checks.INT32_MAX)
     if frequencies is not None:
         ahead = jnp.asarray(number if shift is None else shift, jnp.float32)
         q = _rotary.turn(q, ahead * jnp.asarray(frequencies, jnp.float32))

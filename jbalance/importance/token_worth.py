@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jbalance.importance._tokens import tokens
 from jbalance.importance.attention_energy import attention_energy
 from jbalance.importance.reconstruction import reconstruction
 
@@ -48,10 +49,10 @@ def token_worth(
     Raises:
       ValueError: shapes, dtypes or frequencies that do not fit, or a value that is not finite.
     """
+    q, k, v = tokens(q, k, v)
     repeated = repeated_energy(q, k, v, 0, frequencies=frequencies, num_tokens=num_tokens)
-    size = jnp.shape(q)[0]
+    size = q.shape[0]
     last = min(NUM_QUERIES, size)
-    q = jnp.asarray(q)
     if num_tokens is not None:
         first = jnp.clip(jnp.asarray(num_tokens) - last, 0, size - last)
         q = jax.lax.dynamic_slice_in_dim(q, first, last)

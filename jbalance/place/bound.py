@@ -71,7 +71,8 @@ def bound(
         checks.rank("group_of", group_of, 1, "[U]")
         checks.same_length("group_of", group_of, "loads", loads)
         group_of = checks.index_below("group_of", group_of, num_units)
-        if num_nodes is None or num_nodes < 1 or num_devices % num_nodes:
+        num_nodes = checks.static_int("num_nodes", num_nodes, 1)
+        if num_devices % num_nodes:
             raise ValueError(
                 f"num_nodes is {num_nodes}: it must divide num_devices = {num_devices}"
             )
