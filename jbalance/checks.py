@@ -200,3 +200,16 @@ def choice(name: str, value: str, table: Any) -> Any:
         raise ValueError(
             f"{name} is {value!r}: it must be one of {', '.join(map(repr, table))}"
         ) from None
+
+
+def floating(name: str, x: Any) -> None:
+    """ValueError unless `x` is real floating-point numbers."""
+    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {dtype}: it must be real floating-point numbers")
+
+
+def largest_finite(name: str, x: Any) -> None:
+    """`finite` of a large array: only its largest magnitude leaves the device."""
+    if np.size(x):
+        finite(f"the largest |{name}|", jnp.max(jnp.abs(jnp.asarray(x))))
