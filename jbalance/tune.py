@@ -83,8 +83,8 @@ def tune(
             raise ValueError(f"ranges has {name!r}, settings has only {', '.join(settings)}")
         if not 0 < low <= settings[name] <= high < math.inf:
             raise ValueError(
-                f"settings[{name!r}] is {settings[name]}: it must be in ranges' {low}..{high}, which must "
-                f"be above 0 and finite"
+                f"settings[{name!r}] is {settings[name]}: it must be in ranges' {low}..{high}, above 0 "
+                f"and finite"
             )
 
     def trained(settings: dict[str, float]) -> tuple[Any, float]:
