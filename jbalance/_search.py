@@ -23,6 +23,7 @@ from jax import lax
 INF_KEY = 0x7F800000  # the bits of float32 infinity
 _SATURATED = 0xFFFFFFFF
 _NEAR_WRAP = float(3 * 2**30)  # float32 sums are within 2^-3 of the truth long before 2^32
+LEAST_WEIGHT = 2.0**-90  # of the largest: what a smaller one gets beside it does not show
 _HALVINGS = 5  # before interpolating: a float's exponent is nothing to interpolate
 _EVERY = 6  # and now and then, where interpolation keeps one end
 _INTERPOLATED = 20  # passes, after which all are halvings
@@ -61,6 +62,35 @@ def normalize(w: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = lax.bitcast_convert_type(jnp.where(top > 0, top, 1.0), jnp.uint32)
     exponent = 127 - (bits >> 23).astype(jnp.int32)
     return scale(jnp.where(top == 0, 1.0, w), exponent), exponent
+
+
+def open_top(
+    w: jax.Array,
+    short: Callable[[jax.Array], jax.Array],
+    most: Callable[[jax.Array], jax.Array],
+    per_unit: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Largest weight [P] but for those of units that are at their caps for certain; 0 where all are 0.
+
+    A unit gets nothing while one of 2^33 times its weight takes any. So where budget is left with all
+    units down to 2^-57 of the largest weight at their caps, those down to 2^-24 of it surely are, and
+    what lies below takes their place. Else no unit below 2^-90 of it, `LEAST_WEIGHT`, gets any.
+
+    Args:
+      w: [U] >= 0.
+      short: thresholds [P] -> whether budget is left with units of at least these weights at their caps.
+      most: of x [U] >= 0, the largest [P].
+      per_unit: x [P] -> [U].
+    """
+
+    def step(carry):
+        top, _ = carry
+        following = most(jnp.where(w < per_unit(top * 2.0**-24), w, 0))
+        down = short(top * 2.0**-57) & (following > 0)
+        return jnp.where(down, following, top), jnp.any(down)
+
+    top = most(w)
+    return lax.while_loop(lambda carry: carry[1], step, step((top, True)))[0]
 
 
 def excess(spent: jax.Array, budget: jax.Array) -> jax.Array:

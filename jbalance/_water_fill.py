@@ -14,6 +14,10 @@ from jbalance import _search as search
 from jbalance import checks
 from jbalance.types import Binding, Fill, Status
 
+_FULL = (
+    2.0**100
+)  # weight of units that are at their caps whatever the level, the open ones' being 1
+_MISSED = 1e-4  # relative: sums that are further off their budget are no rounding
 _ROUNDING = 1e-6  # relative: floors whose float32 sum meets the budget are not above it
 
 
@@ -34,7 +38,8 @@ def water_fill(
     Segments (groups of units, devices) may have a floor and a cap on their sum: one that would fall
     below its floor is lifted to the level that reaches it, one that would exceed its cap is held
     down, and the rest share what remains at the common level. A unit of zero weight gets its floor,
-    unless all weights are zero: then all count alike. Differentiable in w, budget, floor and cap.
+    unless all weights are zero: then all count alike. A weight below 2^-90 of the largest counts as
+    zero, until all larger ones are at their caps. Differentiable in w, budget, floor and cap.
 
     Args:
       w: [U] importance, >= 0.
@@ -48,11 +53,13 @@ def water_fill(
 
     Returns:
       A `Fill`; its sum meets the budget to float32 rounding. Under jit, floors that do not fit give
-      status INFEASIBLE, and are themselves scaled down to fit.
+      status INFEASIBLE, and are themselves scaled down to fit; bad values give INVALID, and so do
+      segments whose weights are so far apart that a sum misses its bound.
 
     Raises:
       ValueError: wrong shapes; w, budget, floor or cap negative or NaN; a floor above its cap; floors
-        that exceed the budget or a segment's cap, with the amount missing.
+        that exceed the budget or a segment's cap, with the amount missing; weights of segments too far
+        apart.
 
     Reference: Bertsekas and Gallager, Data Networks (1992), section 6.5.2 (max-min fairness).
     """
@@ -62,6 +69,11 @@ def water_fill(
     out = _solve(
         w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_segments, axis_name
     )
+    if checks.is_concrete(out.status) and out.status == Status.INVALID:
+        raise ValueError(
+            f"w spans {np.min(w, initial=np.inf, where=np.asarray(w) > 0):g} to {np.max(w):g} over "
+            f"segments with bounds: weights must be within 2^90 of each other there"
+        )
     if checks.is_concrete(out.status) and out.status != Status.OK:
         _raise_infeasible(w, budget, floor, cap, segment_of, segment_floor, segment_cap)
     return out
@@ -132,11 +144,21 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
         jnp.where(infeasible, floor, cap),
     )
     seg_floor = jnp.where(infeasible, 0.0, seg_floor)
-    top = search.segment_most(lax.stop_gradient(w), None, 1, axis_name)[0]
+
+    def short(threshold: jax.Array) -> jax.Array:
+        full = sums(jnp.where(fixed >= threshold, lax.stop_gradient(cap), lax.stop_gradient(floor)))
+        return jnp.sum(jnp.clip(full, *map(lax.stop_gradient, (seg_floor, seg_cap)))) < budget
+
+    fixed = lax.stop_gradient(w)
+    top = search.open_top(
+        fixed, short, lambda x: search.segment_most(x, None, 1, axis_name)[0], lambda x: x
+    )
     w, exponent = search.normalize(w, top)
+    w = jnp.minimum(w, _FULL)
     problem = (w, budget, floor, cap, seg_floor, seg_cap)
     level, low, high = _levels(jax.tree.map(lax.stop_gradient, problem), sums, segment_of)
     out = _exact(problem, level, low, high, sums, segment_of)
+    valid &= out.pop("met") | infeasible
     status = jnp.where(infeasible, Status.INFEASIBLE, Status.OK).astype(jnp.int32)
     for name in ("level", "segment_level"):
         out[name] = search.scale(out[name], exponent)
@@ -195,7 +217,8 @@ def _exact(problem, level, low, high, sums, segment_of):
     unit_level = search.per_unit(seg_level, segment_of)
     amount = jnp.where(free, w * unit_level, jnp.where(at_cap, cap, floor))
     amount = jnp.clip(amount, floor, cap)
-    given = jnp.sum(sums(amount))
+    by_segment = sums(amount)
+    given = jnp.sum(by_segment)
     stuck = search.per_unit(capped, segment_of)
     binding = jnp.where(
         free,
@@ -204,7 +227,10 @@ def _exact(problem, level, low, high, sums, segment_of):
     )
     none_free = jnp.sum(free_weight) == 0
     slack = jnp.where(none_free, jnp.maximum(budget - given, 0.0), 0.0)
+    met = jnp.abs(given + slack - budget) <= _MISSED * budget
+    met &= jnp.all(by_segment >= seg_floor * (1 - _MISSED))
     return {
+        "met": met,
         "amount": amount,
         "level": common,
         "segment_level": seg_level,

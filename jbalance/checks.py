@@ -324,3 +324,16 @@ def instance(name: str, x: Any, kind: type) -> None:
     """ValueError unless `x` is one of the library's own objects of this type."""
     if not isinstance(x, kind):
         raise ValueError(f"{name} is {reprlib.repr(x)}: it must be a {kind.__name__}")
+
+
+def floating(name: str, x: Any) -> None:
+    """ValueError unless `x` is real floating-point numbers."""
+    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {dtype}: it must be real floating-point numbers")
+
+
+def largest_finite(name: str, x: Any) -> None:
+    """`finite` of a large array: only its largest magnitude leaves the device."""
+    if np.size(x):
+        finite(f"the largest |{name}|", jnp.max(jnp.abs(jnp.asarray(x))))

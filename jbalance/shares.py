@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 from jbalance import _search as search
 from jbalance import checks
 from jbalance._water_fill import water_fill
-from jbalance.types import ShareRule
+from jbalance.types import ShareRule, Status
+
+_ROUNDING = 1e-5  # of sums of shares
 
 
 def uniform(num_units: int) -> jax.Array:
@@ -91,7 +93,8 @@ def constrained(
     group_of: ArrayLike | None = None,
     group_floor: ArrayLike | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
+    with_status: bool = False,
+) -> Any:
     """The shares in proportion to alpha that keep floors, caps and group floors.
 
     alpha'_i = clip(mu_g alpha_i, floor_i, cap_i) with sum 1 and sum over group g >= phi_g: groups that
@@ -104,13 +107,16 @@ def constrained(
       group_of: [U] int, the group of each unit; a group of floor 0 for those in none.
       group_floor: [P] phi, least share of each group.
       axis_name: mesh axis that the units are split over.
+      with_status: static; whether to return a `Status` too, which under jit says what cannot be raised.
 
     Returns:
-      alpha' [U] float32.
+      alpha' [U] float32; with a status, (alpha', [] int32). Traced floors that sum to more than 1 are
+      INFEASIBLE and scaled down to fit, traced caps that sum to less are INFEASIBLE and leave shares of
+      less than 1 in all, NaN is INVALID.
 
     Raises:
-      ValueError: floors that sum to more than 1 or caps to less, each with the amount missing; a group
-        floor above what its units' caps allow.
+      ValueError: floors that sum to more than 1 or caps to less, each with the amount missing (also
+        under jit, where they are no tracers); a group floor above what its units' caps allow.
     """
     _check(alpha, "alpha")
     checks.in_range("floor", floor, 0, 1)
@@ -122,6 +128,8 @@ def constrained(
         checks.rank("group_floor", group_floor, 1, "[P]")
         checks.in_range("group_floor", group_floor, 0, 1)
         checks.index_below("group_of", group_of, np.shape(group_floor)[0])
+    if axis_name is None:
+        _check_sums(np.shape(alpha), floor, cap)
     out = water_fill(
         alpha,
         1.0,
@@ -131,12 +139,31 @@ def constrained(
         segment_floor=group_floor,
         axis_name=axis_name,
     )
-    if checks.is_concrete(out.slack) and axis_name is None and out.slack > 1e-5:
-        raise ValueError(
-            f"cap: the caps let only {1 - float(out.slack):g} of the whole be shared out: raise them "
-            f"by {float(out.slack):g} in sum"
-        )
-    return out.amount
+    if not with_status:
+        return out.amount
+    short = (out.slack > _ROUNDING) & (out.status == Status.OK)
+    return out.amount, jnp.where(short, jnp.int32(Status.INFEASIBLE), out.status)
+
+
+def _check_sums(shape: tuple[int, ...], floor: Any, cap: Any) -> None:
+    """ValueError for concrete floors [U] or [] that sum to more than 1, or caps to less."""
+    for name, x in (("floor", floor), ("cap", cap)):
+        checks.rank(name, x, (0, 1), "[] or [U]")
+        if np.ndim(x):
+            checks.length(name, x, shape[0], "U")
+    if checks.is_concrete(floor):
+        least = float(np.broadcast_to(np.asarray(floor, np.float64), shape).sum())
+        if least > 1 + _ROUNDING:
+            raise ValueError(
+                f"floor: the floors sum to {least:g}, above budget = 1: {least - 1:g} is missing"
+            )
+    if checks.is_concrete(cap):
+        most = float(np.broadcast_to(np.asarray(cap, np.float64), shape).sum())
+        if most < 1 - _ROUNDING:
+            raise ValueError(
+                f"cap: the caps let only {most:g} of the whole be shared out: raise them by "
+                f"{1 - most:g} in sum"
+            )
 
 
 def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None) -> jax.Array:

@@ -82,16 +82,16 @@ def divide(
     w = jnp.where(active, w, 0)
     # All of no importance count alike, but only those that are there.
     w = jnp.where(jnp.sum(w) > 0, w, active.astype(jnp.float32))
-    cap, floor = (
-        active.astype(jnp.float32),
-        jnp.where(active, checks.in_range("floor", floor, 0, 1), 0),
-    )
+    some = jnp.any(active)
+    cap = jnp.where(some, active.astype(jnp.float32), 1)
+    floor = jnp.where(active, checks.in_range("floor", floor, 0, 1), 0)
     alpha = shares.proportional(w)
-    alpha = jnp.where(jnp.any(active), shares.constrained(alpha, floor=floor, cap=cap), 0)
+    alpha, shared = shares.constrained(alpha, floor=floor, cap=cap, with_status=True)
+    alpha, shared = jnp.where(some, alpha, 0), jnp.where(some, shared, Status.OK)
     most = jnp.where(active, checks.INT32_MAX, 0)
     parts = [allocate.whole(alpha, amount, 0, most) for amount in (batch, tokens)]
     cache, status = _caches(alpha, active, capacity, demand, used)
-    status = jnp.max(jnp.stack([status, *(x.status for x in parts)]))
+    status = jnp.max(jnp.stack([status, shared, *(x.status for x in parts)]))
     return TaskAmounts(alpha, parts[0].amount, parts[1].amount, cache, status)
 
 

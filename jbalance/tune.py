@@ -1,5 +1,9 @@
 """Coordinate search of settings around training: train, validate, adjust, train again.
 
+Training alone lowers the loss, so a setting is judged by what it changes about that: the settings as
+they are and those with one change both train from the same state, and their validation losses are
+compared.
+
 The last step of METHOD section 1's second source. It runs on the host: what is inside of `train` is
 jitted, and settings are data there, so nothing compiles anew. For a search over many settings from
 nothing, take a library for it; this follows one run.
@@ -8,12 +12,13 @@ nothing, take a library for it; this follows one run.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jbalance import checks
 
-STEP = 1.5  # settings are multiplied or divided by it
+STEP = 1.5  # settings are multiplied or divided by it at first
 
 
 class Trial(NamedTuple):
@@ -21,7 +26,8 @@ class Trial(NamedTuple):
 
     settings: dict[str, float]
     loss: float
-    kept: bool
+    against: float  # loss of the settings as they were, trained from the same state
+    kept: bool  # the change lowers the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +52,26 @@ def tune(
 ) -> Tuned:
     """Train in rounds, adjusting one setting after the other by what validation says of it.
 
-    Each round trains on from the best state with one setting larger or smaller by a factor of 1.5, at
-    most to the end of its range. What validates better is kept and the same change is tried again when
-    its turn comes; else the round is undone and that setting goes the other way next. Ends after
-    `patience` rounds in a row that were not better.
+    Each round trains twice from the same state: with the settings as they are, and with one of them
+    larger or smaller by a factor of 1.5, at most to the end of its range. The change that validates
+    better is kept and tried again when its turn comes; else that setting goes the other way next, and by
+    the root of the factor once neither way was better. The next round starts from whichever state
+    validated better, if it is better than the one before. Ends after `patience` rounds in a row in which
+    no change was better. (Paired comparisons in a pattern search: Hooke and Jeeves, J. ACM 8, 1961.)
 
     Args:
-      train: (state, settings) -> state, of one round.
-      validate: (state, settings) -> loss on data that `train` never sees.
+      train: (state, settings) -> state, of one round: as many steps whatever the settings, best over the
+        same data from the same state.
+      validate: (state, settings) -> loss on data that `train` never sees. NaN is worse than any number.
       state: parameters, optimizer and what else a round changes; never changed in place.
       settings: to begin with, such as temperature, floor and budget.
-      ranges: least and greatest value of each setting that may change; the others stay.
-      max_rounds: at most.
+      ranges: least and greatest value of each setting that may change; the others stay. Without any,
+        rounds only train on, and one that does not validate better is undone.
+      max_rounds: at most; all but the first train twice where settings may change.
       patience: rounds without improvement before it stops.
 
     Returns:
-      The best state with its settings and loss, and every round.
+      The state that validated best with its loss, the settings that won, and every round.
 
     Raises:
       ValueError: a range without its setting, a setting outside its range, numbers below 1.
@@ -71,29 +81,64 @@ def tune(
     for name, (low, high) in ranges.items():
         if name not in settings:
             raise ValueError(f"ranges has {name!r}, settings has only {', '.join(settings)}")
-        if not 0 < low <= settings[name] <= high:
+        if not 0 < low <= settings[name] <= high < math.inf:
             raise ValueError(
-                f"settings[{name!r}] is {settings[name]}: it must be in ranges' {low}..{high}, above 0"
+                f"settings[{name!r}] is {settings[name]}: it must be in ranges' {low}..{high}, above 0 "
+                f"and finite"
             )
+
+    def trained(settings: dict[str, float]) -> tuple[Any, float]:
+        new = train(state, settings)
+        return new, float(validate(new, settings))
+
     best = dict(settings)
-    state = train(state, best)
-    loss = float(validate(state, best))
-    rounds = [Trial(best, loss, True)]
-    factor, names, failed = dict.fromkeys(ranges, STEP), list(ranges), 0
+    state, loss = trained(best)
+    rounds = [Trial(best, loss, loss, True)]
+    turns, failed = [_Turn(name, *ranges[name]) for name in ranges], 0
     while len(rounds) < max_rounds and failed < patience:
-        tried = dict(best)
-        if names:
-            name = names[(len(rounds) - 1) % len(names)]
-            low, high = ranges[name]
-            tried[name] = min(max(tried[name] * factor[name], low), high)
-        new = train(state, tried)
-        new_loss = float(validate(new, tried))
-        kept = new_loss < loss
-        rounds.append(Trial(tried, new_loss, kept))
+        turn = turns[(len(rounds) - 1) % len(turns)] if turns else None
+        tried, as_it_is = (best, (state, loss)) if turn is None else (turn.of(best), trained(best))
+        changed = trained(tried)
+        kept = _better(changed[1], as_it_is[1])
+        rounds.append(Trial(tried, changed[1], as_it_is[1], kept))
+        failed = 0 if kept else failed + 1
+        if turn is not None:
+            turn.learn(kept)
         if kept:
-            state, best, loss, failed = new, tried, new_loss, 0
-        else:
-            failed += 1
-            if names:
-                factor[name] = 1 / factor[name]
+            best = tried
+        winner = changed if kept else as_it_is
+        if _better(winner[1], loss):
+            state, loss = winner
     return Tuned(state, best, loss, tuple(rounds))
+
+
+@dataclasses.dataclass
+class _Turn:
+    """How a setting is changed when its turn comes."""
+
+    name: str
+    low: float
+    high: float
+    factor: float = STEP
+    missed: bool = False  # the other way was no better
+
+    def of(self, settings: Mapping[str, float]) -> dict[str, float]:
+        """The settings with this one changed, the other way at the end of its range."""
+        value = settings[self.name]
+        if self._within(value * self.factor) == value:
+            self.factor = 1 / self.factor
+        return {**settings, self.name: self._within(value * self.factor)}
+
+    def _within(self, value: float) -> float:
+        return min(max(value, self.low), self.high)
+
+    def learn(self, kept: bool) -> None:
+        """Go on, or the other way, or by less once neither way was better."""
+        if not kept:
+            self.factor = self.factor ** (-0.5 if self.missed else -1)
+        self.missed = not kept and not self.missed
+
+
+def _better(loss: float, than: float) -> bool:
+    """Whether a loss is lower; any number is better than NaN."""
+    return loss < than or (math.isnan(than) and not math.isnan(loss))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 
-from jbalance import shares
+from jbalance import Status, importance, shares
 
 RULES = pytest.mark.parametrize("rule", shares.SHARE_RULES)
 reals = st.floats(0, 100, width=32, allow_subnormal=False)
@@ -89,3 +89,83 @@ def test_no_group_is_below_its_floor(w, phi):
 
 
 GROUPED = jax.jit(lambda a, of, phi: shares.constrained(a, group_of=of, group_floor=phi))
+
+
+def test_floors_that_do_not_fit_have_a_status_under_jit():
+    alpha = np.float32([0.5, 0.3, 0.2])
+    run = jax.jit(
+        lambda floor, cap: shares.constrained(alpha, floor=floor, cap=cap, with_status=True)
+    )
+    got, status = run(0.5, 1.0)  # 1.5 in all
+    assert status == Status.INFEASIBLE
+    np.testing.assert_allclose(got, 1 / 3, rtol=1e-6)
+    got, status = run(0.0, 0.25)  # 0.75 in all
+    assert status == Status.INFEASIBLE
+    np.testing.assert_allclose(got, 0.25, rtol=1e-6)
+    got, status = run(0.25, 0.4)
+    assert status == Status.OK
+    np.testing.assert_allclose(got, [0.4, 0.35, 0.25], rtol=1e-6)
+    assert run(np.nan, 1.0)[1] == Status.INVALID
+    # What is no tracer can be refused, whatever else is one.
+    for bounds, message in (({"floor": 0.5}, "0.5 is missing"), ({"cap": 0.25}, "0.25 in sum")):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda a, bounds=bounds: shares.constrained(a, **bounds))(alpha)
+
+
+def curve(*values):
+    return importance.worth_curve(np.float32(values))
+
+
+def test_priced_takes_what_is_worth_the_price():
+    """One owner of four units worth 8 and one of two worth 8 and six worth 2."""
+    curves = jnp.stack([curve(8, 8, 8, 8), curve(8, 8, 2, 2, 2, 2, 2, 2)])
+    curves *= jnp.array([[4.0], [8.0]]) / curves.sum(axis=1, keepdims=True)
+    for amount, taken in (
+        (3, [2, 1]),  # in the half octave of the price: the same part of its own
+        (6, [4, 2]),
+        (9, [4, 5]),
+        (12, [4, 8]),
+        (13, [4, 8]),  # more than there is: as of all there is
+        (1e30, [4, 8]),
+        (0, [6, 6]),
+    ):
+        want = np.array(taken) / sum(taken)
+        np.testing.assert_allclose(shares.priced(curves, amount), want, rtol=1e-6)
+
+
+BAD = {
+    "no units": (lambda: shares.uniform(0), "num_units is 0"),
+    "table for w": (lambda: shares.proportional(np.ones((2, 2))), r"w must have shape \[U\]"),
+    "number for w": (lambda: shares.softmax(1.0), r"w must have shape \[U\]"),
+    "nothing for w": (lambda: shares.proportional([]), "w is empty"),
+    "several temperatures": (lambda: shares.softmax([1.0], [1.0, 2.0]), "temperature must have"),
+    "NaN to softmax": (lambda: shares.softmax([1.0, np.nan]), r"w\[1\] is nan"),
+    "infinity to softmax": (lambda: shares.softmax([1.0, np.inf]), r"w\[1\] is inf"),
+    "complex to softmax": (lambda: shares.softmax([1j]), "must be numbers"),
+    "no temperature": (lambda: shares.softmax([1.0], 0.0), "temperature is 0.0"),
+    "table for alpha": (
+        lambda: shares.constrained(np.ones((2, 2))),
+        r"alpha must have shape \[U\]",
+    ),
+    "floors of others": (
+        lambda: shares.constrained([0.5, 0.5], floor=[0.1]),
+        "floor has 1 entries",
+    ),
+    "table of caps": (lambda: shares.constrained([0.5, 0.5], cap=[[1.0]]), "cap must have shape"),
+    "phi": (
+        lambda: shares.constrained([1.0], group_of=[0], group_floor=0.5),
+        r"group_floor must have shape \[P\]",
+    ),
+    "one curve": (lambda: shares.priced(np.ones(3), 1), r"curves must have shape \[U, M\]"),
+    "no curves": (lambda: shares.priced(np.ones((0, 3)), 1), "curves is empty"),
+    "NaN in curves": (lambda: shares.priced([[np.nan]], 1), "curves.* is nan"),
+    "amounts": (lambda: shares.priced(np.ones((2, 3)), [1, 2]), r"amount must have shape \[\]"),
+    "negative amount": (lambda: shares.priced(np.ones((2, 3)), -1), "amount is -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -42,7 +42,8 @@ def whole(
 
     Args:
       w: [U] importance, >= 0. A zero gets its floor only, unless all units of its device are zero
-        (then they count alike); so does a weight below 2^-90 of the largest or a denormal one.
+        (then they count alike); so does a denormal one. A weight below 2^-90 of its device's largest
+        gets its floor until all larger ones are at their caps.
       budget: [] or [G] whole amount that each device shares among its units, 0..2^31-1. Count bytes in
         blocks.
       floor: [U] or [] least amount of a unit.
@@ -93,7 +94,7 @@ def _rounded(w, budget, floor, cap, device_of, solve, axis_name) -> IntegerAlloc
         jnp.where(scaled_down, 0, floor),
         jnp.where(scaled_down, floor, cap),
     )
-    scaled = _normalize(w, devices)
+    scaled, floor = _open_weights(w, budgets, floor, cap, devices)
     cap = jnp.where(scaled > 0, cap, floor)
     amount = solve(scaled, budgets, floor, cap, devices)
     amount = jnp.where(devices.per_unit(devices.total(cap) <= budgets), cap, amount)
@@ -159,10 +160,22 @@ class Rounding(Protocol):
         ...
 
 
-def _normalize(w: jax.Array, devices: Devices) -> jax.Array:
-    """w times a power of two a device, so that its largest is in [1, 2): exact, the same shares."""
-    w, _ = search.normalize(w, devices.per_unit(devices.most(w)))
-    return jnp.where(w >= 2.0**-90, w, 0.0)
+def _open_weights(w, budgets, floor, cap, devices: Devices) -> tuple[jax.Array, jax.Array]:
+    """w times a power of two a device that brings the largest into [1, 2), and the floors.
+
+    Where weights are too far apart for float32 and the large ones are all at their caps, these are their
+    floors, and their weights 0.
+    """
+
+    def short(threshold: jax.Array) -> jax.Array:
+        full = jnp.where(w >= devices.per_unit(threshold), cap, floor)
+        return devices.total(full) < budgets
+
+    top = devices.per_unit(search.open_top(w, short, devices.most, devices.per_unit))
+    scaled, _ = search.normalize(w, top)
+    full = (w > top) & (top > 0)
+    scaled = jnp.where((scaled >= search.LEAST_WEIGHT) & ~full, scaled, 0.0)
+    return scaled, jnp.where(full, cap, floor)
 
 
 def _webster(

@@ -26,7 +26,7 @@ def minimize(gram: jax.Array, q: jax.Array, ridge: float) -> jax.Array:
     Returns:
       x [N, K] >= 0.
     """
-    matrix = gram + ridge * jnp.eye(gram.shape[0])
+    matrix = gram + ridge * jnp.eye(gram.shape[0], dtype=jnp.float32)
 
     def nearer(_: jax.Array, x: jax.Array) -> jax.Array:
         return solve(matrix, q - ridge * x, x > 0)
@@ -50,10 +50,11 @@ def solve(matrix: jax.Array, q: jax.Array, guess: jax.Array) -> jax.Array:
       x [N, K] >= 0.
     """
     size = q.shape[-1]
+    eye = jnp.eye(size, dtype=jnp.float32)
 
     def candidate(positive: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x with A x + q = 0 where `positive` [N, K], and x = 0 elsewhere; and A x + q."""
-        system = jnp.where(positive[:, :, None] & positive[:, None, :], matrix, jnp.eye(size))
+        system = jnp.where(positive[:, :, None] & positive[:, None, :], matrix, eye)
         factor = jnp.linalg.cholesky(system)
         x = _cholesky_solve(factor, jnp.where(positive, -q, 0))
         rest = q + jnp.matmul(x, matrix, precision=lax.Precision.HIGHEST)

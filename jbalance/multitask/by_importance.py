@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbalance import checks, shares
 from jbalance import importance as importances
-from jbalance.multitask.types import TaskStats, TaskWeighting
+from jbalance.multitask.types import TaskStats, TaskWeighting, not_negative, of_finite
 
 
 def by_importance(
@@ -23,13 +22,14 @@ def by_importance(
       rule: a name in `shares.SHARE_RULES`.
 
     Raises:
-      ValueError: as `importance.weighted` and `shares.constrained` do; an unknown rule.
+      ValueError: as `importance.weighted` and `shares.constrained` do; an unknown rule; from
+        update, a loss that is negative or not finite (under jit, a negative one counts as 0).
     """
     share = checks.choice("rule", rule, shares.SHARE_RULES)
 
     def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-        losses = jnp.maximum(jax.lax.stop_gradient(stats.losses), 0)
+        losses = not_negative(jax.lax.stop_gradient(stats.losses))
         alpha = share(importances.weighted(association, losses))
         return shares.constrained(alpha, floor=floor), state
 
-    return TaskWeighting(lambda tasks: (), weigh, needs_losses=True)
+    return TaskWeighting(lambda tasks: (), of_finite(weigh), needs_losses=True)

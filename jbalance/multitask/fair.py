@@ -10,77 +10,93 @@ from jax import lax
 
 from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
-from jbalance.multitask.types import TaskStats, TaskWeighting
+from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
 
 _NEWTON_STEPS = 40
+_TINY = jnp.finfo(jnp.float32).tiny
+_LEAST_LOG, _MOST_LOG = -60.0, 70.0  # of weights, and of products of two
 
 
 def fair(alpha: float = 1.0, *, ridge: float = 1e-6) -> TaskWeighting:
     """Weights w > 0 with G w = w^(-1/α): of most α-fair utility of what the step gains for each task.
 
     α = 0 is the mean, 1 Nash bargaining, and infinity MGDA's point of least length in the convex hull of
-    the gradients. Weights sum to one. Ban and Ji (2024), Fair Resource Allocation in Multi-Task
+    the gradients. Weights sum to one; where a positive sum of the gradients is zero, a Pareto-stationary
+    point, they tend to its. Ban and Ji (2024), Fair Resource Allocation in Multi-Task
     Learning, arXiv:2402.15638, eq. 8; Désidéri (2012), MGDA, doi:10.1016/j.crma.2012.03.014.
 
     Args:
       alpha: in [0, infinity].
-      ridge: added to the diagonal of the directions' Gramian while MGDA's point is sought; > 0.
+      ridge: added to the diagonal of the directions' Gramian; > 0. Where the Gramian is singular, as at
+        Pareto-stationary points, the equation has no solution without it.
 
     Raises:
-      ValueError: a number outside its range.
+      ValueError: a number outside its range; from update, gradients that are not finite.
     """
     if not alpha >= 0:
         raise ValueError(f"alpha is {alpha}: it must be in [0, infinity]")
-    if not ridge > 0:
-        raise ValueError(f"ridge is {ridge}: it must be above 0")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge is {ridge}: it must be finite and above 0")
 
     def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         return fair_weights(stats.gram, alpha, ridge), state
 
-    return TaskWeighting(lambda tasks: (), weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: (), of_finite(weigh), needs_gram=True)
 
 
 def fair_weights(gram: jax.Array, alpha: float, ridge: float = 1e-6) -> jax.Array:
     """Weights [K] of `fair` for a Gramian [K, K], sum 1."""
-    size = gram.shape[0]
     if alpha == 0:
-        return jnp.full(size, 1 / size, jnp.float32)
-    w = _least_length(gram, ridge) if math.isinf(alpha) else _alpha_fair(gram, alpha)
-    return w / jnp.maximum(jnp.sum(w), jnp.finfo(jnp.float32).tiny)
+        return jnp.full(gram.shape[0], 1 / gram.shape[0], jnp.float32)
+    if math.isinf(alpha):
+        return _least_length(gram, ridge)
+    return _alpha_fair(gram, alpha, ridge)
 
 
 def _least_length(gram, ridge):
-    """A multiple of the minimizer of w G w on the simplex: min w G w / 2 - sum(w) over w >= 0.
+    """The minimizer of w G w on the simplex: a multiple of that of w G w / 2 - sum(w) over w >= 0.
 
     With w = u / |g|: the directions' Gramian, and 1 / |g| in place of ones.
     """
     direction, inverse = unit_diagonal(gram)
-    zero = inverse == 0
-    target = inverse / jnp.maximum(jnp.max(inverse), jnp.finfo(jnp.float32).tiny)
-    u = minimize(direction + jnp.diag(1.0 * zero), -target[None], ridge)[0]
+    zero = (inverse == 0).astype(jnp.float32)
+    target = inverse / jnp.maximum(jnp.max(inverse), _TINY)
+    u = minimize(direction + jnp.diag(zero), -target[None], ridge)[0]
     # A gradient of zero is the least there is.
-    return jnp.where(jnp.any(zero), zero.astype(jnp.float32), u * inverse)
+    return _over_sum(jnp.where(jnp.any(zero > 0), zero, u * target))
 
 
-def _alpha_fair(gram, alpha):
+def _alpha_fair(gram, alpha, ridge):
     """Newton's method on w G w / 2 - sum φ(w), φ' = w^(-1/α): convex, with one minimum.
 
     With w = u / |g|: G u = |g|^(1/α - 1) u^(-1/α) for the directions' Gramian. A gradient of zero has no
-    part in it.
+    part in it, unless all are zero: then they count alike.
     """
     direction, inverse = unit_diagonal(gram)
     power, positive = 1 / alpha, inverse > 0
-    length = jnp.where(positive, 1 / jnp.where(positive, inverse, 1), 1)
-    length = length / jnp.exp(jnp.mean(jnp.log(length)))  # w changes by a factor only
-    target = length ** (power - 1)
-    matrix = direction + jnp.diag(1.0 - positive)
+    log_length = jnp.where(positive, -jnp.log(jnp.where(positive, inverse, 1)), 0)
+    log_length -= jnp.mean(log_length)  # w changes by a factor only
+    log_target = (power - 1) * log_length
+    matrix = direction + jnp.diag(jnp.where(positive, ridge, 1 + ridge))
 
-    def step(_, u):
-        pull = target * u**-power
-        move = jnp.linalg.solve(matrix + jnp.diag(power * pull / u), matrix @ u - pull)
-        # At most nine tenths of the way to zero, or ten times as far from it.
-        reach = jnp.maximum(jnp.max(move / u) / 0.9, jnp.max(-move / u) / 9)
-        return u - move / jnp.maximum(reach, 1)
+    def step(_, log_u):
+        u = jnp.exp(log_u)
+        gain = jnp.exp(jnp.clip(log_target + (1 - power) * log_u, -_MOST_LOG, _MOST_LOG))
+        # For the relative move, whose matrix is u's on both sides, over its diagonal's root.
+        scaled = matrix * u[:, None] * u + jnp.diag(power * gain)
+        size = lax.rsqrt(jnp.diagonal(scaled))
+        slope = (matrix @ u) * u - gain
+        move = size * jnp.linalg.solve(scaled * size[:, None] * size, slope * size)
+        # At most nine tenths of the way to zero, or ten times as far from it; each on its own, or those
+        # that go to zero would hold up all others.
+        return jnp.clip(log_u + jnp.log1p(-jnp.clip(move, -9, 0.9)), _LEAST_LOG, _MOST_LOG / 2)
 
-    u = lax.fori_loop(0, _NEWTON_STEPS, step, target ** (1 / (1 + power)))
-    return jnp.where(positive, u * inverse, 0)
+    log_u = lax.fori_loop(0, _NEWTON_STEPS, step, log_target / (1 + power))
+    log_w = jnp.where(positive | ~jnp.any(positive), log_u - log_length, -jnp.inf)
+    return jax.nn.softmax(log_w)
+
+
+def _over_sum(w: jax.Array) -> jax.Array:
+    """w [K] over its sum, equal ones where all have vanished."""
+    total = jnp.sum(w)
+    return jnp.where(total > 0, w / jnp.where(total > 0, total, 1), 1 / w.size)

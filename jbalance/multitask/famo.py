@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import checks
-from jbalance.multitask.types import TaskStats, TaskWeighting
+from jbalance.multitask.types import TaskStats, TaskWeighting, not_negative, of_finite
 
 
 class FamoState(NamedTuple):
@@ -30,22 +30,25 @@ def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> TaskWeighting:
       decay: of ξ; >= 0.
 
     Raises:
-      ValueError: a number outside its range.
+      ValueError: a number outside its range; from update, a loss that is negative or not finite (under
+        jit, a negative one counts as 0, which has the weight of the smallest float32 number).
     """
     checks.positive("learning_rate", learning_rate)
     checks.non_negative("decay", decay)
     tiny = jnp.finfo(jnp.float32).tiny
 
     def init(tasks: int) -> FamoState:
-        return FamoState(jnp.zeros(tasks), jnp.ones(tasks), jnp.zeros((), jnp.int32))
+        zeros = jnp.zeros(tasks, jnp.float32)
+        return FamoState(zeros, zeros + 1, jnp.zeros((), jnp.int32))
 
     def weigh(stats: TaskStats, state: FamoState) -> tuple[jax.Array, FamoState]:
-        losses = jnp.maximum(stats.losses, tiny)
+        losses = jnp.maximum(not_negative(stats.losses), tiny)
         z = jax.nn.softmax(state.logits)
         fell = jnp.where(state.step == 0, 0.0, jnp.log(state.losses) - jnp.log(losses))
         slope = z * (fell - jnp.sum(z * fell))  # of z · fell with respect to the logits
         logits = state.logits - learning_rate * (slope + decay * state.logits)
-        share = jax.nn.softmax(logits) / losses
-        return share / jnp.sum(share), FamoState(logits, losses, state.step + 1)
+        # softmax(logits) / losses over its sum, where the quotients may vanish or overflow.
+        weights = jax.nn.softmax(logits - jnp.log(losses))
+        return weights, FamoState(logits, losses, state.step + 1)
 
-    return TaskWeighting(init, weigh, needs_losses=True)
+    return TaskWeighting(init, of_finite(weigh), needs_losses=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbalance.multitask.types import TaskStats, TaskWeighting
+from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
 
 
 def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
@@ -24,7 +24,7 @@ def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
         state, subkey = jax.random.split(state)
         return pcgrad_weights(stats.gram, subkey), state
 
-    return TaskWeighting(lambda tasks: key, weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: key, of_finite(weigh), needs_gram=True)
 
 
 def pcgrad_weights(gram: jax.Array, key: chex.PRNGKey) -> jax.Array:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
-from jbalance.multitask.gramian import combine, gramian, num_tasks
+from jbalance import checks
+from jbalance.multitask.gramian import check_grads, gram_of, num_tasks, sum_of
 
 
 class TaskStats(NamedTuple):
     """Gradient Gramian and losses of the tasks in a step."""
 
-    gram: Any  # [K, K] float32, or None if the weighting does not ask for it
+    gram: Any  # [K, K] float32 in any unit, or None if the weighting does not ask for it
     losses: Any  # [K] float32, or None if it does not ask for them
 
 
@@ -27,6 +28,35 @@ class TaskWeighting(NamedTuple):
     weigh: Callable[[TaskStats, Any], tuple[jax.Array, Any]]
     needs_gram: bool = False
     needs_losses: bool = False
+
+
+Weigh = Callable[[TaskStats, Any], tuple[jax.Array, Any]]
+
+
+def of_finite(weigh: Weigh) -> Weigh:
+    """`weigh`, which NaN and infinity neither pass nor outlast.
+
+    Concrete ones are an error. Under jit they make the weights of their step NaN, so that the optimizer
+    can leave it out (`optax.apply_if_finite`), and the state stays what it was.
+    """
+
+    def weigh_finite(stats: TaskStats, state: Any) -> tuple[jax.Array, Any]:
+        given = [x for x in stats if x is not None]
+        for name, x in zip(TaskStats._fields, stats, strict=True):
+            if x is not None:
+                checks.finite(name, x)
+        known = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
+        weights, later = weigh(stats, state)
+        later = jax.tree.map(lambda new, old: jnp.where(known, new, old), later, state)
+        return jnp.where(known, weights, jnp.nan), later
+
+    return weigh_finite
+
+
+def not_negative(losses: jax.Array) -> jax.Array:
+    """Losses [K] of a weighting that asks for those >= 0; others are errors, and under jit 0."""
+    checks.non_negative("losses", losses)
+    return jnp.maximum(losses, 0)
 
 
 class AggregatorState(NamedTuple):
@@ -45,13 +75,17 @@ def aggregator(
     takes a tree of [K, ...] gradients, as from `jax.vmap(jax.grad(loss), (None, 0))` or `jax.jacrev`,
     and, where the weighting asks for them, `losses=` [K].
 
+    Under jit, a gradient or loss that is not finite makes the weights and the update NaN and leaves the
+    state of the weighting as it was: `optax.apply_if_finite` around the chain leaves such steps out.
+
     Args:
       weighting: such as `upgrad()`.
       tasks: K.
       axis_name: mesh axis that the parameters are split over.
 
     Raises:
-      ValueError: from update, gradients of another number of tasks, or losses missing.
+      ValueError: tasks below 1; from update, gradients of another number of tasks, complex or whole
+        ones, losses missing, NaN or infinity.
     """
     if tasks < 1:
         raise ValueError(f"tasks is {tasks}: it must be at least 1")
@@ -71,14 +105,16 @@ def aggregator(
         del params, extra
         if (found := num_tasks(task_grads)) != tasks:
             raise ValueError(f"task_grads has {found} tasks along its first axis, not {tasks}")
+        check_grads(task_grads)
         if weighting.needs_losses:
             if losses is None:
                 raise ValueError("losses is None: this weighting needs losses=[K] in every update")
+            checks.finite("losses", losses)
             losses = jnp.asarray(losses, jnp.float32)
             if losses.shape != (tasks,):
                 raise ValueError(f"losses has shape {losses.shape}: it must be [K] = ({tasks},)")
-        gram = gramian(task_grads, axis_name=axis_name) if weighting.needs_gram else None
+        gram = gram_of(task_grads, axis_name) if weighting.needs_gram else None
         weights, inner = weighting.weigh(TaskStats(gram, losses), state.inner)
-        return combine(weights, task_grads), AggregatorState(weights, inner)
+        return sum_of(weights, task_grads), AggregatorState(weights, inner)
 
     return aggregating.Aggregator(init, update)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
-from jbalance.multitask.types import TaskStats, TaskWeighting
+from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
 
 
 def upgrad(ridge: float = 1e-6) -> TaskWeighting:
@@ -21,23 +23,23 @@ def upgrad(ridge: float = 1e-6) -> TaskWeighting:
       ridge: added to the diagonal of the directions' Gramian; > 0.
 
     Raises:
-      ValueError: ridge not above 0.
+      ValueError: ridge not above 0; from update, gradients that are not finite.
     """
-    if not ridge > 0:
-        raise ValueError(f"ridge is {ridge}: it must be above 0")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge is {ridge}: it must be finite and above 0")
 
     def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         return upgrad_weights(stats.gram, ridge), state
 
-    return TaskWeighting(lambda tasks: (), weigh, needs_gram=True)
+    return TaskWeighting(lambda tasks: (), of_finite(weigh), needs_gram=True)
 
 
 def upgrad_weights(gram: jax.Array, ridge: float = 1e-6) -> jax.Array:
     """Weights [K] of `upgrad` for a Gramian [K, K]; 0 for gradients that are zero."""
     size = gram.shape[0]
     direction, inverse = unit_diagonal(gram)
-    direction += jnp.diag(1.0 * (inverse == 0))
+    direction += jnp.diag((inverse == 0).astype(jnp.float32))
     # Row i: weights of directions for g_i / |g_i|.
-    projected = jnp.eye(size) + minimize(direction, direction, ridge)
+    projected = jnp.eye(size, dtype=jnp.float32) + minimize(direction, direction, ridge)
     length = jnp.sqrt(jnp.diagonal(gram))
     return length @ projected * inverse / size

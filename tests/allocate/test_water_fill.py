@@ -55,6 +55,39 @@ def test_segments_solve_the_fair_programme():
     assert lifted_or_held > 10
 
 
+def test_weights_that_span_all_of_float32():
+    """Against the level in float64: the small ones' turn comes when all large ones are full."""
+    rng = np.random.default_rng(40)
+    w = (10.0 ** rng.uniform(-37, 37, (1000, 8))).astype(np.float32)
+    floor = (10.0 ** rng.uniform(-3, 1, w.shape) * (rng.random(w.shape) < 0.5)).astype(np.float32)
+    cap = floor + (10.0 ** rng.uniform(-3, 1, w.shape)).astype(np.float32)
+    least, most = floor.sum(axis=1, dtype=float), cap.sum(axis=1, dtype=float)
+    budget = (least + rng.uniform(0.001, 0.999, 1000) * (most - least)).astype(np.float32)
+    out = jax.tree.map(np.asarray, jax.jit(jax.vmap(water_fill))(w, budget, floor, cap))
+    assert (out.status == Status.OK).all()
+    np.testing.assert_allclose(out.amount.sum(axis=1, dtype=float), budget, rtol=2e-6)
+    for i in range(1000):
+        # Bisection would take long over so many decades: between the levels at which a unit fills up.
+        levels = np.unique(np.append(floor[i] / w[i].astype(float), cap[i] / w[i].astype(float)))
+        poured = np.clip(levels[:, None] * w[i], floor[i], cap[i]).sum(axis=1)
+        level = np.interp(budget[i], poured, levels)
+        want = np.clip(level * w[i], floor[i], cap[i])
+        np.testing.assert_allclose(out.amount[i], want, atol=2e-5 * budget[i])
+    smallest = np.argmin(w, axis=1)[:, None]
+    more = np.take_along_axis(out.amount - floor, smallest, 1)
+    assert (more > 0).sum() > 5
+
+
+def test_segments_too_far_apart_are_refused():
+    segments = {"segment_of": jnp.array([0, 0, 1, 1]), "segment_floor": jnp.array([0.0, 3.0])}
+    near, far = jnp.array([1e10, 2e10, 1e-10, 2e-10]), jnp.array([1e20, 2e20, 1e-20, 2e-20])
+    got = water_fill(near, 10.0, **segments)
+    np.testing.assert_allclose(got.amount, [7 / 3, 14 / 3, 1, 2], rtol=1e-5)
+    with pytest.raises(ValueError, match="w spans 1e-20 to 2e"):
+        water_fill(far, 10.0, **segments)
+    assert jax.jit(lambda w: water_fill(w, 10.0, **segments).status)(far) == Status.INVALID
+
+
 def test_what_limits_each_unit():
     got = water_fill(
         jnp.array([8.0, 1.0, 0.0, 2.0]),

@@ -20,6 +20,7 @@ WEIGHTS = {
     "thirty decades of two": lambda rng, n: 2.0 ** rng.integers(-30, 30, n),
     "tiny": lambda rng, n: rng.uniform(0.1, 1, n) * 3e-37,
     "huge": lambda rng, n: rng.random(n) * 3e38,
+    "all of float32": lambda rng, n: 10.0 ** rng.uniform(-37, 37, n),
 }
 
 
