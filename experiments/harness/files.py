@@ -220,6 +220,11 @@ def _array(content: bytes) -> np.ndarray:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
+def decoded(content: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8 with the line ends of any system, each as a line feed."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors).read()
+
+
 def digest(content: bytes) -> str:
     """SHA-256, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

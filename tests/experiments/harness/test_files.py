@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
-from experiments.harness import cli, docs, files, lines, runs
+from experiments.harness import cli, docs, files, lines, runs, texts
+from experiments.harness.tokens import byte_level_bpe
 from experiments.kv_budget import score
 from experiments.kv_budget.report import output
 from tests.experiments.harness.test_harness import ABOUT, counted, ended
@@ -255,6 +257,7 @@ def test_all_writers_write_whole_files():
     allowed = {
         "harness/files.py": ways,
         "benchmarks/_peers.py": ("np.savez",),  # into a temporary folder
+        "harness/_archive.py": (".write_bytes(",),  # into another
         "peers/record_logits.py": ways,  # in an environment without this package's
     }
     found = []
@@ -267,6 +270,26 @@ def test_all_writers_write_whole_files():
             if any(way in mine and way not in allowed.get(name, ()) for way in ways):
                 found.append((name, line.strip()))
     in_memory = ("figure.savefig(file)", "figure.savefig(picture)", "figure.savefig(buffer")
-    assert [x for x in found if not x[1].startswith(in_memory)] == [
-        ("text_classification/data.py", "(packages.CACHE / name).write_bytes(member.read())")
-    ]
+    assert not [x for x in found if not x[1].startswith(in_memory)]
+
+
+@pytest.mark.parametrize("marks", ["\ufeff", "\ufeff\ufeff"])
+def test_byte_order_marks_go(tmp_path, marks):
+    path = tmp_path / "text"
+    path.write_bytes((marks + "Words.\r\nMore.\n").encode())
+    assert texts.read_file(str(path)) == "Words.\nMore.\n"
+    path.write_bytes((marks + " \n" + marks).encode())
+    with pytest.raises(ValueError, match=r"--text '.*text' is empty"):
+        texts.read_file(str(path))
+
+
+def test_control_tokens_in_a_text_are_characters():
+    tokenizer = byte_level_bpe(["some words"], 300, special=["<end>"], prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    ids = texts.encode(tokenizer, "a<end>b").tolist()
+    assert len(ids) == 7
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == "a<end>b"
+    assert tokenizer.encode("a<end>b").ids == [0, ids[0], 0, ids[-1]]  # where it is asked for
