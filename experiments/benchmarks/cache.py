@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +61,14 @@ def main() -> None:
     _report.main(__doc__ or "", measure_all)
 
 
-def measure_all(quick: bool) -> list[Row]:
+def measure_all(quick: bool) -> Iterator[Row]:
     sizes = QUICK_SIZES if quick else SIZES
     context = real_context(max(sizes))
-    rows = [row for size in sizes for row in _sized(_first(context, size))]
-    rows += _scorers()
-    rows += _codec_rows()
-    return rows + _long_decode(_first(context, LONG_CONTEXT), 2_000 if quick else LONG_STEPS)
+    for size in sizes:
+        yield from _sized(_first(context, size))
+    yield from _scorers()
+    yield from _codec_rows()
+    yield from _long_decode(_first(context, LONG_CONTEXT), 2_000 if quick else LONG_STEPS)
 
 
 def real_context(size: int) -> Context:

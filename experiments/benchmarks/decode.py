@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,15 +46,15 @@ def main() -> None:
     _report.main(__doc__ or "", measure_all)
 
 
-def measure_all(quick: bool) -> list[Row]:
+def measure_all(quick: bool) -> Iterator[Row]:
     _, model, tokenizer = load_gguf(smollm2_path())
     ids = texts.encode(tokenizer, texts.text_of(TEXT))
     decoder = decoder_of(model)
-    rows = _compile_rows(model, decoder, ids)
+    yield from _compile_rows(model, decoder, ids)
     for size in QUICK_SIZES if quick else SIZES:
         for batch in QUICK_BATCHES if quick else BATCHES:
-            rows += _speed_rows(model, decoder, ids, size, batch)
-    return rows + _device_rows(decoder, ids[:1280])
+            yield from _speed_rows(model, decoder, ids, size, batch)
+    yield from _device_rows(decoder, ids[:1280])
 
 
 def _speed_rows(model: Llama, decoder: Model, ids, size: int, batch: int) -> list[Row]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,11 +36,9 @@ def main() -> None:
     _report.main(__doc__ or "", measure_all, {"peers": _peers.HELP})
 
 
-def measure_all(quick: bool, peers: bool) -> list[Row]:
-    rows = []
+def measure_all(quick: bool, peers: bool) -> Iterator[Row]:
     for tasks, size in QUICK_SIZES if quick else SIZES:
-        rows += _sized(tasks, size, peers)
-    return rows
+        yield from _sized(tasks, size, peers)
 
 
 def conflicting(tasks: int, size: int) -> np.ndarray:

@@ -25,7 +25,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ import numpy as np
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
+from experiments.harness import files
 from jbalance import place
 
 LAYERS, QUICK_LAYERS = 58, 4
@@ -75,19 +76,17 @@ def main() -> None:
 
 def measure(
     quick: bool, loads: Path | None = None, devices: int | None = None, slots: int | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     if loads is not None:
-        return rows_of(from_file(loads, devices, slots))
-    return [row for case in cases(QUICK_LAYERS if quick else LAYERS) for row in rows_of(case)]
+        yield from rows_of(from_file(loads, devices, slots))
+        return
+    for case in cases(QUICK_LAYERS if quick else LAYERS):
+        yield from rows_of(case)
 
 
 def from_file(path: Path, devices: int | None = None, slots: int | None = None) -> Case:
     """The case of a file; ValueError that says what is wrong with it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path}: not an .npz file of arrays ({error})") from None
+    arrays = files.read_npz(path)
     if "loads" not in arrays:
         raise ValueError(f"{path}: it has no array `loads` [layers, units], only {sorted(arrays)}")
     loads = arrays["loads"]

@@ -11,6 +11,7 @@ compilations, and the answers of some against those that they give alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,12 +38,12 @@ def main() -> None:
     _report.main(__doc__ or "", measure_all)
 
 
-def measure_all(quick: bool) -> list[Row]:
+def measure_all(quick: bool) -> Iterator[Row]:
     _, model, tokenizer = load_gguf(smollm2_path())
     ids = texts.encode(tokenizer, texts.text_of(TEXT))
     decoder = decoder_of(model)
-    rows = _questions(decoder, ids, QUICK_CONTEXT if quick else CONTEXT)
-    return rows + _requests(decoder, ids, QUICK_REQUESTS if quick else REQUESTS)
+    yield from _questions(decoder, ids, QUICK_CONTEXT if quick else CONTEXT)
+    yield from _requests(decoder, ids, QUICK_REQUESTS if quick else REQUESTS)
 
 
 def _questions(model: Model, ids: np.ndarray, size: int) -> list[Row]:

@@ -56,17 +56,17 @@ def main() -> None:
     _report.main(__doc__ or "", measure)
 
 
-def measure(quick: bool) -> list[Row]:
-    rows = [row for size in LADDER_UNITS for row in _ladder_rows(size)]
+def measure(quick: bool) -> Iterator[Row]:
+    for size in LADDER_UNITS:
+        yield from _ladder_rows(size)
     devices = DEVICES[::3] if quick else DEVICES
     for name, make in STAGES.items():
         for scaling in ("strong", "weak"):
             for number in devices if scaling == "strong" else devices[1:]:
-                rows += _stage_rows(f"{name}_{scaling}_g{number}", make, number, scaling)
+                yield from _stage_rows(f"{name}_{scaling}_g{number}", make, number, scaling)
     for scaling in ("strong", "weak"):
         for number in devices if scaling == "strong" else devices[1:]:
-            rows += _attention_rows(number, scaling)
-    return rows
+            yield from _attention_rows(number, scaling)
 
 
 def _mesh(number: int) -> Mesh:

@@ -19,7 +19,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +71,9 @@ def main() -> None:
     _report.main(__doc__ or "", measure_all, {"peers": _peers.HELP})
 
 
-def measure_all(quick: bool, peers: bool) -> list[Row]:
-    sizes = QUICK_SIZES if quick else SIZES
-    return [row for size in sizes for row in _sized(size, peers)]
+def measure_all(quick: bool, peers: bool) -> Iterator[Row]:
+    for size in QUICK_SIZES if quick else SIZES:
+        yield from _sized(size, peers)
 
 
 def inputs(size: int) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ def write(folder: Path = RESULTS, page: Path = PAGE) -> list[Path]:
         raise ValueError(
             f"{folder} holds no *.json with runs: run an experiment with --json there first"
         )
+    contents: dict[Path, bytes] = {}
     parts, written = [HEAD], []
     for path, report in reports.items():
         picture = path.with_suffix(".png")
         if len({run["seed"] for run in report["runs"]}) > 1:  # else the table says it all
-            draw(report, picture)
+            contents[picture] = draw(report)
             written.append(picture)
         parts.append(section(report, picture.relative_to(page.parent), picture in written))
-    files.write_text(page, "\n".join(parts))
+    files.write_together(contents | {page: "\n".join(parts).encode()})
     return [page, *written]
 
 
@@ -119,8 +121,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw(report: Mapping[str, Any], out: Path) -> None:
-    """One panel for each figure: a point for each seed, a bar for the mean, baselines as lines."""
+def draw(report: Mapping[str, Any]) -> bytes:
+    """A PNG, a panel for each figure: a point for each seed, a bar for the mean, baselines as lines."""
     names, arms = names_of(report), arms_of(report)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -150,4 +152,6 @@ def draw(report: Mapping[str, Any], out: Path) -> None:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(len(arms) - 0.5, -0.5)
-    figure.savefig(out)
+    file = io.BytesIO()
+    figure.savefig(file)
+    return file.getvalue()

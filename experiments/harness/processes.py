@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.harness import guard
+from experiments.harness.lines import plain
 
 _LAST_LINES = 8  # of a process that failed
 _END_S = 10.0  # in which the others end by themselves when one has failed
@@ -62,13 +65,26 @@ def launch(module: str, arguments: list[str], processes: int) -> int:
     coordinator = f"127.0.0.1:{_free_ports()}"
     command = [sys.executable, "-m", module, *arguments]
     command += ["--coordinator", coordinator, "--process-id"]
+    # Whose other end no child has: however this process ends, they read its end.
+    read, write = os.pipe()
+    own = {guard.LAUNCHER: str(read), guard.TOKEN: secrets.token_hex(32)}
+    given: dict[str, Any] = {"env": os.environ | own, "pass_fds": [read]}
+    given["start_new_session"] = True  # Ctrl-C is for this process, with which the others end
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, processes)]
-        children = [subprocess.Popen([*command, "0"])]
-        for i, log in enumerate(logs, 1):
-            child = subprocess.Popen([*command, str(i)], stdout=log, stderr=subprocess.STDOUT)
-            children.append(child)
+        stack.callback(os.close, write)
+        stack.callback(os.close, read)
+        logs = [
+            stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            for _ in range(1, processes)
+        ]
+        children: list[subprocess.Popen] = []
         try:
+            children.append(subprocess.Popen([*command, "0"], **given))
+            for i, log in enumerate(logs, 1):
+                own_command = [*command, str(i)]
+                children.append(
+                    subprocess.Popen(own_command, stdout=log, stderr=subprocess.STDOUT, **given)
+                )
             codes = _wait(children)
         finally:
             for child in children:
@@ -79,8 +95,8 @@ def launch(module: str, arguments: list[str], processes: int) -> int:
                 print(f"error: process {i} of {processes}: ended by {reason}", file=sys.stderr)
             elif code and i:
                 logs[i - 1].seek(0)
-                said = logs[i - 1].readlines()[-_LAST_LINES:]
-                print(f"process {i} of {processes} said:\n{''.join(said)}", file=sys.stderr)
+                said = [plain(line) for line in logs[i - 1].readlines()[-_LAST_LINES:]]
+                print("\n".join([f"process {i} of {processes} said:", *said]), file=sys.stderr)
     return next((code if code > 0 else 1 for code in codes if code), 0)
 
 

@@ -9,6 +9,11 @@ from typing import Any
 
 from experiments.harness import files, progress
 
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("command", "title", "experiment", "digest"), str),
+    **dict.fromkeys(("notes", "compare", "drawn"), list),
+    **dict.fromkeys(("settings", "baselines", "pictures"), dict),
+}
 RunOne = Callable[[str, int, Callable[[], None]], Mapping[str, Any]]
 
 
@@ -36,19 +41,32 @@ def run_all(
       What the file holds: `about` with "runs", one mapping with "arm" and "seed" for each.
 
     Raises:
-      ValueError: the file holds runs with other settings, or is no file of results.
+      ValueError: the file holds runs with other settings, is no file of results, was altered, or
+        another process adds runs to it.
     """
-    report = _begun(out, about)
-    files.write_json(out, report)  # what is said about the runs may be new
-    done = {(run["arm"], run["seed"]) for run in report["runs"]}
-    for seed in seeds:
-        for arm in arms:
-            if (arm, seed) not in done:
-                with progress.bar(f"{arm}, seed {seed}", steps) as advance:
-                    figures = one(arm, seed, advance)
-                report["runs"].append({"arm": arm, "seed": seed, **figures})
-                files.write_json(out, report)
+    with files.locked(out):
+        report = _begun(out, about)
+        _write(out, report)  # what is said about the runs may be new
+        done = {(run["arm"], run["seed"]) for run in report["runs"]}
+        for seed in seeds:
+            for arm in arms:
+                if (arm, seed) not in done:
+                    with progress.bar(f"{arm}, seed {seed}", steps) as advance:
+                        figures = one(arm, seed, advance)
+                    report["runs"].append({"arm": arm, "seed": seed, **figures})
+                    _write(out, report)
     return report
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """With the digest by which `read` knows that nothing was altered."""
+    report["digest"] = _digest(report)
+    files.write_json(out, report)
+
+
+def _digest(report: Mapping[str, Any]) -> str:
+    """Of what was run and found; what is said about it may change."""
+    return files.digest_of([report.get("settings"), report["runs"]])
 
 
 def seeds_of(text: str) -> list[int]:
@@ -81,33 +99,70 @@ def read(path: Path) -> dict[str, Any]:
     """A file of results.
 
     Raises:
-      ValueError: it cannot be read as one.
+      ValueError: it cannot be read as one, or was altered.
     """
-    report = _parsed(path)
+    report = files.read_json(path)
     if not _holds_runs(report):
         raise ValueError(f'{path} is no file of results: it must be an object with "runs"')
-    return report
+    return _checked(path, report)
 
 
 def read_all(folder: Path) -> dict[Path, dict[str, Any]]:
     """The files of results in a folder, by path; other experiments keep rows of their own there.
 
     Raises:
-      ValueError: a file that is not JSON.
+      ValueError: a file that is not JSON, or whose runs were altered.
     """
-    found = {path: _parsed(path) for path in sorted(folder.glob("*.json"))}
-    return {path: report for path, report in found.items() if _holds_runs(report)}
-
-
-def _parsed(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    found = {path: files.read_json(path) for path in sorted(folder.glob("*.json"))}
+    return {path: _checked(path, report) for path, report in found.items() if _holds_runs(report)}
 
 
 def _holds_runs(report: Any) -> bool:
     return isinstance(report, dict) and isinstance(report.get("runs"), list)
+
+
+def _checked(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report, if every field is of its kind and the runs are those that were written."""
+    for name, kind in _KINDS.items():
+        if name in report and not isinstance(report[name], kind):
+            raise ValueError(f"{path}: {name} is {report[name]!r}, no {kind.__name__}")
+    for name in ("command", "digest"):
+        if name not in report:
+            raise ValueError(f"{path} lacks {name!r}: it was not written by these experiments")
+    if "title" not in report and "experiment" not in report:
+        raise ValueError(f"{path} lacks 'title': it was not written by these experiments")
+    for i, run in enumerate(report["runs"]):
+        _check_run(f"{path}: runs[{i}]", run)
+    for name, known in report.get("baselines", {}).items():
+        _check_figures(f"{path}: baselines[{name!r}]", known)
+    for pair in report.get("compare", []):
+        if not (isinstance(pair, list) and [type(x) for x in pair] == [str, str]):
+            raise ValueError(f"{path}: compare holds {pair!r}: it must be pairs of arms")
+    if report["digest"] != _digest(report):
+        raise ValueError(
+            f"{path} is not what was written: its digest is not that of its settings and runs; "
+            f"remove it to run them again"
+        )
+    return report
+
+
+def _check_run(where: str, run: Any) -> None:
+    if not isinstance(run, dict):
+        raise ValueError(f"{where} is {run!r}: it must be an object with arm, seed and figures")
+    if not isinstance(run.get("arm"), str) or type(run.get("seed")) is not int:
+        raise ValueError(
+            f"{where} has the arm {run.get('arm')!r} and the seed {run.get('seed')!r}: they must be "
+            f"a name and a whole number"
+        )
+    _check_figures(f"{where}.figures", run.get("figures"))
+
+
+def _check_figures(where: str, figures: Any) -> None:
+    if not isinstance(figures, dict):
+        raise ValueError(f"{where} is {figures!r}: it must be numbers by name")
+    for name, value in figures.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}[{name!r}] is {value!r}: it must be a number")
 
 
 def figures_of(report: Mapping[str, Any], arm: str, name: str) -> list[float]:

@@ -14,6 +14,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from experiments.harness import cli, files, guard, processes
 
@@ -60,6 +61,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     path = Path(options.out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {options.out!r} is a file: give a folder")
+    files.check_writable(path / "report.json")
     settings = run.Settings(
         command=command,
         memory_bytes=memory,
@@ -86,7 +88,8 @@ def _run(options: argparse.Namespace, command: str) -> None:
     print(f"digest of the tokens and figures: {digest}")
     if options.process_id:
         return  # one process writes the report
-    report.write(result, path)
+    with files.locked(path / "report.json"):
+        report.write(result, path)
     report.print_table(result)
     print(f"report: {path / 'report.html'}, {path / 'report.json'}")
 
@@ -116,6 +119,7 @@ def _stream(options: argparse.Namespace) -> None:
         raise ValueError(f"--new-tokens is {options.new_tokens}: at least 1")
     memory = _memory(options.device_memory)
     text = _text(options)
+    keep = files.json_writer(options.json)
     _, model, tokenizer = load_gguf(smollm2_path())
     context = texts.encode(tokenizer, text)[: options.context_tokens]
     if len(context) < options.context_tokens:
@@ -132,9 +136,7 @@ def _stream(options: argparse.Namespace) -> None:
             step=lambda n: bar.advance(task, n),
         )
     tokens = result.pop("tokens")
-    if options.json:
-        result["text"] = tokenizer.decode(tokens)
-        files.write_json(Path(options.json), result)
+    keep(result | {"text": tokenizer.decode(tokens)})
     for name, value in result.items():
         print(f"{name}: {value}")
 
@@ -168,24 +170,29 @@ def _score(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--budget is {options.budget!r}: fractions of the full cache, such as 0.25,0.1"
         ) from None
+    keep = files.json_writer(options.json)
     _, model, _ = load_gguf(smollm2_path())
     cases = score.read_cases(options.cases, model.config.vocab_size)
     with progress.display() as bar:
         total = sum(len(x) for name, x in cases.items() if name.endswith("_ctx"))
         task = bar.add_task("contexts", total=total)
-        results = score.score(model, cases, names, budgets, lambda: bar.advance(task))
-    files.write_json(Path(options.json), results)
+
+        def step(results: dict[str, Any]) -> None:
+            keep(results)
+            bar.advance(task)
+
+        results = score.score(model, cases, names, budgets, step)
     for row in results["results"]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in row["mean"].items())
         print(f"{row['policy']} at {row['budget']:g}: {figures}")
 
 
 def _cases(options: argparse.Namespace) -> None:
-    import numpy as np
-
     from experiments.kv_budget import data, evaluate
     from experiments.models import load_gguf, smollm2_path
 
+    out = Path(options.out)
+    files.check_writable(out)
     _, model, tokenizer = load_gguf(smollm2_path())
     arrays = data.case_arrays(
         tokenizer,
@@ -195,8 +202,7 @@ def _cases(options: argparse.Namespace) -> None:
         continuation_tokens=options.continuation_tokens,
         accept=evaluate.answers_with_everything(model),
     )
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(options.out, allow_pickle=False, **arrays)
+    files.write_npz(out, arrays)
     print(", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items()))
 
 

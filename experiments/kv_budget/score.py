@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.harness import files
 from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.policies import (
     Policy,
@@ -28,9 +31,8 @@ def read_cases(path: str, vocab_size: int) -> dict[str, np.ndarray]:
         vocabulary.
     """
     try:
-        with np.load(path) as file:
-            cases = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+        cases = files.read_npz(Path(path))
+    except ValueError as error:
         raise ValueError(f"--cases {path!r} is no readable .npz file: {error}") from None
     together = (("lm_ctx", "lm_cont"), ("pk_ctx", "pk_query", "pk_answer"))
     for names in together:
@@ -66,7 +68,7 @@ def score(
     cases: dict[str, np.ndarray],
     policies: list[str],
     budgets: list[float],
-    step: Any = None,
+    step: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
     """Results of every policy at every budget, as the command writes them.
 
@@ -75,7 +77,7 @@ def score(
       cases: of `read_cases`.
       policies: names.
       budgets: fractions of the full cache's bytes at 16 bits.
-      step: called after every context, for progress.
+      step: called after every context with the results of those that are done.
 
     Raises:
       ValueError: unknown policy, a budget outside (0, 1].
@@ -105,8 +107,11 @@ def score(
             rows = _score_context(decoder, measured, chosen, budgets, full, given)
             for key, row in rows:
                 table[key][i].update(row)
-            if step:
-                step()
+            step(_results(table))
+    return _results(table)
+
+
+def _results(table: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "results": [
             {"policy": name, "budget": budget, "mean": _mean(rows), "cases": rows}

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -91,6 +90,7 @@ def _kl(model, decoder, state, device, seen, follow) -> float:
 
 
 def job(options: argparse.Namespace) -> None:
+    keep = files.json_writer(options.json)
     _, model, tokenizer = load_gguf(smollm2_path())
     cases = data.case_arrays(
         tokenizer,
@@ -110,14 +110,13 @@ def job(options: argparse.Namespace) -> None:
             for fraction in FRACTIONS:
                 row = rows_of(model, decoder, cases, fraction)
                 results.append({"worth": name, "budget": fraction} | row)
+                keep({"contexts": len(cases["lm_ctx"]), "results": results})
                 print(results[-1], flush=True)
-    if options.json:
-        files.write_json(options.json, {"contexts": len(cases["lm_ctx"]), "results": results})
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("experiments.kv_budget.worths", __doc__)
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", help="file for the results")
     parser.add_argument("--contexts", type=int, default=4, help="of each kind, from both texts")
     return cli.run(parser, job, arguments)
 

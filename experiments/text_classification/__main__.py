@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import cli, runs
+from experiments.harness import cli, files, runs
 from experiments.text_classification import data, experiment, features, search
 from experiments.text_classification.experiment import REGULARISED
 from experiments.text_classification.tokens import BUDGETS
@@ -61,6 +61,7 @@ def _job(options: argparse.Namespace) -> None:
     for name in arms:
         checks.choice("--arms", name, JOBS[options.job])
     seeds = runs.seeds_of(options.seeds)
+    files.check_writable(out)
     if options.job == "search":
         report = find(out, arms, options.trials)
     elif options.job == "regularise":

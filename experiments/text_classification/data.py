@@ -9,15 +9,31 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from experiments.harness import packages
+from experiments.harness import files, packages
+from experiments.harness.packages import Archive, Member
 
-REQUIREMENT = "vaderSentiment==3.3.2"
-ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-SOURCES = {
-    "film": "movieReviewSnippets_GroundTruth.txt",
-    "product": "amazonReviewSnippets_GroundTruth.txt",
-    "tweets": "tweets_GroundTruth.txt",
+VADER = Archive(
+    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+)
+INNER = Member(
+    "additional_resources/hutto_ICWSM_2014.tar.gz",
+    "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+)
+FILES = {
+    "movieReviewSnippets_GroundTruth.txt": Member(
+        "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    ),
+    "amazonReviewSnippets_GroundTruth.txt": Member(
+        "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    ),
+    "tweets_GroundTruth.txt": Member(
+        "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+        "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+    ),
 }
+SOURCES = dict(zip(("film", "product", "tweets"), FILES, strict=True))
 TEST, VALIDATION = 0.2, 0.1  # of all texts, and of those that are left
 
 
@@ -47,19 +63,21 @@ def read(source: str) -> Part:
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}: it must be one of {', '.join(SOURCES)}")
-    path = packages.CACHE / SOURCES[source]
-    if not path.exists():
-        packages.CACHE.mkdir(exist_ok=True)
-        content = packages.sdist_members(REQUIREMENT, [ARCHIVE])[ARCHIVE]
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            for name in SOURCES.values():
-                member = archive.extractfile(f"hutto_ICWSM_2014/{name}")
-                assert member is not None  # a regular file of a pinned version
-                (packages.CACHE / name).write_bytes(member.read())
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    content = packages.cached(FILES, SOURCES[source], _fetch)
+    lines = files.decoded(content, "replace").splitlines()
     rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
     rating = np.array([float(row[1]) for row in rows])
     return Part([row[2] for row in rows], (rating > 0).astype(np.int32))
+
+
+def _fetch() -> dict[str, bytes]:
+    """All sources, from an archive within the package's."""
+    inner = packages.sdist_files(VADER, {"texts": INNER})["texts"]
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        return {
+            name: packages.read_member(archive, member.path, VADER.requirement)
+            for name, member in FILES.items()
+        }
 
 
 def split(part: Part, seed: int = 0) -> Split:

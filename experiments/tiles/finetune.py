@@ -18,7 +18,6 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,13 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace) -> None:
-    out = Path(options.json) if options.json else None
+    keep = files.json_writer(options.json)
     if options.job == "speed":
         rows = speed(options.density)
+        keep(rows)
     else:
         names = options.texts.split(","), options.policies.split(",")
-        rows = train(*names, options.tokens, options.steps, options.density, out)
-    _write(rows, out)
+        rows = train(*names, options.tokens, options.steps, options.density, keep)
     _print(rows)
 
 
@@ -73,9 +72,9 @@ def train(
     tokens: int,
     steps: int,
     density: float,
-    out: Path | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """One row for each policy; what there is is written after each.
+    """One row for each policy; `keep` gets what there is after each.
 
     Raises:
       ValueError: unknown names, numbers outside their range, texts too short.
@@ -105,7 +104,7 @@ def train(
             if rows[0]["policy"] == "dense":
                 row_ratio = row[name][-1] / rows[0]["held_out"][-1]
                 rows[-1][f"{name}_over_dense"] = row_ratio - 1
-        _write(rows, out)
+        keep(rows)
     return rows
 
 
@@ -206,11 +205,6 @@ def no_tiles(q: jax.Array, k: jax.Array, v: jax.Array) -> TilePlan:
     """A plan without any: what is left of a step is not attention."""
     plan = attention.dense(Tiling(q.shape[1], k.shape[1]))
     return dataclasses.replace(plan, count=jnp.zeros_like(plan.count))
-
-
-def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
-    if out:
-        files.write_json(out, rows)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,14 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace) -> None:
-    rows = run(options.tokens, [float(x) for x in options.density.split(",")])
-    if options.json:
-        files.write_json(Path(options.json), rows)
+    keep = files.json_writer(options.json)
+    rows = run(options.tokens, [float(x) for x in options.density.split(",")], keep)
     _print(rows)
 
 
-def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
-    """One row for each density and rule.
+def run(
+    tokens: int,
+    densities: list[float],
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """One row for each density and rule; `keep` gets what there is after each.
 
     Raises:
       ValueError: densities outside (0, 0.7], where a pyramid would need more than all tiles; tokens
@@ -129,6 +131,7 @@ def run(tokens: int, densities: list[float]) -> list[dict[str, Any]]:
             rows.append(
                 row | {"tiles": float(budgets.fraction.mean()), "thirds": thirds, "each": kl}
             )
+            keep(rows)
             print(rows[-1], flush=True)
     return rows
 

@@ -13,7 +13,7 @@ import argparse
 import functools
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,21 +45,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace) -> None:
+    keep = files.json_writer(options.json)
     rows = run(
         options.texts.split(","),
         options.tokens,
         [float(x) for x in options.density.split(",")],
         options.policies.split(","),
+        keep,
     )
     _print(rows)
-    if options.json:
-        files.write_json(Path(options.json), rows)
 
 
 def run(
-    texts: list[str], tokens: int, densities: list[float], policies: list[str]
+    texts: list[str],
+    tokens: int,
+    densities: list[float],
+    policies: list[str],
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """One row for each text, policy and density.
+    """One row for each text, policy and density; `keep` gets what there is after each.
 
     Raises:
       ValueError: unknown names, texts too short, densities outside (0, 1], tokens that are no multiple
@@ -87,6 +91,7 @@ def run(
                 row["tiles"] = float(used)
                 row["seconds_with_compilation"] = time.perf_counter() - start
                 rows.append(row)
+                keep(rows)
                 print(
                     ", ".join(
                         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import cli, progress, runs
+from experiments.harness import cli, files, progress, runs
 from experiments.translation import data, experiment, maps
 from jbalance import checks
 
@@ -50,9 +50,11 @@ def _job(options: argparse.Namespace) -> None:
         print(f"w {found.w.round(3)}, alpha {found.alpha.round(4)}")
     elif options.job == "density":
         out = Path(options.json or "out/translation_density.json")
+        files.check_writable(out)
         _print(density(out, options.base_steps))
     else:
         out = Path(options.json or "out/translation.json")
+        files.check_writable(out)
         arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
         _print(train(out, arms, seeds, options.base_steps, options.steps))
 

