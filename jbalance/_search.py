@@ -171,8 +171,6 @@ def total(
     Where `may_wrap` said no of a bound on x, wraps=False leaves the check out: one pass over the units.
     """
     x = x.astype(jnp.uint32)
-    if segment_of is None and axis_name is None:
-        return lax.reduce(x, jnp.uint32(0), _saturating_add, (0,))[None]
     exact = psum(segment_total(x, segment_of, num_segments), axis_name)
     if not wraps:
         return exact

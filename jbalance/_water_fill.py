@@ -63,7 +63,9 @@ def water_fill(
 
     Reference: Bertsekas and Gallager, Data Networks (1992), section 6.5.2 (max-min fairness).
     """
-    _check(w, budget, floor, cap, segment_of, segment_floor, segment_cap)
+    w, budget, floor, cap, segment_of, segment_floor, segment_cap = _checked(
+        w, budget, floor, cap, segment_of, segment_floor, segment_cap
+    )
     bounds = segment_cap if segment_floor is None else segment_floor
     num_segments = 1 if bounds is None else np.shape(bounds)[0]
     out = _solve(
@@ -79,36 +81,38 @@ def water_fill(
     return out
 
 
-def _check(w, budget, floor, cap, segment_of, segment_floor, segment_cap) -> None:
+def _checked(w, budget, floor, cap, segment_of, segment_floor, segment_cap):
+    """The arguments in float32 and int32; ValueError for what does not fit."""
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
-    checks.non_negative("w", w)
+    w = checks.non_negative("w", w)
     checks.rank("budget", budget, 0, "[]")
-    checks.positive("budget", budget)
+    budget = checks.positive("budget", budget)
     for name, x in (("floor", floor), ("cap", cap)):
         checks.rank(name, x, (0, 1), "[] or [U]")
         if np.ndim(x):
             checks.same_length(name, x, "w", w)
-    checks.non_negative("floor", floor)
-    checks.in_range("cap", cap, 0, np.inf)
+    low, high = checks.non_negative("floor", floor), checks.in_range("cap", cap, 0, np.inf)
     checks.not_above("floor", floor, "cap", cap)
+    floor, cap = low, high
     if segment_of is None:
         if segment_floor is not None or segment_cap is not None:
             raise ValueError("segment_floor and segment_cap need segment_of, which is None")
-        return
+        return w, budget, floor, cap, None, None, None
     checks.rank("segment_of", segment_of, 1, "[U]")
     checks.same_length("segment_of", segment_of, "w", w)
     bounds = [("segment_floor", segment_floor), ("segment_cap", segment_cap)]
-    given = [(name, x) for name, x in bounds if x is not None]
+    given = {name: x for name, x in bounds if x is not None}
     if not given:
         raise ValueError("segment_of is given, but neither segment_floor nor segment_cap: give one")
-    for name, x in given:
+    for name, x in given.items():
         checks.rank(name, x, 1, "[P]")
-        checks.in_range(name, x, 0, np.inf)
-        checks.index_below("segment_of", segment_of, np.shape(x)[0])
+        given[name] = checks.in_range(name, x, 0, np.inf)
+        segment_of = checks.index_below("segment_of", segment_of, np.shape(x)[0])
     if len(given) == 2:
         checks.same_length("segment_floor", segment_floor, "segment_cap", segment_cap)
         checks.not_above("segment_floor", segment_floor, "segment_cap", segment_cap)
+    return w, budget, floor, cap, segment_of, *(given.get(name) for name, _ in bounds)
 
 
 @functools.partial(jax.jit, static_argnames=("num_segments", "axis_name"))

@@ -55,8 +55,8 @@ def by_group(
     num_groups = checks.static_int("num_groups", num_groups, 1)
     group_of = checks.index_below("group_of", group_of, num_groups)
     if error is not None:
-        checks.same_length("error", error, "attention", attention)
         checks.rank("error", error, 1, "[U]")
+        checks.same_length("error", error, "attention", attention)
         error = checks.finite("error", error)
     attention = jnp.asarray(attention, jnp.float32)
     error = jnp.zeros_like(attention) if error is None else jnp.asarray(error, jnp.float32)

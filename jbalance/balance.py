@@ -139,6 +139,6 @@ def _rule(name: str, blended: Callable[..., jax.Array], axis_name: str | None) -
 
 def _check(decay: float, beta: float, eta: float) -> None:
     if checks.static_float("decay", decay, 0, 1) == 1:
-        raise ValueError("decay is 1: it must be in [0, 1)")
+        raise ValueError(f"decay is {decay}: it must be below 1")
     checks.static_float("beta", beta, 0, 1)
     checks.static_float("eta", eta, 0, checks.FLOAT32_MAX)

@@ -312,6 +312,7 @@ def floats(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> A
 
 def booleans(name: str, x: Any, shape: tuple[int, ...], shape_hint: str) -> Any:
     """`x` as an array of truth values; ValueError for others, or for another shape."""
+    rank(name, x, len(shape), shape_hint)
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if x.dtype != bool or x.shape != shape:
         raise ValueError(

@@ -234,6 +234,7 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
       ValueError: block_bytes below 1, or more than 2^31-1 blocks: take larger ones.
     """
     block_bytes = checks.static_int("block_bytes", block_bytes, 1, None)
+    checks.rank("num_bytes", num_bytes, tuple(range(9)), "[] or [N]")
     checks.non_empty("num_bytes", num_bytes)
     sizes = [
         checks.static_int("num_bytes", size, 0, None) for size in np.asarray(num_bytes, object).flat

@@ -45,8 +45,7 @@ def proportional(
       ValueError: w empty, not [U], negative or NaN.
     """
     _check(w)
-    checks.non_negative("w", w)
-    w = jnp.asarray(w, jnp.float32)
+    w = jnp.asarray(checks.non_negative("w", w))
     w = _only(where, w, 0.0)
     w, _ = search.normalize(w, _max(lax.stop_gradient(w), axis_name))
     w = _only(where, w, 0.0)
@@ -77,9 +76,9 @@ def softmax(
       ValueError: w empty, not [U] or not finite; temperature not above 0.
     """
     _check(w)
-    checks.finite("w", w)
+    w = checks.finite("w", w)
     checks.rank("temperature", temperature, 0, "[]")
-    checks.positive("temperature", temperature)
+    temperature = checks.positive("temperature", temperature)
     logits = _only(where, jnp.asarray(w, jnp.float32) / temperature, -jnp.inf)
     weight = jnp.exp(logits - _max(lax.stop_gradient(logits), axis_name))
     return weight / search.psum(jnp.sum(weight), axis_name)
@@ -119,15 +118,14 @@ def constrained(
         under jit, where they are no tracers); a group floor above what its units' caps allow.
     """
     _check(alpha, "alpha")
-    checks.in_range("floor", floor, 0, 1)
-    checks.in_range("cap", cap, 0, 1)
+    floor, cap = checks.in_range("floor", floor, 0, 1), checks.in_range("cap", cap, 0, 1)
     if (group_of is None) != (group_floor is None):
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both")
     if group_floor is not None:
         checks.rank("group_floor", group_floor, 1, "[P]")
-        checks.in_range("group_floor", group_floor, 0, 1)
-        checks.index_below("group_of", group_of, np.shape(group_floor)[0])
+        group_floor = checks.in_range("group_floor", group_floor, 0, 1)
+        group_of = checks.index_below("group_of", group_of, np.shape(group_floor)[0])
     if axis_name is None:
         _check_sums(np.shape(alpha), floor, cap)
     out = water_fill(
@@ -186,9 +184,9 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     """
     checks.rank("curves", curves, 2, "[U, M]")
     checks.non_empty("curves", curves)
-    checks.non_negative("curves", curves)
+    curves = checks.non_negative("curves", curves)
     checks.rank("amount", amount, 0, "[]")
-    checks.non_negative("amount", amount)
+    amount = checks.non_negative("amount", amount)
     # [U, M]: how many are worth at least each bin's lower end.
     above = jnp.cumsum(jnp.asarray(curves, jnp.float32)[:, ::-1], axis=1)[:, ::-1]
     above = jnp.pad(above, ((0, 0), (0, 1)))
@@ -214,7 +212,9 @@ def _uniform_like(
 
 def _only(where: ArrayLike | None, x: jax.Array, other: float) -> jax.Array:
     """x where there is a unit, `other` elsewhere."""
-    return x if where is None else jnp.where(jnp.asarray(where), x, other)
+    if where is None:
+        return x
+    return jnp.where(jnp.asarray(checks.booleans("where", where, x.shape, "[U]")), x, other)
 
 
 def _check(w: Any, name: str = "w") -> None:

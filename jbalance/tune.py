@@ -76,8 +76,8 @@ def tune(
     Raises:
       ValueError: a range without its setting, a setting outside its range, numbers below 1.
     """
-    checks.positive("max_rounds", max_rounds)
-    checks.positive("patience", patience)
+    checks.static_int("max_rounds", max_rounds, 1)
+    checks.static_int("patience", patience, 1)
     for name, (low, high) in ranges.items():
         if name not in settings:
             raise ValueError(f"ranges has {name!r}, settings has only {', '.join(settings)}")

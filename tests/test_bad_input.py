@@ -211,7 +211,7 @@ CASES = {
     "shares: negative w": (lambda: shares.proportional([1, -2]), "w[1] is -2", ">= 0"),
     "shares: matrix": (lambda: shares.softmax(A), "w must have shape [U]", "(3, 2)"),
     "shares: no temperature": (lambda: shares.softmax(W, 0.0), "temperature is 0.0", "> 0"),
-    "shares: no units": (lambda: shares.uniform(0), "num_units is 0", "at least one"),
+    "shares: no units": (lambda: shares.uniform(0), "num_units is 0", "at least 1"),
     "shares: floors above the whole": (
         lambda: shares.constrained(W / 6, floor=0.5),
         "floors sum to 1.5, above budget = 1",
@@ -346,11 +346,11 @@ CASES = {
     ),
     "rescale: negative share": (lambda: rescale.logit_bias(-W, A), "alpha[0] is -1.0", ">= 0"),
     # the balancer
-    "balance: no memory": (lambda: jb.balancer(decay=1.0), "decay is 1.0", "[0, 1)"),
-    "balance: NaN decay": (lambda: jb.balancer(decay=NAN), "decay is nan", "[0, 1)"),
+    "balance: no memory": (lambda: jb.balancer(decay=1.0), "decay is 1.0", "below 1"),
+    "balance: NaN decay": (lambda: jb.balancer(decay=NAN), "decay is nan", "[0, 1]"),
     "balance: unknown rule": (lambda: jb.balancer(rule="max"), "rule is 'max'", "'softmax'"),
     "balance: beta": (lambda: jb.balancer(beta=2.0), "beta is 2.0", "[0, 1]"),
-    "balance: eta": (lambda: jb.balancer(eta=-1.0), "eta is -1.0", ">= 0"),
+    "balance: eta": (lambda: jb.balancer(eta=-1.0), "eta is -1.0", "in [0,"),
     "balance: state of others": (lambda: update(units=4), "w has 3 entries", "give w 4"),
     "balance: NaN importance": (lambda: update(w=[1, NAN, 2]), "w[1] is nan", ">= 0"),
     "balance: fractional budget": (lambda: update(budget=6.0), "budget has dtype", "whole numbers"),

@@ -8,18 +8,19 @@ from jbalance import checks
 from jbalance.types import Status
 
 
-def whole_inputs(w, budget, floor, cap, device_of) -> None:
-    """The errors of `whole` that show before it is solved."""
+def whole_inputs(w, budget, floor, cap, device_of):
+    """The arguments of `whole` in float32 and int32, and the errors that show before it is solved."""
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
-    checks.non_negative("w", w)
-    checks.device_budgets("budget", budget, device_of, "w", w)
+    w = checks.non_negative("w", w)
+    budget, device_of = checks.device_budgets("budget", budget, device_of, "w", w)
     for name, x in (("floor", floor), ("cap", cap)):
         checks.rank(name, x, (0, 1), "[] or [U]")
         if np.ndim(x):
             checks.same_length(name, x, "w", w)
-        checks.whole(name, x)
+    floor, cap = checks.whole("floor", floor), checks.whole("cap", cap)
     checks.not_above("floor", floor, "cap", cap)
+    return w, budget, floor, cap, device_of
 
 
 def whole_feasible(out, w, budget, floor, device_of) -> None:
@@ -37,11 +38,11 @@ def whole_feasible(out, w, budget, floor, device_of) -> None:
     )
 
 
-def ladder_inputs(values, costs, budgets, device_of, total_budget) -> None:
-    """The errors of `ladder` that show before it is solved."""
+def ladder_inputs(values, costs, budgets, device_of, total_budget):
+    """The arguments of `ladder` in float32 and int32, and the errors that show before it is solved."""
     checks.rank("values", values, 2, "[U, M]")
     checks.non_empty("values", values)
-    checks.finite("values", values)
+    values = checks.finite("values", values)
     if np.shape(values)[1] < 2:
         raise ValueError(
             "values has 1 level: a ladder needs at least 2, the lowest and one above it"
@@ -50,7 +51,7 @@ def ladder_inputs(values, costs, budgets, device_of, total_budget) -> None:
     checks.same_length("costs", costs, "values", values, axis=-1)
     if np.ndim(costs) == 2:
         checks.same_length("costs", costs, "values", values)
-    checks.whole("costs", costs)
+    costs = checks.whole("costs", costs)
     if checks.is_concrete(costs):
         steps = np.diff(np.asarray(costs, np.int64), axis=-1)
         if (steps <= 0).any():
@@ -59,10 +60,11 @@ def ladder_inputs(values, costs, budgets, device_of, total_budget) -> None:
                 f"costs must rise with the level: the step up from costs{list(index)} is "
                 f"{int(steps[index])}, it must be at least 1"
             )
-    checks.device_budgets("budgets", budgets, device_of, "values", values)
+    budgets, device_of = checks.device_budgets("budgets", budgets, device_of, "values", values)
     if total_budget is not None:
         checks.rank("total_budget", total_budget, 0, "[]")
-        checks.whole("total_budget", total_budget)
+        total_budget = checks.whole("total_budget", total_budget)
+    return values, costs, budgets, device_of, total_budget
 
 
 def ladder_feasible(out, values, costs, budgets, device_of, total_budget) -> None:

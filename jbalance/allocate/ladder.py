@@ -65,7 +65,9 @@ def ladder(
 
     Reference: Fox, Operations Research 14 (1966) for equal costs; Shih, J. Oper. Res. Soc. 30 (1979).
     """
-    _checks.ladder_inputs(values, costs, budgets, device_of, total_budget)
+    values, costs, budgets, device_of, total_budget = _checks.ladder_inputs(
+        values, costs, budgets, device_of, total_budget
+    )
     if split_budgets and (axis_name is None or np.ndim(budgets) > 0):
         raise ValueError(
             f"split_budgets is True, axis_name {axis_name!r} and budgets of shape {np.shape(budgets)}: "

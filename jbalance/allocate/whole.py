@@ -65,9 +65,9 @@ def whole(
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
     solve = checks.choice("method", method, ROUNDINGS)
-    _checks.whole_inputs(w, budget, floor, cap, device_of)
+    w, budget, floor, cap, device_of = _checks.whole_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):
-        checks.in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
+        checks.int_in_range("budget", budget, 0, LARGEST_REMAINDER_MAX)
     out = _rounded(w, budget, floor, cap, device_of, solve, axis_name)
     _checks.whole_feasible(out, w, budget, floor, device_of)
     return out

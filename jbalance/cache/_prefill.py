@@ -58,7 +58,8 @@ def prefill(
     Raises:
       ValueError: shapes that do not fit, lengths outside 0..S, an allowance below the floor.
     """
-    requests, size = _check(cache, q, k, v)
+    q, k, v = _checked(cache, q, k, v)
+    requests, size = q.shape[:2]
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = _checked_lengths(lengths, requests, size)
@@ -114,12 +115,14 @@ def causal_plan(size: int) -> TilePlan:
     return attention.dense(Tiling(size, size, block, block))
 
 
-def _check(cache, q, k, v) -> tuple[int, int]:
-    """B and S; ValueError for shapes that do not fit."""
+def _checked(cache, q, k, v):
+    """q, k and v as arrays; ValueError for shapes that do not fit."""
     checks.instance("cache", cache, KVCache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.floats(name, x, 4, "[B, S, H or K, D]")
+    q, k, v = (
+        jnp.asarray(checks.floats(name, x, 4, "[B, S, H or K, D]"))
+        for name, x in (("q", q), ("k", k), ("v", v))
+    )
     shape = (requests, np.shape(q)[1], heads, head_dim)
     fits = q.shape[0] == requests and q.shape[2] % heads == 0 and q.shape[3] == head_dim
     if not fits or q.shape[1] == 0:
@@ -133,7 +136,7 @@ def _check(cache, q, k, v) -> tuple[int, int]:
                 f"{name} has shape {np.shape(x)}: it must be [B, S, K, D] = {shape}; the cache is "
                 f"for self-attention, whose keys are those of its queries' tokens"
             )
-    return requests, shape[1]
+    return q, k, v
 
 
 def _checked_lengths(lengths, requests, size):

@@ -56,7 +56,7 @@ def step(
     Raises:
       ValueError: shapes that do not fit, an allowance below the floor.
     """
-    _check(cache, q, k, v, context)
+    q, k, v = _checked(cache, q, k, v, context)
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     if active is None:
@@ -80,7 +80,7 @@ def step_in_order(
     The end of a step, which lets full buffers enter the arena, takes longer to compile than attention:
     a program of many layers then holds it once.
     """
-    _check(cache, q, k, v, None)
+    q, k, v = _checked(cache, q, k, v, None)
     active = jnp.ones(cache.num_requests, bool)
     y, cache = attend_token(cache, layer, scaled(q, None), k, v, active)
     if not last:
@@ -273,8 +273,8 @@ def _flush(cache, request, allowance_pages):
     ), report
 
 
-def _check(cache, q, k, v, context):
-    """ValueError for shapes that do not fit, or a cache that is only read."""
+def _checked(cache, q, k, v, context):
+    """q, k and v; ValueError for shapes that do not fit, or a cache that is only read."""
     checks.instance("cache", cache, KVCache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     if cache.recent_tokens == 0:
@@ -299,3 +299,4 @@ def _check(cache, q, k, v, context):
             raise ValueError(
                 f"context is of B, L, K, D = {(*got, context.head_dim)}: it must be of {own}"
             )
+    return q, k, v

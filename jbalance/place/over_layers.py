@@ -101,6 +101,8 @@ def _check(loads, memory, room, speed):
     checks.rank("memory_capacity", room, 1, "[G]")
     checks.non_empty("memory_capacity", room)
     room = check_capacity(room, np.shape(room)[0], "memory_capacity")
+    if speed is not None:
+        checks.rank("speed", speed, 1, "[G]")
     if speed is not None and np.shape(speed) != np.shape(room):
         raise ValueError(
             f"speed has shape {np.shape(speed)}: it must be that of memory_capacity, {np.shape(room)}"

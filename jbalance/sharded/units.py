@@ -118,7 +118,7 @@ def whole(
 
     Args, Returns, Raises: those of `allocate.whole`; values are checked where they are concrete.
     """
-    _checks.whole_inputs(w, budget, floor, cap, device_of)
+    w, budget, floor, cap, device_of = _checks.whole_inputs(w, budget, floor, cap, device_of)
     units, common = {"w": w}, {"budget": budget}
     units |= {} if device_of is None else {"device_of": device_of}
     for name, x in (("floor", floor), ("cap", cap)):
@@ -181,7 +181,9 @@ def ladder(
             f"{num_devices} devices along {axis_name!r}"
         )
     owner = np.arange(num_units, dtype=np.int32) // each if by_shard else device_of
-    _checks.ladder_inputs(values, costs, budgets, owner, total_budget)
+    values, costs, budgets, owner, total_budget = _checks.ladder_inputs(
+        values, costs, budgets, owner, total_budget
+    )
     units: dict[str, Any] = {"values": values} | ({} if by_shard else {"device_of": device_of})
     common: dict[str, Any] = {} if total_budget is None else {"total_budget": total_budget}
     if np.ndim(costs) == 1 and each * num_devices == num_units:

@@ -391,7 +391,7 @@ def bad_values(name):
                 bad = [x for x in bad if x not in (2**31, 2**40)]
         else:
             bad = list(["x", 1.5] if argument in STRUCTURES else NO_NUMBERS)
-        if default.get(argument, 0) is not None:
+        if default.get(argument, 0) is not None and argument != "frequencies":  # None: not rotated
             bad.append(None)
         for value in bad:
             yield argument, value
@@ -413,7 +413,10 @@ def test_a_bad_argument_is_named(name):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", CALLS)
+RETURN_NO_ARRAYS = {"AttentionDims", "AttentionSpec", "Sampling", "Reserve", "Tiling", "balancer"}
+
+
+@pytest.mark.parametrize("name", [x for x in CALLS if x not in RETURN_NO_ARRAYS])
 def test_arrays_of_another_byte_order_and_of_64_bits_are_read_as_they_are(name):
     fn, good, _ = CALLS[name]
     other = {
