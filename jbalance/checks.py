@@ -338,3 +338,13 @@ def largest_finite(name: str, x: Any) -> None:
     """`finite` of a large array: only its largest magnitude leaves the device."""
     if np.size(x):
         finite(f"the largest |{name}|", jnp.max(jnp.abs(jnp.asarray(x))))
+
+
+def unsplit(**arrays: Any) -> None:
+    """ValueError for arrays split over explicit mesh axes, whose sums and sorts would cross devices."""
+    for name, x in arrays.items():
+        if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec):
+            raise ValueError(
+                f"{name} is split over explicit mesh axes, {jax.typeof(x).sharding.spec}: use the "
+                f"function of this name in jbalance.sharded, or put it together by jax.sharding.reshard"
+            )

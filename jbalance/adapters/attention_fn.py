@@ -34,7 +34,9 @@ def all_tiles(q: jax.Array, k: jax.Array, v: jax.Array, /, *, causal: bool | Non
     return attention.dense(Tiling(q.shape[1], k.shape[1], causal=bool(causal)))
 
 
-def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
+def attention_fn(
+    plan_of: PlanOf = all_tiles, *, backend: str | None = None
+) -> Callable[..., jax.Array]:
     """An `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
     Both kinds of module hand it what it names, masks too: linen passes only the keyword arguments that
@@ -53,6 +55,7 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
     Args:
       plan_of: chooses the tiles, from the layer's own q, k and v; it is called inside of the gradient,
         so let it stop gradients. None of its tiles may depend on `mask`: masks only take away.
+      backend: of `attention.attend`; an export for several platforms at once must name "xla".
 
     Returns:
       f(query [..., T, H, D], key [..., S, K, D], value [..., S, K, D], ...) -> [..., T, H, D], where K
@@ -72,6 +75,7 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
         broadcast_dropout: bool = True,
         deterministic: bool = False,
         is_causal: bool = False,
+        scale: float | None = None,
         dtype: Any = None,
         module: Any = None,
         **_: Any,
@@ -94,7 +98,9 @@ def attention_fn(plan_of: PlanOf = all_tiles) -> Callable[..., jax.Array]:
             mask = None  # `causal` says as much, at no cost
         logits = _logit_bias(bias, mask, lead)
         plan = plan_of(q, k, v, causal=causal)
-        attend = functools.partial(attention.attend, q, k, v, plan, causal=bool(causal))
+        attend = functools.partial(
+            attention.attend, q, k, v, plan, causal=bool(causal), scale=scale, backend=backend
+        )
         out = attend(bias=logits)
         y = out.y
         if dropout_rate > 0 and not deterministic:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
     the function under a name of its own, or writes its products out, is not reached.
 
     Args:
-      attention_fn: such as `adapters.attention_fn(plan_of)`.
+      attention_fn: such as `adapters.attention_fn(plan_of)`; it takes `scale` where the model gives one.
     """
     stock, module = jax.nn.dot_product_attention, cast(Any, jax.nn)
 
@@ -51,8 +50,7 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
         del implementation
         if return_residual:
             raise ValueError("return_residual is True: an attention_fn returns the outputs alone")
-        if scale is not None:
-            query = query * jnp.asarray(scale * math.sqrt(query.shape[-1]), query.dtype)
+        given = {} if scale is None else {"scale": scale}
         size, keys = query.shape[-3], key.shape[-3]
         seen: Any = mask
         for more in (
@@ -61,7 +59,7 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
             _shorter(key_value_seq_lengths, keys, -2),
         ):
             seen = more if seen is None else seen if more is None else _both(seen, more)
-        return attention_fn(query, key, value, bias=bias, mask=seen, is_causal=is_causal)
+        return attention_fn(query, key, value, bias=bias, mask=seen, is_causal=is_causal, **given)
 
     module.dot_product_attention = dot_product_attention
     try:

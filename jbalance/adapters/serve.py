@@ -22,7 +22,7 @@ def serialize(
         another process does not know (a cache, a model's state) go in and out as lists of their leaves.
       args: arrays, or `jax.ShapeDtypeStruct`.
       platforms: to run on, such as ("cuda",); None for this machine's. For several at once,
-        `attention.attend(backend="xla")`.
+        `attention.attend(backend="xla")`, in adapters `Tiles(backend="xla")`.
 
     Raises:
       ImportError: without flatbuffers, which `jax.export` writes with.

@@ -26,12 +26,15 @@ class Tiles:
       causal: whether masks that are traced, such as those made inside of a jitted function, are causal:
         nothing in them can be looked at, and a budget is a part of the visible tiles. None where no mask
         comes traced; `is_causal` and masks with values speak for themselves.
+      backend: of `attention.attend`; None for the platform's. An export for several platforms at once
+        must name "xla".
     """
 
     block_q: int = 64
     block_k: int = 16
     rows: int = 8
     causal: bool | None = None
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         checks.static_int("block_q", self.block_q, 1)
@@ -100,7 +103,7 @@ def attend_within(
         number = jnp.round(budget.fraction * int(limits[1])).astype(jnp.int32)
         return attention.balanced_plan(q, k, v, number, tiling, scorer=scorer, rows=tiles.rows)
 
-    y = attention_fn(plan_of)(query, key, value, **given)
+    y = attention_fn(plan_of, backend=tiles.backend)(query, key, value, **given)
     energy = jnp.mean(jnp.square(jax.lax.stop_gradient(y).astype(jnp.float32)))
     energy *= y.shape[-1] * y.shape[-2]  # of a query, all heads together
     score = seen["score"] / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)

@@ -64,6 +64,7 @@ def whole(
 
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
+    checks.unsplit(w=w, floor=floor, cap=cap, device_of=device_of)
     solve = checks.choice("method", method, ROUNDINGS)
     w, budget, floor, cap, device_of = _checks.whole_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):

@@ -80,6 +80,7 @@ def attend(
 
     Method: Dao et al., FlashAttention (arXiv:2205.14135), over lists of tiles.
     """
+    checks.unsplit(q=q, k=k, v=v)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, hint))
         for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS))

@@ -86,6 +86,7 @@ def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(score, num_tiles, tiling, floor, where):
     """score, num_tiles and floor as numbers of the device; ValueError for what does not fit."""
+    checks.unsplit(score=score)
     checks.instance("tiling", tiling, Tiling)
     checks.rank("score", score, 4, "[B, H, I, J]")
     if np.shape(score)[2:] != tiling.shape:

@@ -92,6 +92,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     Raises:
       ValueError: unsupported D, bits or dtype; values that are not finite or too long for the norm.
     """
+    checks.unsplit(x=x)
     x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
     _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)

@@ -85,6 +85,7 @@ def checked(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k and v as arrays; ValueError for shapes and numbers that do not fit."""
+    checks.unsplit(q=q, k=k, v=v)
     checks.instance("tiling", tiling, Tiling)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, hint))

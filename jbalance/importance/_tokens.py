@@ -19,6 +19,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [T, H, D], k [S, K, D] and v [S, K, Dv], checked and in float32."""
+    checks.unsplit(q=q, k=k, v=v)
     q, k, v = (
         _float32(name, checks.floats(name, x, 3, hint))
         for name, x, hint in (("q", q, "[T, H, D]"), ("k", k, "[S, K, D]"), ("v", v, "[S, K, D]"))

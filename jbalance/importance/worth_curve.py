@@ -31,6 +31,7 @@ def worth_curve(value: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     Raises:
       ValueError: values that are negative or NaN, shapes that do not fit.
     """
+    checks.unsplit(value=value)
     checks.rank("value", value, tuple(range(1, 9)), "[..., N]")
     checks.non_empty("value", value)
     value = checks.non_negative("value", value)

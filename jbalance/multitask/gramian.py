@@ -38,6 +38,8 @@ def gramian(task_grads: chex.ArrayTree, *, axis_name: str | None = None) -> jax.
     Raises:
       ValueError: no leaves, leaves whose first axes differ, complex or whole numbers, NaN or infinity.
     """
+    for leaf in jax.tree.leaves(task_grads):
+        checks.unsplit(task_grads=leaf)
     check_grads(task_grads)
     return gram_of(task_grads, axis_name)
 

@@ -14,6 +14,7 @@ ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 def check_loads(loads: ArrayLike, num_devices: int) -> ArrayLike:
     """Loads [U] in float32; ValueError unless they are finite and >= 0 and there is a device."""
+    checks.unsplit(loads=loads)
     checks.rank("loads", loads, 1, "[U]")
     checks.non_empty("loads", loads)
     loads = checks.non_negative("loads", loads)

@@ -90,6 +90,7 @@ def over_layers_bound(
 
 def _check(loads, memory, room, speed):
     """The arguments of either function in float32; ValueError for bad ones."""
+    checks.unsplit(loads=loads, memory=memory)
     checks.rank("loads", loads, 2, "[L, K]")
     checks.non_empty("loads", loads)
     loads = checks.non_negative("loads", loads)
