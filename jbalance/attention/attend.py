@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention.partial import Partial
@@ -24,6 +25,7 @@ _KEYS = "[B, S, K, D]"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+@in_32_bits
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -139,6 +141,7 @@ def _attend_forward(operands, where, rules, backend):
     return out, (operands, where, out)
 
 
+@in_32_bits
 def _attend_backward(rules, backend, saved, cotangent):
     return _dispatch("backward", backend, rules, *saved, cotangent), None
 

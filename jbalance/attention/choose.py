@@ -12,11 +12,13 @@ from jax.experimental import checkify
 
 from jbalance import _search as search
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.attention import plan as plans
 from jbalance.attention.plan import TilePlan
 from jbalance.tiling import Tiling
 
 
+@in_32_bits
 def choose(
     score: jax.Array,
     num_tiles: jax.Array | int,

@@ -25,6 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import _admit, _centroids, _pages, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._centroids import Centroids
@@ -139,6 +140,7 @@ def page_bytes_for(budget_bytes: int, num_units: int, head_dim: int, bits: Seque
     return int(page[np.argmin(waste)])
 
 
+@in_32_bits
 def create(
     budget_bytes: int,
     num_layers: int,
@@ -271,6 +273,7 @@ def shrink(
     return dataclasses.replace(cache, arena=arena, centroids=centroids), report
 
 
+@in_32_bits
 def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     """Forget a request: its pages are free, its recent buffer is empty, another may take its place."""
     checks.instance("cache", cache, KVCache)
@@ -296,6 +299,7 @@ def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     )
 
 
+@in_32_bits
 def allowance(
     cache: KVCache,
     weights: jax.Array,

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 
 BITS = (1, 2, 3, 4, 8)
 NORM_MAX = 65504.0  # the largest float16
@@ -71,6 +72,7 @@ def codes_bytes(head_dim: int, bits: int) -> int:
     return head_dim * bits // 8 + 2
 
 
+@in_32_bits
 def quantize(x: jax.Array, bits: int) -> Codes:
     """Rotated Lloyd-Max quantization: codes = argmin over a few grids of |x R - norm · levels[codes]|.
 
@@ -105,6 +107,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     return codes
 
 
+@in_32_bits
 def dequantize(codes: Codes, head_dim: int, bits: int) -> jax.Array:
     """The vectors x̂ = norm · levels[codes] Rᵀ that `quantize` stored, in float32.
 

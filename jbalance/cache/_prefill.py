@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,15 +13,18 @@ from jax import lax
 from jax.experimental import checkify
 
 from jbalance import attention, checks
+from jbalance._bits import in_32_bits
 from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
 from jbalance.cache._step import checked_allowance, held_attention, recent_attention, scaled
 from jbalance.importance import token_worth
+from jbalance.importance._rotary import check as rotary_frequencies
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
 
 
+@in_32_bits
 def prefill(
     cache: KVCache,
     layer: jax.Array | int,
@@ -63,6 +67,16 @@ def prefill(
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = _checked_lengths(lengths, requests, size)
+    if scale is not None:
+        scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+    frequencies = rotary_frequencies(frequencies, cache.head_dim)
+    return _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, scale)
+
+
+@functools.partial(jax.jit, static_argnames="scale")  # once for all eager calls of equal shapes
+def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, scale):
+    """Attention of the prompts, and the cache with their tokens."""
+    requests, size = q.shape[:2]
     own = attention.attend(q, k, v, causal_plan(size), causal=True, scale=scale)
     heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(scaled(q, scale))
     own = Partial(*(jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(x) for x in own))

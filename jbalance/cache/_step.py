@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
 from jbalance.cache import _admit, _centroids, _price
 from jbalance.cache._admit import Report
@@ -19,6 +20,7 @@ from jbalance.cache._cache import KVCache
 from jbalance.importance.token_worth import decoded_worth
 
 
+@in_32_bits
 def step(
     cache: KVCache,
     layer: jax.Array | int,
@@ -62,7 +64,13 @@ def step(
     if active is None:
         active = jnp.ones(cache.num_requests, bool)
     active = jnp.asarray(checks.booleans("active", active, (cache.num_requests,), "[B]"))
-    y, cache = attend_token(cache, layer, scaled(q, scale), k, v, active, context)
+    return _stepped(cache, layer, scaled(q, scale), k, v, active, context, allowance_pages)
+
+
+@jax.jit  # once for all eager calls of equal shapes
+def _stepped(cache, layer, q, k, v, active, context, allowance_pages):
+    """One layer's attention, and the cache with the tokens."""
+    y, cache = attend_token(cache, layer, q, k, v, active, context)
     done = cache.layers_done + 1 == cache.num_layers
     cache = dataclasses.replace(
         cache,
@@ -72,6 +80,7 @@ def step(
     return y, settle(cache, allowance_pages)[0]
 
 
+@in_32_bits
 def step_in_order(
     cache: KVCache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *, last: bool
 ) -> tuple[jax.Array, KVCache]:

@@ -16,10 +16,10 @@ from jax.typing import ArrayLike
 from jbalance import checks
 
 
-def check(frequencies: Any, head_dim: int) -> None:
-    """ValueError unless `frequencies` are [D/2] finite numbers, or None for no rotary embedding."""
+def check(frequencies: Any, head_dim: int) -> Any:
+    """Frequencies [D/2] in float32, None for no rotary embedding; ValueError unless they are finite."""
     if frequencies is None:
-        return
+        return None
     if head_dim % 2:
         raise ValueError(
             f"the head dim is {head_dim}: rotary embeddings need an even one; "
@@ -31,7 +31,7 @@ def check(frequencies: Any, head_dim: int) -> None:
             f"frequencies has shape {np.shape(frequencies)}: it must be [D/2] = ({head_dim // 2},), "
             f"radians per position of each rotated pair (0 for a pair that does not turn)"
         )
-    frequencies = checks.finite("frequencies", frequencies)
+    return checks.finite("frequencies", frequencies)
 
 
 def turn(x: jax.Array, angle: ArrayLike) -> jax.Array:

@@ -182,7 +182,7 @@ def test_below_the_floor_is_an_error_under_checkify():
             lambda: prefill_with(q=np.ones((B, 0, H, D))),
             ("q has shape (2, 0, 4, 16)", "at least 1"),
         ),
-        (lambda: prefill_with(q=np.ones((B, H, D))), ("q must have shape [B, S, H, D]",)),
+        (lambda: prefill_with(q=np.ones((B, H, D))), ("q must have shape [B, S, H or K, D]",)),
         (
             lambda: prefill_with(k=np.ones((B, S + 1, K, D))),
             ("k has shape (2, 25", "(2, 24, 2, 16)"),
@@ -194,7 +194,7 @@ def test_below_the_floor_is_an_error_under_checkify():
             lambda: prefill_with(allowance_pages=np.array([8, 7])),
             ("allowance_pages[1] is 7", "8.."),
         ),
-        (lambda: prefill_with(allowance_pages=8), ("allowance_pages has shape ()", "(2,)")),
+        (lambda: prefill_with(allowance_pages=8), ("allowance_pages must have shape [B]", "(2,)")),
         (lambda: admit_with(layer=2), ("layer is 2",)),
         (lambda: admit_with(request=2), ("request is 2",)),
         (lambda: admit_with(w=np.ones(3)), ("w has shape (3,)", "(2, 24)")),

@@ -324,11 +324,11 @@ def test_a_context_is_as_if_every_request_held_it():
     ("change", "names"),
     [
         ({"q": np.ones((B, 3, D))}, ("q has shape (2, 3, 16)", "multiple of 2")),
-        ({"q": np.ones((B, D))}, ("q must have shape [B, H, D]",)),
+        ({"q": np.ones((B, D))}, ("q must have shape [B, H or K, D]",)),
         ({"k": np.ones((B, K, 8))}, ("k has shape (2, 2, 8)", "(2, 2, 16)")),
         ({"v": np.ones((1, K, D))}, ("v has shape (1, 2, 16)", "(2, 2, 16)")),
         ({"layer": 2}, ("layer is 2", "0..1")),
-        ({"allowance_pages": 3}, ("allowance_pages has shape ()", "(2,)")),
+        ({"allowance_pages": 3}, ("allowance_pages must have shape [B]", "(2,)")),
         ({"allowance_pages": np.array([8, 7])}, ("allowance_pages[1] is 7", "8..")),
         ({"context": create()}, ("context is of B, L, K, D = (2, 2, 2, 16)", "(1, 2, 2, 16)")),
         (
