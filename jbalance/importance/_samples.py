@@ -34,6 +34,7 @@ def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
 
 def unit_interval(x: jax.Array) -> jax.Array:
     """x [B, N] with every feature moved and scaled to 0..1; a constant feature to 0."""
+    x = 0.5 * x  # so that the span of two floats is one
     low = x.min(axis=0)
     span = x.max(axis=0) - low
     return jnp.where(span > 0, (x - low) / jnp.where(span > 0, span, 1.0), 0.0)

@@ -51,6 +51,7 @@ def expected_attention(
     Reference: Devoto, Jeblick and Jégou, Expected Attention, arXiv 2510.00636.
     """
     q, k, v = _tokens.tokens(q, k, v)
+    _tokens.comparable(q=q, k=k, v=v)
     checks.positive("future", future)
     checks.in_range("num_sinks", num_sinks, 0, k.shape[0] - 1)
     checks.non_negative("epsilon", epsilon)
