@@ -126,7 +126,7 @@ class _Turn:
         """The settings with this one changed, the other way at the end of its range."""
         value = settings[self.name]
         if self._within(value * self.factor) == value:
-            self.factor = 1 / self.factor
+            self.factor, self.missed = self.factor ** (-0.5 if self.missed else -1), True
         return {**settings, self.name: self._within(value * self.factor)}
 
     def _within(self, value: float) -> float:

@@ -32,6 +32,7 @@ LIBC = ctypes.CDLL(None)
 MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("long", settings.get_profile("jbalance"), max_examples=20000)
 settings.load_profile("jbalance")
 
 

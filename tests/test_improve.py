@@ -82,6 +82,13 @@ def test_both_train_from_the_same_state_for_as_many_rounds():
     assert [r.settings["budget"] for r in out.rounds][1:] == [tried for _, tried in seen[2::2]]
 
 
+def test_no_change_is_tried_twice_in_vain():
+    best = {"budget": 0.25}
+    out = tune(lambda s, _: s, far_from(best), 0, {"budget": 0.25}, {"budget": (0.25, 1.0)})
+    tried = [r.settings["budget"] for r in out.rounds[1:]]
+    np.testing.assert_allclose(tried, 0.25 * 1.5 ** (0.5 ** np.arange(4)))
+
+
 def test_overfitting_rounds_are_undone_but_their_settings_compared():
     def train(state, settings):
         return state + 1

@@ -151,6 +151,17 @@ BAD = {
         lambda: shares.constrained([0.5, 0.5], floor=[0.1]),
         "floor has 1 entries",
     ),
+    "more floors": (lambda: shares.constrained([0.5, 0.5], floor=[0.1] * 3), "floor has 3 entries"),
+    "floor below 0": (lambda: shares.constrained([1.0], floor=-0.1), r"floor is -0.1.*in \[0, 1\]"),
+    "cap above 1": (lambda: shares.constrained([1.0], cap=1.5), r"cap is 1.5.*in \[0, 1\]"),
+    "phi above 1": (
+        lambda: shares.constrained([1.0], group_of=[0], group_floor=[1.5]),
+        r"group_floor\[0\] is 1.5",
+    ),
+    "no such group": (
+        lambda: shares.constrained([1.0], group_of=[1], group_floor=[0.5]),
+        r"group_of\[0\] is 1",
+    ),
     "table of caps": (lambda: shares.constrained([0.5, 0.5], cap=[[1.0]]), "cap must have shape"),
     "phi": (
         lambda: shares.constrained([1.0], group_of=[0], group_floor=0.5),

@@ -5,7 +5,8 @@
 The optimum is a price (METHOD section 4): each unit takes every step of its ladder's concave hull
 whose value per cost is above its device's price. The prices come from one threshold search over all
 devices at once, ties go by the unit's index, and what is taken in that order is nested: a larger
-budget only adds steps. The price of a full device is the reason given to the user.
+total budget, or larger device budgets without a total, only add steps. The price of a full device is
+the reason given to the user.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def ladder(
 
     With steps of equal cost the result is optimal; with unequal ones its value is within one step per
     budget of the relaxed optimum, and `gap` bounds by how much. The budgets are never exceeded.
+
+    The value never falls as the total budget grows, nor as device budgets do without a total one or
+    with steps of equal cost. Under a total budget that binds, a larger device budget may let in a
+    steeper step of unequal cost that leaves more of the total unspent: the value then falls, by at most
+    the `gap` of the result.
 
     Args:
       values: [U, M] finite worth of each level, in any one currency. Levels that are not on the

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 from jbalance._exp2 import LOG2_E, exp2
+from jbalance.importance import _tokens
 from jbalance.tiling import Tiling
 
 HIDDEN = -1e30  # logits of keys that a query does not see
@@ -95,8 +96,9 @@ def checked(
             ("v", v, "[B, S, K, D]"),
         )
     )
-    for name, x in (("q", q), ("k", k)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         checks.non_empty(name, x)
+    _tokens.comparable(q=q, k=k, v=v)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {v.shape}: it must have that of k, {k.shape}")
     if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]) or q.shape[2] % k.shape[2]:

@@ -14,6 +14,7 @@ from jbalance import checks
 
 QUERY_BLOCK_TOKENS = 128
 HIDDEN = -1e30  # logit of what a query cannot see; finite, so that gradients are
+LARGEST = 1e8  # entry of q, k and v that scores of attention compare
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -43,8 +44,23 @@ def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Arr
 def _float32(name: str, x: Any) -> jax.Array:
     checks.non_empty(name, x)
     x = jnp.asarray(x).astype(jnp.float32)
-    checks.finite(f"the largest |{name}|", jnp.abs(x).max())  # one number leaves the device
+    checks.largest_finite(name, x)
     return x
+
+
+def comparable(**arrays: jax.Array) -> None:
+    """ValueError for concrete entries of which products of four, summed, may leave float32.
+
+    Logits, their variances and squared errors are such. Under jit these may be NaN beyond `LARGEST`.
+    """
+    for name, x in arrays.items():
+        checks.in_range(f"the largest |{name}|", jnp.max(jnp.abs(x)), 0, LARGEST)
+
+
+def unit_scale(x: jax.Array) -> jax.Array:
+    """x [K, S, D] with largest entry 1 per head: what does not depend on it would overflow."""
+    largest = jnp.abs(jax.lax.stop_gradient(x)).max(axis=(1, 2), keepdims=True)
+    return x / jnp.where(largest > 0, largest, 1.0)
 
 
 def norm(x: jax.Array) -> jax.Array:
@@ -91,6 +107,7 @@ def fold_attention(
     Returns:
       w [K, S] after the last block, from 0. The backward pass computes the blocks again.
     """
+    comparable(q=q, k=k)
     block = min(QUERY_BLOCK_TOKENS, q.shape[0])
     blocks = math.ceil(q.shape[0] / block)
     padding = blocks * block - q.shape[0]

@@ -114,6 +114,7 @@ def _keep_sum(
     raw = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
     sums = jnp.stack([w.sum(axis=-1, keepdims=True), raw.sum(axis=-1, keepdims=True)])
     sum_w, sum_raw = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    checks.finite("the sum of w", sum_w)
     if checks.is_concrete(sum_raw) and bool(jnp.any((sum_raw == 0) & (sum_w > 0))):
         raise ValueError("w and prior share no unit where both are > 0: there is nothing to blend")
     blended = raw * (sum_w / jnp.where(sum_raw > 0, sum_raw, 1.0))

@@ -16,6 +16,7 @@ _ROWS = tuple(range(1, 9))
 
 
 def _by_sum(w: jax.Array) -> jax.Array:
+    w = _by_max(w)  # whose sum does not overflow
     total = w.sum(axis=-1, keepdims=True)
     return w / jnp.where(total > 0, total, 1.0)
 

@@ -51,6 +51,7 @@ def expected_attention(
     Reference: Devoto, Jeblick and Jégou, Expected Attention, arXiv 2510.00636.
     """
     q, k, v = _tokens.tokens(q, k, v)
+    _tokens.comparable(q=q, k=k, v=v)
     future = checks.static_int("future", future, 1)
     num_sinks = checks.static_int("num_sinks", num_sinks, 0, k.shape[0] - 1)
     epsilon = checks.non_negative("epsilon", epsilon)

@@ -28,6 +28,6 @@ def key_norm(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> jax.Array:
     Reference: Devoto et al., A Simple and Effective L2 Norm-Based Strategy, arXiv 2406.11430.
     """
     _, k, _ = _tokens.tokens(q, k, v)
-    norm = _tokens.norm(k).T
+    norm = _tokens.norm(_tokens.unit_scale(k.transpose(1, 0, 2)))
     mean = jnp.maximum(norm.mean(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return mean / (mean + norm)

@@ -43,18 +43,14 @@ def leverage(
     _, k, _ = _tokens.tokens(q, k, v)
     ridge = checks.positive("ridge", ridge)
     _rotary.check(frequencies, k.shape[-1])
+    k = _tokens.unit_scale(k.transpose(1, 0, 2)).transpose(1, 0, 2)
     if frequencies is not None:
         k = _rotary.unrotate(k, frequencies, start=0)
-    x = _unit_scale((k - k.mean(axis=0)).transpose(1, 0, 2))
+    k = k.transpose(1, 0, 2)
+    x = _tokens.unit_scale(k - k.mean(axis=1, keepdims=True))
     gram = jnp.einsum("ksd,kse->kde", x, x, precision=_tokens.HIGHEST)
     strength = ridge * jnp.trace(gram, axis1=1, axis2=2)[:, None, None] / k.shape[-1]
     eye = jnp.eye(k.shape[-1], dtype=jnp.float32)
     factor = jnp.linalg.cholesky(gram + jnp.where(strength > 0, strength, 1.0) * eye)
     solved = jax.scipy.linalg.solve_triangular(factor, x.transpose(0, 2, 1), lower=True)
     return jnp.minimum(jnp.sum(solved**2, axis=1), 1.0)
-
-
-def _unit_scale(x: jax.Array) -> jax.Array:
-    """x [K, S, D] with largest entry 1 per head; the scores do not depend on it, overflow does."""
-    largest = jnp.abs(jax.lax.stop_gradient(x)).max(axis=(1, 2), keepdims=True)
-    return x / jnp.where(largest > 0, largest, 1.0)

@@ -82,7 +82,9 @@ def output_error(
       ValueError: shapes that do not fit, counts that do not rise or leave 1..S.
     """
     q, k, v = _tokens.tokens(q, k, v)
+    _tokens.comparable(q=q, k=k, v=v)
     checks.rank("w", w, 2, "[K, S]")
+    checks.finite("w", w)
     w = jnp.asarray(w, jnp.float32)
     if w.shape != (k.shape[1], k.shape[0]):
         raise ValueError(f"w must have shape {(k.shape[1], k.shape[0])} ([K, S]), got {w.shape}")

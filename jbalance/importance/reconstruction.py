@@ -64,6 +64,7 @@ def reconstruction(
     Reference: Kim et al., KVzip, arXiv 2505.23416, which runs the repetition.
     """
     q, k, _ = _tokens.tokens(q, k, v)
+    _tokens.comparable(q=q, k=k)
     size = k.shape[0]
     if q.shape[0] != size and start is None:
         raise ValueError(

@@ -30,6 +30,8 @@ def tfidf(counts: ArrayLike) -> jax.Array:
     checks.non_empty("counts", counts)
     tf = jnp.asarray(checks.non_negative("counts", counts))
     df = jnp.sum(tf > 0, axis=0, dtype=jnp.float32)
+    largest = jnp.max(tf, axis=1, keepdims=True)
+    tf = tf / jnp.where(largest > 0, largest, 1.0)  # the length is 1 in the end, squares overflow
     raw = tf * (jnp.log((1 + tf.shape[0]) / (1 + df)) + 1)
     squared = jnp.sum(raw**2, axis=1, keepdims=True)
     return raw / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))

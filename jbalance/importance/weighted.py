@@ -17,10 +17,11 @@ def weighted(association: ArrayLike, complexity: ArrayLike) -> jax.Array:
       complexity: [K], >= 0: how much indicator k weighs (complexity, data volume, loss, ...).
 
     Returns:
-      w, [N] float32.
+      w, [N] float32; under jit, sums beyond float32's range are its largest number.
 
     Raises:
-      ValueError: the shapes do not fit, or an entry is negative or not finite.
+      ValueError: the shapes do not fit, or an entry is negative or not finite, or a sum beyond
+        float32's range.
 
     >>> weighted([[0.6, 0.4], [0.4, 0.6]], [0.5, 0.3]).round(2)
     Array([0.42, 0.38], dtype=float32)
@@ -31,4 +32,6 @@ def weighted(association: ArrayLike, complexity: ArrayLike) -> jax.Array:
     checks.non_empty("association", association)
     a = jnp.asarray(checks.non_negative("association", association))
     c = jnp.asarray(checks.non_negative("complexity", complexity))
-    return jnp.matmul(a, c, precision=jax.lax.Precision.HIGHEST)
+    w = jnp.matmul(a, c, precision=jax.lax.Precision.HIGHEST)
+    checks.finite("the largest w = association @ complexity", jnp.max(w))
+    return jnp.minimum(w, jnp.finfo(jnp.float32).max)

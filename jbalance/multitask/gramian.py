@@ -97,6 +97,8 @@ def _of_rows(rows: jax.Array) -> _Scaled:
 def combine(weights: jax.Array, task_grads: chex.ArrayTree) -> chex.ArrayTree:
     """sum_k weights_k g_k, each leaf in its own dtype: [K, ...] to [...].
 
+    The sum is one of float32 (or double) numbers; as float16 it keeps fewer digits below 6e-5.
+
     Args:
       weights: [K], finite.
       task_grads: tree of floating [K, ...] arrays, finite. Under jit, NaN and infinity go on.

@@ -8,8 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance.place._backtrack import within_limits
 from jbalance.place._exchange import Problem, exchange
 from jbalance.place._inputs import (
     ROUNDING,
@@ -42,7 +44,9 @@ def pack(
     Longest-processing-time first: the units in order of falling load, each to the device that it
     fills least. Then exchanges of two units (or moves of one) between the fullest device and
     another, the best one at a time, also where none helps at once; the best placement on the way is
-    returned. With memory, what exceeds a device's is mended before any load is looked at.
+    returned. With memory, what exceeds a device's is mended before any load is looked at. Where a
+    capacity or memory is still exceeded and need not be for all that is known, a depth-first search of
+    8192 steps looks for a placement that keeps them, which is then refined.
 
     Args:
       loads: [U] >= 0, in any unit; for instance seconds of compute.
@@ -52,11 +56,11 @@ def pack(
       max_count: most units on one device (ceil(U / G) for equal counts); None: any number.
       memory: [U] >= 0, what each unit needs of `memory_capacity`.
       memory_capacity: [G] > 0 in the unit of memory, never knowingly exceeded; with `memory`.
-      swaps: exchanges that are tried; 0 for longest first alone.
+      swaps: exchanges that are tried; 0 for longest first alone, without any search.
 
     Returns:
-      A `Placement`; status INFEASIBLE if a device holds more than its capacity or its memory (with
-      memory the search may miss a placement that fits), INVALID for NaN or negative loads under
+      A `Placement`; status INFEASIBLE if a device holds more than its capacity or its memory (of many
+      units the search may miss a placement that fits), INVALID for NaN or negative loads under
       jit.
 
     Raises:
@@ -96,7 +100,15 @@ def _pack(loads, capacity, memory, room, num_devices, max_count, swaps) -> Place
     terms = of_units(loads, capacity, max_count)
     if swaps:
         target = largest_term(terms).value / scale
-        device_of = refine(problem, device_of, place_of, max_count, swaps, target)
+
+        def refined(device_of, place_of):
+            return refine(problem, device_of, place_of, max_count, swaps, target)
+
+        if limits is None and memory is None:
+            device_of = refined(device_of, place_of)
+        else:
+            hard = _Limits.of(loads, limits, memory, room, places)
+            device_of = hard.kept(refined, device_of, place_of, order)
     return placement(loads, capacity, limits, memory, room, device_of, terms)
 
 
@@ -124,6 +136,56 @@ def refine(problem, device_of, place_of, max_count, swaps, target):
     grid, _ = exchange(dataclasses.replace(problem, **rest), grid, swaps, target, copies=False)
     rows = jnp.broadcast_to(jnp.arange(num_devices, dtype=jnp.int32)[:, None], grid.shape)
     return device_of.at[grid].set(rows, mode="drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What devices hold at most of the capacity and the memory that were given."""
+
+    sizes: jax.Array  # [U, R]
+    limits: jax.Array  # [G, R]
+    max_count: int
+
+    @classmethod
+    def of(cls, loads, limits, memory, room, max_count) -> _Limits:
+        given = [pair for pair in ((loads, limits), (memory, room)) if pair[1] is not None]
+        sizes, limits = (jnp.stack(x, axis=1) for x in zip(*given, strict=True))
+        return cls(sizes, limits, max_count)
+
+    def exceeded(self, device_of: jax.Array) -> jax.Array:
+        """Whether a device holds more."""
+        held = jax.ops.segment_sum(self.sizes, device_of, self.limits.shape[0])
+        return jnp.any(held > self.limits * (1 + ROUNDING))
+
+    def kept(self, refined, device_of, place_of, order) -> jax.Array:
+        """`refined` device_of [U], from one that backtracking finds where the first exceeds a limit."""
+        # Nothing to search where all of it, or one unit alone, is too much.
+        most = self.limits * (1 + ROUNDING)
+        hopeful = jnp.all(jnp.sum(self.sizes, axis=0) <= jnp.sum(most, axis=0))
+        hopeful &= jnp.all(jnp.max(self.sizes, axis=0) <= jnp.max(most, axis=0))
+
+        def attempt(carry):
+            i, device_of, place_of, _ = carry
+            device_of = refined(device_of, place_of)
+            needed = hopeful & (i == 0) & self.exceeded(device_of)
+            sizes = self.sizes[order]
+            mended, found = within_limits(
+                sizes, self.limits, self.max_count, device_of[order], needed
+            )
+            device_of = jnp.zeros_like(device_of).at[order].set(mended)
+            return i + 1, device_of, _place_of(device_of, self.limits.shape[0]), found
+
+        start = (jnp.int32(0), device_of, place_of, jnp.array(True))
+        return lax.while_loop(lambda carry: carry[-1], attempt, start)[1]
+
+
+def _place_of(device_of: jax.Array, num_devices: int) -> jax.Array:
+    """[U] int32: how many units before it are on the same device."""
+    count = jax.ops.segment_sum(jnp.ones_like(device_of), device_of, num_devices)
+    begin = jnp.cumsum(count) - count
+    order = jnp.argsort(device_of, stable=True)
+    rank = jnp.arange(device_of.size, dtype=jnp.int32) - begin[device_of[order]]
+    return jnp.zeros_like(device_of).at[order].set(rank)
 
 
 def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placement:

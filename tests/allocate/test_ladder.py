@@ -156,6 +156,25 @@ def test_a_larger_budget_only_adds(unit_costs):
     assert (np.diff(climb(budgets), axis=0) >= 0).all()
 
 
+@pytest.mark.parametrize("equal_steps", [True, False])
+def test_growing_device_budgets_under_a_total_cost_at_most_the_gap(equal_steps):
+    """Unequal steps: what a device lets in may leave more of the total unspent; equal ones never do."""
+    rng = np.random.default_rng(11)
+    values, costs, budgets, device_of, total = problems(rng, 1500, 6, 4, 2, equal_steps)
+    more = (budgets + rng.integers(0, 5, budgets.shape)).astype(np.int32)
+    larger = (total + rng.integers(0, 5, total.shape)).astype(np.int32)
+
+    def run(budgets, total):
+        out = solve(values, costs, budgets, device_of, total, True)
+        return worth(out, values, costs, budgets, device_of, total), np.asarray(out.gap)
+
+    before, _ = run(budgets, total)
+    assert (run(budgets, larger)[0] >= before).all()
+    after, gap = run(more, total)
+    assert (after >= before - gap - 1e-4).all()
+    assert (after < before).any() != equal_steps
+
+
 def test_many_levels_as_units_of_few():
     """A concave ladder of 31 steps climbs as far as 31 units of one step each do together."""
     rng = np.random.default_rng(14)

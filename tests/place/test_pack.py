@@ -153,6 +153,53 @@ def test_memory_and_compute_at_once_against_an_integer_programme():
     assert np.mean(ratios) < 1.02
 
 
+@pytest.mark.parametrize("max_count", [None, 3])
+@pytest.mark.parametrize("limited", [False, True])
+def test_what_fits_is_found(limited, max_count):
+    """Memory, capacity and counts with little or no room to spare, against trying everything."""
+    rng = np.random.default_rng(20 + limited)
+    number, num_units, num_devices = 400, 7, 3
+    choices = np.array(list(itertools.product(range(num_devices), repeat=num_units)))
+    held = (choices[..., None] == np.arange(num_devices)).astype(np.float32)
+    held = held[(held.sum(1) <= (max_count or num_units)).all(1)]
+    loads, memory = rng.integers(0, 9, (2, number, num_units)).astype(np.float32)
+    some = held[rng.integers(0, len(held), number)]  # fits, but for what is taken away below
+    room, capacity = (np.einsum("nu,nug->ng", x, some) for x in (memory, loads))
+    room = np.maximum(room + rng.integers(-1, 2, room.shape), 1).astype(np.float32)
+    capacity = np.maximum(capacity + rng.integers(0, 3, room.shape), 1).astype(np.float32)
+
+    def run(loads, memory, room, capacity):
+        return place.pack(
+            loads,
+            num_devices,
+            capacity if limited else None,
+            max_count=max_count,
+            memory=memory,
+            memory_capacity=room,
+        )
+
+    out = jax.tree.map(np.asarray, jax.vmap(run)(loads, memory, room, capacity))
+    fits = (np.einsum("nu,cug->ncg", memory, held) <= room[:, None]).all(2)
+    if limited:
+        fits &= (np.einsum("nu,cug->ncg", loads, held) <= capacity[:, None]).all(2)
+    np.testing.assert_array_equal(out.status == Status.OK, fits.any(1))
+    assert 0.3 < fits.any(1).mean() < 0.99
+    for i in range(number):
+        used = np.bincount(out.device_of[i], memory[i], num_devices)
+        assert (used <= room[i]).all() or out.status[i] == Status.INFEASIBLE
+        assert (out.count[i] <= (max_count or num_units)).all()
+
+
+def test_memory_over_by_one_is_infeasible():
+    ones = jnp.ones(2)
+    for memory, want in (([3.0, 3.0], Status.OK), ([3.0, 4.0], Status.INFEASIBLE)):
+        for swaps in (0, 16):
+            out = place.pack(
+                ones, 1, memory=jnp.array(memory), memory_capacity=jnp.array([6.0]), swaps=swaps
+            )
+            assert out.status == want
+
+
 @given(
     loads=arrays(np.float32, 12, elements=st.floats(0, 100, width=32)),
     limited=st.booleans(),
