@@ -41,6 +41,12 @@ class Units:
         return Units(self.units[index], rows, self.data[page])
 
 
+def row_names(head_dim: int) -> list[str]:
+    """Of `Units.rows`."""
+    leaves = jax.tree.leaves(_centroids.create(1, head_dim))
+    return [*_UNIT_ROWS, *_REQUEST_ROWS, *(f"centroids{i}" for i in range(len(leaves)))]
+
+
 def taken_apart(cache: KVCache) -> Units:
     """The units of a device's cache, on the host."""
     slots = np.asarray(cache.slots).reshape(-1)
