@@ -99,6 +99,14 @@ def joined(parts: list[dict[str, np.ndarray]], kind: str, folder: Path) -> Units
         {k.partition(".")[2]: x for k, x in part.items() if k.startswith(f"{kind}.")}
         for part in parts
     ]
+    for d, arrays in enumerate(own):
+        for name, x in arrays.items():
+            if x.shape[1:] != own[0][name].shape[1:]:
+                raise ValueError(
+                    f"{folder / f'device-{d}.npz'}: the array {f'{kind}.{name}'!r} is "
+                    f"{list(x.shape)}, that of device 0 is {list(own[0][name].shape)}: units of both "
+                    f"cannot be on one device"
+                )
     units = np.concatenate([x["units"] for x in own])
     names = [name for name in own[0] if name.startswith("rows.")]
     rows = {name.partition(".")[2]: np.concatenate([x[name] for x in own]) for name in names}

@@ -60,9 +60,16 @@ def save(
         processes.
 
     Raises:
-      ValueError: a folder that holds a state already, or is a file.
+      ValueError: a folder that holds a state already, or is a file; devices that keep different
+        numbers of recent tokens, whose units could not be on one device.
     """
     check_folder(folder)
+    recent = sorted({x.recent_tokens for x in state.caches if x is not None})
+    if len(recent) > 1:
+        raise ValueError(
+            f"state keeps {recent[0]} recent tokens on one device and {recent[-1]} on another: give "
+            f"`create` recent_tokens, for units to go from one to the other"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for d in range(len(state.devices)):
         context = None if state.contexts is None else state.contexts[d]

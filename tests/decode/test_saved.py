@@ -209,6 +209,13 @@ def test_a_devices_file_under_its_own_digest_names_the_array(decoder, folder, tm
         decode.restore(tmp_path, decoder, [66_000])
 
 
+def test_devices_with_different_recent_tokens_are_named_when_saved(decoder, tmp_path):
+    state = decode.create(decoder, BUDGETS)
+    with pytest.raises(ValueError, match=r"state keeps \d+ recent tokens on one device and \d+"):
+        decode.save(tmp_path / "state", decoder, state)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_no_part_and_names_the_file(tmp_path, monkeypatch):
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
