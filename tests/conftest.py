@@ -32,8 +32,9 @@ LIBC = ctypes.CDLL(None)
 MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
-settings.register_profile("long", settings.get_profile("jbalance"), max_examples=20000)
-settings.load_profile("jbalance")
+# Hours of it: HYPOTHESIS_PROFILE=long, or --hypothesis-profile=long, with the tests' names.
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=20_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jbalance"))
 
 
 @pytest.fixture(scope="module", autouse=True)

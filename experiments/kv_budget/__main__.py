@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace, command: str) -> None:
         policies=tuple(policies),
         save=options.save,
     )
+    if options.save is not None:
+        files.check_writable(Path(options.save) / "manifest.json")
     steps = run.steps_of(settings)
     _, model, tokenizer = load_gguf(smollm2_path())
     with progress.display() as bar:

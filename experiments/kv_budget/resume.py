@@ -24,10 +24,10 @@ def resume(folder: Path, model: Llama, memory_bytes: list[int]) -> dict[str, Any
     devices = devices_for(len(memory_bytes))
     budgets = device_budgets(devices, 1.0, memory_bytes)
     decoder = decoder_of(model)
-    notes = decode.notes_of(folder)
+    tokens, new_tokens = _begun(folder)
     state = decode.restore(folder, decoder, budgets, devices=devices)
-    tokens, most = list(notes["tokens"]), np.array(state.nbytes)
-    while len(tokens) < notes["new_tokens"]:
+    saved_tokens, most = len(tokens), np.array(state.nbytes)
+    while len(tokens) < new_tokens:
         new, state = decode.step(decoder, state)
         tokens.append(int(new[0]))
         most = np.maximum(most, state.nbytes)
@@ -36,7 +36,22 @@ def resume(folder: Path, model: Llama, memory_bytes: list[int]) -> dict[str, Any
         raise RuntimeError(f"the devices hold {most} bytes, the budgets are {budgets}")
     return {
         "tokens": tokens,
-        "saved_tokens": len(notes["tokens"]),
+        "saved_tokens": saved_tokens,
         "live_bytes": most.tolist(),
         "budget_bytes": budgets,
     }
+
+
+def _begun(folder: Path) -> tuple[list[int], int]:
+    """Tokens that `run` had generated, and how many there will be.
+
+    Raises:
+      ValueError: as `decode.notes_of`, or a state of something else.
+    """
+    notes = decode.notes_of(folder)
+    tokens, new_tokens = notes.get("tokens"), notes.get("new_tokens")
+    if not isinstance(tokens, list) or not all(type(x) is int and x >= 0 for x in tokens):
+        raise ValueError(f"{folder}: notes.tokens is {tokens!r}: it is no state of run --save")
+    if type(new_tokens) is not int or new_tokens < len(tokens):
+        raise ValueError(f"{folder}: notes.new_tokens is {new_tokens!r}: {len(tokens)} or more")
+    return list(tokens), new_tokens

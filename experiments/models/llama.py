@@ -46,10 +46,16 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[:7]:
-            if getattr(self, field.name) < 1:
+        for name in (*(field.name for field in dataclasses.fields(self)[:7]), "max_positions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < np.inf:
                 raise ValueError(
-                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
+                    f"{name} must be a finite number above 0, got {getattr(self, name)}"
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -30,6 +30,19 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     original_positions: int = 8192
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if not 0 < value < np.inf:
+                raise ValueError(f"{field.name}={value} must be a finite number above 0")
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"kind={self.kind!r} must be 'linear' or 'llama3'")
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor={self.low_frequency_factor} must be below "
+                f"high_frequency_factor={self.high_frequency_factor}: frequencies blend between both"
+            )
+
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [D/2].

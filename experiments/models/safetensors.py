@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from experiments.models.hf_tokenizer import read_tokenizer
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.rotary import RopeScaling
-from experiments.models.weights import assemble
+from experiments.models.settings import MOST, Settings, json_object
+from experiments.models.weights import Stored, assemble
 
 TENSOR_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -30,13 +32,35 @@ TENSOR_NAMES = {
     "up": "model.layers.{}.mlp.up_proj.weight",
     "down": "model.layers.{}.mlp.down_proj.weight",
 }
-# Key of config.json -> the only value that is implemented, which is also its default.
-FIXED = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "quantization_config": None,
+READABLE = ("F64", "F32", "F16", "BF16")  # others are no weights without a scale
+# Keys of config.json that change what other models compute, and what they are where they change nothing;
+# the first value is that of a file without the key.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "architectures": (["LlamaForCausalLM"],),
+    "partial_rotary_factor": (1.0,),
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1.0,)
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (1, 0)),
+    "is_decoder": (True, False),
 }
+# Keys of all models' files that say nothing about what this one computes.
+HARMLESS = {
+    *("_name_or_path", "transformers.js_config", "is_llama_config", "name_or_path", "language"),
+    *("torch_dtype", "dtype", "use_cache", "initializer_range", "pretraining_tp", "auto_map"),
+    *("attention_dropout", "hidden_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("sep_token_id", "decoder_start_token_id", "return_dict", "task_specific_params", "prefix"),
+    *("min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams"),
+    *("num_beam_groups", "repetition_penalty", "length_penalty", "num_return_sequences"),
+    *("problem_type", "chunk_size_feed_forward", "tie_encoder_decoder", "tokenizer_class"),
+    *("diversity_penalty", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "max_length"),
+    *("remove_invalid_values", "output_scores", "unsloth_fixed", "early_stopping", "id2label"),
+    "label2id",
+}
+ROPE_KINDS = ("default", "linear", "llama3")
 
 
 def load_hf_directory(
@@ -55,91 +79,146 @@ def load_hf_directory(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {directory}")
-    config = _config(json.loads((directory / "config.json").read_text()))
+    path = directory / "config.json"
+    raw = Settings(str(path), json_object(path))
+    config = _config(raw)
+    raw.none_left(lambda key: key in HARMLESS or key.endswith("_version"))
     file_of = _files(directory)
     with contextlib.ExitStack() as stack:
         opened = {
-            file: stack.enter_context(safe_open(directory / file, framework="numpy"))
+            file: stack.enter_context(_opened(directory / file))
             for file in sorted(set(file_of.values()))
         }
         held = {file: set(handle.keys()) for file, handle in opened.items()}
-        present = {name for name, file in file_of.items() if name in held[file]}
+        present = {name: opened[file] for name, file in file_of.items() if name in held[file]}
         # Some writers store a buffer, or a copy of the tied embedding; neither is a weight.
-        unused = {name for name in present if name.endswith("rotary_emb.inv_freq")}
-        unused |= {TENSOR_NAMES["head"]} if config.tied_embeddings else set()
+        tensors = {
+            name: _stored(directory / file_of[name], handle, name)
+            for name, handle in present.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
+        head = tensors.pop(TENSOR_NAMES["head"], None) if config.tied_embeddings else None
+        model = assemble(config, tensors, TENSOR_NAMES, str(directory), dtype=dtype)
+        if head is not None and not np.array_equal(
+            head.read(), tensors[TENSOR_NAMES["embedding"]].read()
+        ):
+            raise ValueError(
+                f"{path} has tie_word_embeddings, but the tensor {TENSOR_NAMES['head']!r} is not the "
+                f"embedding: one of both is wrong"
+            )
+    return config, model, read_tokenizer(directory, config.vocab_size)
 
-        def read(name: str) -> np.ndarray:
-            return opened[file_of[name]].get_tensor(name)
 
-        model = assemble(config, read, present - unused, TENSOR_NAMES, dtype=dtype)
-    file = directory / "tokenizer.json"
-    return config, model, Tokenizer.from_file(str(file)) if file.is_file() else None
+def _opened(path: Path) -> Any:
+    """The package holds the header against the file's size."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _stored(path: Path, handle: Any, name: str) -> Stored:
+    about = handle.get_slice(name)
+    kind = about.get_dtype()
+    if kind not in READABLE:
+        raise ValueError(
+            f"{path}: tensor {name!r} has the type {kind}: without a scale it is no weight, "
+            f"{', '.join(READABLE)} are read"
+        )
+    return Stored(tuple(about.get_shape()), functools.partial(handle.get_tensor, name))
 
 
 def _files(directory: Path) -> dict[str, str]:
     """Tensor name -> the file that holds it."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        file_of = json_object(index).get("weight_map")
+        if not isinstance(file_of, dict) or not all(type(x) is str for x in file_of.values()):
+            raise ValueError(f"{index} lacks 'weight_map', an object of tensor names and files")
         for file in sorted(set(file_of.values())):
-            if not (directory / file).is_file():
+            if Path(file).name != file or not (directory / file).is_file():
                 raise ValueError(
                     f"{index.name} names the shard {file!r}, which is not in {directory}"
                 )
         return file_of
     if not single.is_file():
         raise FileNotFoundError(f"neither {single.name} nor {index.name} in {directory}")
-    with safe_open(single, framework="numpy") as file:
+    with _opened(single) as file:
         return dict.fromkeys(file.keys(), single.name)
 
 
-def _config(raw: dict[str, Any]) -> LlamaConfig:
-    for key, supported in {"model_type": "llama", **FIXED}.items():
-        value = raw.get(key, FIXED.get(key))
-        if value != supported:
-            raise ValueError(
-                f"unsupported {key}={value!r} in config.json: only {supported!r} is implemented"
-            )
-    heads, embed_dim = _required(raw, "num_attention_heads"), _required(raw, "hidden_size")
-    # Newer writers gather the rotary settings here, older ones in rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or {}
-    return LlamaConfig(
-        vocab_size=_required(raw, "vocab_size"),
-        num_layers=_required(raw, "num_hidden_layers"),
+def _config(raw: Settings) -> LlamaConfig:
+    raw.only("model_type", "llama")
+    if not raw.has("model_type"):
+        raw.get("model_type")
+    for key, supported in FIXED.items():
+        raw.only(key, *supported)
+    heads = raw.whole("num_attention_heads", 1, MOST)
+    embed_dim = raw.whole("hidden_size", 1, MOST)
+    if not raw.has("head_dim") and embed_dim % heads:
+        raise raw.wrong("hidden_size", f"a multiple of num_attention_heads, {heads}")
+    layers = raw.whole("num_hidden_layers", 0, MOST)
+    if raw.has("layer_types") and raw.get("layer_types") != ["full_attention"] * layers:
+        raise raw.wrong("layer_types", "'full_attention' for every layer")
+    base, scaling = _rope(raw)
+    return raw.made(
+        LlamaConfig,
+        vocab_size=raw.whole("vocab_size", 1, MOST),
+        num_layers=layers,
         embed_dim=embed_dim,
-        hidden_dim=_required(raw, "intermediate_size"),
+        hidden_dim=raw.whole("intermediate_size", 1, MOST),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or embed_dim // heads,
-        rope_base=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_positions=raw.get("max_position_embeddings", 2048),
-        rope_scaling=_rope_scaling(rope or raw.get("rope_scaling") or {}),
+        num_kv_heads=raw.whole("num_key_value_heads", 1, MOST, heads),
+        head_dim=raw.whole("head_dim", 1, MOST, embed_dim // heads),
+        rope_base=base,
+        norm_eps=raw.positive("rms_norm_eps", 1e-6),
+        tied_embeddings=raw.flag("tie_word_embeddings", False),
+        max_positions=raw.whole("max_position_embeddings", 1, MOST, 2048),
+        rope_scaling=scaling,
     )
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(_required(rope, "factor")))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(_required(rope, "factor")),
-            float(_required(rope, "low_freq_factor")),
-            float(_required(rope, "high_freq_factor")),
-            int(_required(rope, "original_max_position_embeddings")),
+def _rope(raw: Settings) -> tuple[float, RopeScaling | None]:
+    """Base and scaling: newer writers gather them in rope_parameters, older ones have two keys."""
+    given = {key: raw.get(key) for key in ("rope_parameters", "rope_scaling") if raw.has(key)}
+    for key, value in given.items():
+        if not isinstance(value, dict):
+            raise raw.wrong(key, "an object")
+    rope = Settings(f"{' and '.join(given)} in {raw.where}", dict(*list(given.values())[:1]))
+    if any(value != rope.values for value in given.values()):
+        raise raw.wrong("rope_scaling", f"the same as rope_parameters, {rope.values}")
+    base = raw.positive("rope_theta", 10_000.0)
+    if rope.has("rope_theta"):
+        base = rope.positive("rope_theta")
+    rope.only("partial_rotary_factor", 1.0)
+    kinds = {
+        rope.get(key) for key in ("rope_type", "type") if rope.has(key) and _is_text(rope, key)
+    }
+    if len(kinds) > 1:
+        raise rope.wrong("rope_type", f"the same as type, {rope.values['type']!r}")
+    kind = kinds.pop() if kinds else "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(
+            f"unsupported rope_scaling rope_type={kind!r} in {raw.where}: "
+            "'default', 'linear' and 'llama3' are implemented"
         )
-    raise ValueError(
-        f"unsupported rope_scaling rope_type={kind!r} in config.json: "
-        "'default', 'linear' and 'llama3' are implemented"
-    )
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling("linear", rope.positive("factor"))
+    elif kind == "llama3":
+        scaling = rope.made(
+            RopeScaling,
+            kind="llama3",
+            factor=rope.positive("factor"),
+            low_frequency_factor=rope.positive("low_freq_factor"),
+            high_frequency_factor=rope.positive("high_freq_factor"),
+            original_positions=rope.whole("original_max_position_embeddings", 1, MOST),
+        )
+    rope.none_left(lambda key: key == "original_max_position_embeddings" and kind == "linear")
+    return base, scaling
 
 
-def _required(raw: dict[str, Any], key: str) -> Any:
-    if key not in raw:
-        raise ValueError(f"config.json lacks {key!r}, which a Llama model needs")
-    return raw[key]
+def _is_text(rope: Settings, key: str) -> bool:
+    if type(rope.values[key]) is not str:
+        raise rope.wrong(key, "a name")
+    return True

@@ -41,6 +41,12 @@ class Units:
         return Units(self.units[index], rows, self.data[page])
 
 
+def row_names(head_dim: int) -> list[str]:
+    """Of `Units.rows`."""
+    leaves = jax.tree.leaves(_centroids.create(1, head_dim))
+    return [*_UNIT_ROWS, *_REQUEST_ROWS, *(f"centroids{i}" for i in range(len(leaves)))]
+
+
 def taken_apart(cache: KVCache) -> Units:
     """The units of a device's cache, on the host."""
     slots = np.asarray(cache.slots).reshape(-1)
@@ -93,6 +99,14 @@ def joined(parts: list[dict[str, np.ndarray]], kind: str, folder: Path) -> Units
         {k.partition(".")[2]: x for k, x in part.items() if k.startswith(f"{kind}.")}
         for part in parts
     ]
+    for d, arrays in enumerate(own):
+        for name, x in arrays.items():
+            if x.shape[1:] != own[0][name].shape[1:]:
+                raise ValueError(
+                    f"{folder / f'device-{d}.npz'}: the array {f'{kind}.{name}'!r} is "
+                    f"{list(x.shape)}, that of device 0 is {list(own[0][name].shape)}: units of both "
+                    f"cannot be on one device"
+                )
     units = np.concatenate([x["units"] for x in own])
     names = [name for name in own[0] if name.startswith("rows.")]
     rows = {name.partition(".")[2]: np.concatenate([x[name] for x in own]) for name in names}

@@ -1,8 +1,9 @@
 """Decoding in progress on disk: saved by the devices that hold it, restored on any others.
 
 A folder with one file a device, written by its process, and then a manifest that names them with their
-digests, and has one of itself: without it the state is not whole. What a file holds lies unit by
-unit, so that units go to other devices as they are: packed pages are copied, nothing is quantized again.
+digests, and has one of each of its fields and of all: without it the state is not whole. What a file
+holds lies unit by unit, so that units go to other devices as they are: packed pages are copied, nothing
+is quantized again.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbalance.cache import KVCache, _cache
+from jbalance.decode._checks import CONTEXT, OWN, check_facts, check_part, shown
 from jbalance.decode._units import arrays_of, joined, put_together, taken_apart
 from jbalance.decode.context import devices_for, is_local, slots_of
 from jbalance.decode.model import Model
@@ -29,8 +33,12 @@ from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around
 
 MANIFEST = "manifest.json"
-_FORMAT = 2
-_OWN, _CONTEXT = "own", "context"
+_FORMAT = 3
+_DAMAGED = (
+    *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(MemoryError, OverflowError, BadZipFile, zlib.error),
+)
+_FIELDS = ("format", "kinds", "context_tokens", "requests", "files", "model", "notes")
 
 
 def save(
@@ -52,14 +60,21 @@ def save(
         processes.
 
     Raises:
-      ValueError: a folder that holds a state already, or is a file.
+      ValueError: a folder that holds a state already, or is a file; devices that keep different
+        numbers of recent tokens, whose units could not be on one device.
     """
     check_folder(folder)
+    recent = sorted({x.recent_tokens for x in state.caches if x is not None})
+    if len(recent) > 1:
+        raise ValueError(
+            f"state keeps {recent[0]} recent tokens on one device and {recent[-1]} on another: give "
+            f"`create` recent_tokens, for units to go from one to the other"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for d in range(len(state.devices)):
         context = None if state.contexts is None else state.contexts[d]
-        kinds = {_OWN: state.caches[d], _CONTEXT: context}
-        if kinds[_OWN] is not None:
+        kinds = {OWN: state.caches[d], CONTEXT: context}
+        if kinds[OWN] is not None:
             arrays: dict[str, Any] = {}
             for kind, cache in kinds.items():
                 if cache is not None:
@@ -71,6 +86,7 @@ def save(
         digests = {name: _digest((folder / name).read_bytes()) for name in names}
         manifest = _facts(state) | {"format": _FORMAT, "files": digests}
         manifest |= {"model": _model_facts(model), "notes": notes or {}}
+        manifest["digests"] = {name: _digest(_canonical(x)) for name, x in manifest.items()}
         manifest["digest"] = _digest(_canonical(manifest))
         _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
@@ -109,10 +125,18 @@ def restore(
     """
     facts = _manifest(folder)
     if facts["model"] != _model_facts(model):
-        raise ValueError(f"folder {str(folder)!r} is of another model: {facts['model']}")
-    devices = devices_for(devices, len(budgets_bytes))
-    parts = [_read(folder / name, digest) for name, digest in facts["files"].items()]
+        raise ValueError(
+            f"folder {str(folder)!r} is of another model: {shown(facts['model'])}, not "
+            f"{_model_facts(model)}"
+        )
     shape = model.num_layers, model.spec.num_kv_heads
+    heads = shape[0] * shape[1]
+    check_facts(folder / MANIFEST, facts, model.spec.head_dim)
+    devices = devices_for(devices, len(budgets_bytes))
+    parts = []
+    for name, digest in facts["files"].items():
+        parts.append(_read(folder / name, digest))
+        check_part(folder / name, parts[-1], facts, heads)
     whole = {kind: joined(parts, kind, folder) for kind in facts["kinds"]}
     device_of = _place(whole, facts, shape, [int(b) for b in budgets_bytes], folder)
     caches: dict[str, list[KVCache | None]] = {kind: [] for kind in facts["kinds"]}
@@ -125,7 +149,7 @@ def restore(
                 part = whole[kind].chosen(np.flatnonzero(mine))
                 slots = slots_of(device_of.reshape(shape), d)
                 cache = put_together(
-                    part, facts["kinds"][kind], slots, left if kind == _OWN else None
+                    part, facts["kinds"][kind], slots, left if kind == OWN else None
                 )
                 left -= cache.nbytes
                 cache = jax.device_put(jax.tree.map(_owned, cache), device)
@@ -150,13 +174,13 @@ def _state(facts, caches, devices) -> State:
         samplers,
     )
     weights = np.asarray(given["weights"], np.float32)
-    contexts = caches.get(_CONTEXT)
-    return around(caches[_OWN], contexts, requests, weights, devices, facts["context_tokens"])
+    contexts = caches.get(CONTEXT)
+    return around(caches[OWN], contexts, requests, weights, devices, facts["context_tokens"])
 
 
 def _facts(state: State) -> dict[str, Any]:
     """What is small in a state."""
-    kinds = {_OWN: state.caches} | ({} if state.contexts is None else {_CONTEXT: state.contexts})
+    kinds = {OWN: state.caches} | ({} if state.contexts is None else {CONTEXT: state.contexts})
     requests = {
         name: np.asarray(x).tolist()
         for name, x in (
@@ -246,11 +270,16 @@ def _read(path: Path, digest: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if _digest(content) != digest:
         raise ValueError(f"{path} is not what was saved: its SHA-256 differs")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return {
-            name.partition(":")[0]: arrays[name].view(jnp.bfloat16) if ":" in name else arrays[name]
-            for name in arrays
-        }
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {
+                name.partition(":")[0]: arrays[name].view(jnp.bfloat16)
+                if ":" in name
+                else arrays[name]
+                for name in arrays
+            }
+    except _DAMAGED as error:
+        raise ValueError(f"{path} is no file of arrays: {error}") from None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -262,11 +291,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"folder {str(folder)!r} has no {MANIFEST}: nothing was saved there, or not all of it"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a manifest of format {_FORMAT}")
-    digest = manifest.pop("digest", None)
+    missing = [name for name in (*_FIELDS, "digests", "digest") if name not in manifest]
+    if missing:
+        raise ValueError(f"{path} lacks the field {missing[0]!r}")
+    digest, digests = manifest.pop("digest"), manifest["digests"]
+    for name in _FIELDS:
+        if not isinstance(digests, dict) or digests.get(name) != _digest(
+            _canonical(manifest[name])
+        ):
+            raise ValueError(f"{path} is not what was saved: the digest of {name!r} differs")
     if digest != _digest(_canonical(manifest)):
         raise ValueError(f"{path} is not what was saved: its digest differs")
     return manifest
@@ -287,8 +324,13 @@ def _digest(content: bytes) -> str:
 def _write(path: Path, content: bytes) -> None:
     """The whole file or none: under another name first, and on the disk before it gets its own."""
     draft = path.with_name(path.name + ".part")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from None
+    finally:
+        draft.unlink(missing_ok=True)

@@ -103,6 +103,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add |= {bool: writer.add_bool}
         add.get(type(value), writer.add_array)(key, value)
     for name, array in tensors.items():
         if name.endswith(("attn_q.weight", "attn_k.weight")):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.harness import files, texts
-from experiments.kv_budget import score
+from experiments.kv_budget import resume, score
 from experiments.kv_budget.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,6 +124,24 @@ def test_bad_arguments_of_score_are_one_line(capsys, tmp_path, cases_file, budge
     given = ["--cases", cases_file, "--budget", budget, "--policy", policy]
     assert main(["score", *given, "--json", str(tmp_path / "o.json")]) == 2
     assert names in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("notes", "names"),
+    [
+        ({}, "notes.tokens is None"),
+        ({"tokens": [1, "2"], "new_tokens": 9}, r"notes.tokens is \[1, '2'\]"),
+        ({"tokens": [1, 2]}, "notes.new_tokens is None"),
+        ({"tokens": [1, 2], "new_tokens": 1}, "notes.new_tokens is 1: 2 or more"),
+    ],
+)
+def test_a_state_of_something_else_is_named(monkeypatch, tmp_path, notes, names):
+    monkeypatch.setattr(resume.decode, "notes_of", lambda folder: notes)
+    with pytest.raises(ValueError, match=names):
+        resume._begun(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        resume._begun(tmp_path)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.5, float("nan")])
