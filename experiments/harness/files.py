@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.harness.lines import plain
+
 _MOST_DEFLATED = 1032  # bytes that one byte of deflate can stand for, at most
 _DAMAGED = (
     *(ValueError, OSError, EOFError, KeyError, RuntimeError, NotImplementedError, SyntaxError),
@@ -197,7 +199,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         return found
     except _DAMAGED as error:
         where = f"{path}: array {name!r}" if name else str(path)
-        raise ValueError(f"{where} is not an .npz file of arrays: {error}") from None
+        said = plain(str(error))[:200]  # some quote all that there is
+        raise ValueError(f"{where} is not an .npz file of arrays: {said}") from None
 
 
 def _array(content: bytes) -> np.ndarray:

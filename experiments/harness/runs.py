@@ -126,10 +126,17 @@ def _checked(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _KINDS.items():
         if name in report and not isinstance(report[name], kind):
             raise ValueError(f"{path}: {name} is {report[name]!r}, no {kind.__name__}")
+    for name, words in (
+        ("notes", report.get("notes", [])),
+        ("drawn", report.get("drawn", [])),
+        ("pictures", report.get("pictures", {}).values()),
+    ):
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{path}: {name} holds {list(words)!r}: it must be text")
     for name in ("command", "digest"):
         if name not in report:
             raise ValueError(f"{path} lacks {name!r}: it was not written by these experiments")
-    if "title" not in report and "experiment" not in report:
+    if not report.get("title") and not report.get("experiment"):
         raise ValueError(f"{path} lacks 'title': it was not written by these experiments")
     for i, run in enumerate(report["runs"]):
         _check_run(f"{path}: runs[{i}]", run)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from experiments.harness import files
 
 T = TypeVar("T")
 MOST = 2**31 - 1
+_LARGEST = float(np.finfo(np.float32).max)
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
@@ -51,10 +53,10 @@ class Settings:
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """A finite number above zero, in float32's range."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.wrong(key, "a finite number above 0")
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+            raise self.wrong(key, f"a finite number above 0, at most {_LARGEST:.3g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -136,7 +135,7 @@ def check_hf(path):
     finite(loaded)
     says = json.loads((path / "config.json").read_text())
     assert (config.num_layers, config.embed_dim) == (says["num_hidden_layers"], says["hidden_size"])
-    assert config.rope_base == (says.get("rope_theta") or 10_000.0)
+    assert config.rope_base == float(says.get("rope_theta") or 10_000.0)
     stored = functools.reduce(dict.__or__, map(load_file, path.glob("*.safetensors")))
     embedding = stored["model.embed_tokens.weight"]
     np.testing.assert_array_equal(loaded.embedding[...], embedding)
@@ -253,25 +252,32 @@ def test_a_state_altered_under_its_own_digests(state, data):
 # Results
 
 
-@given(data=st.data())
-def test_damaged_results(folder, data):
-    path, page = folder / "results" / "it.json", folder / "page.md"
-    shutil.rmtree(path.parent, ignore_errors=True)
-    about = {"title": "It", "command": "python -m it", "settings": {"steps": 3}}
-    about |= {"baselines": {"known": {"loss": 1.0}}, "compare": [["a", "b"]], "notes": ["So."]}
-    calls = []
+ABOUT = {"title": "It", "command": "python -m it", "settings": {"steps": 3}}
+ABOUT |= {"baselines": {"known": {"loss": 1.0}}, "compare": [["a", "b"]], "notes": ["So."]}
 
+
+def run_all(path, calls):
     def one(arm, seed, advance):
         calls.append((arm, seed))
         return {"figures": {"loss": 2.0 + seed}}
 
     with contextlib.redirect_stderr(io.StringIO()):
-        runs.run_all(path, about, ["a", "b"], [0], 1, one)
-        right = json.loads(path.read_text())
-        content = data.draw(damaged_json(right))
-        path.write_bytes(content)
-        calls.clear()
-        found = outcome(lambda: runs.run_all(path, about, ["a", "b"], [0], 1, one), str(path))
+        return runs.run_all(path, ABOUT, ["a", "b"], [0], 1, one)
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    path = folder / "results" / "it.json"
+    return path, run_all(path, [])
+
+
+@given(data=st.data())
+def test_damaged_results(results, data):
+    (path, right), calls = results, []
+    page = path.parent.parent / "page.md"
+    content = data.draw(damaged_json(right))
+    path.write_bytes(content)
+    found = outcome(lambda: run_all(path, calls), str(path))
     assert not calls  # nothing is run again, or instead
     if found is None:
         assert path.read_bytes() == content

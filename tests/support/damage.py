@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 NUMBERS = (0, 1, 2, 7, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "x", "\x1b[2J\n", "../x", [], {}, [[]], {"x": {}}, -1, 0.5, -0.0),
-    *(float("nan"), float("inf"), -float("inf"), 1e300, *NUMBERS, -(2**63), 10**30),
+    *(float("nan"), float("inf"), -float("inf"), 1e300, *NUMBERS, -(2**63), 10**30, 10**400),
 )
 
 
@@ -72,14 +72,14 @@ def altered(draw: st.DrawFn, value: Any) -> Any:
             place = place[step]
         match draw(st.sampled_from(("value", "value", "value", "drop", "new"))):
             case "value":
-                place[key] = draw(st.sampled_from(VALUES))
+                place[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
             case "drop":
                 del place[key]
             case "new":
                 if isinstance(place, dict):
                     place[draw(st.sampled_from(("new", "scale", "", "bias")))] = 2
                 else:
-                    place.insert(0, draw(st.sampled_from(VALUES)))
+                    place.insert(0, copy.deepcopy(draw(st.sampled_from(VALUES))))
     return value
 
 

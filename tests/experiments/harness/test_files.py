@@ -123,6 +123,7 @@ ALTERED = {
     ),
     "a list of runs": (lambda report: report["runs"].insert(0, []), r"runs\[0\] is \[\]"),
     "notes": (lambda report: report.update(baselines=[1]), r"baselines is \[1\], no dict"),
+    "no note": (lambda report: report.update(notes=[None]), r"notes holds \[None\]"),
     "pairs": (lambda report: report.update(compare=[["a"]]), r"compare holds \['a'\]"),
 }
 
