@@ -1,4 +1,4 @@
-"""Threshold search on the bits of a key: the one engine behind every allocation.
+"""Threshold search on the bits of a key: behind whole amounts, ladders, water levels and tiles.
 
 A threshold (a price, a water level, an index) is a uint32 key, and what is spent at a key only grows
 with it. The search narrows a bracket around the key where the budget is met, each pass evaluating the

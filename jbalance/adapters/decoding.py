@@ -88,16 +88,16 @@ class NnxCache(nnx.Module):
         return self.state.get_value().nbytes
 
     def reset(self, lengths: jax.Array | None = None) -> None:
-        """Empty, for new prompts: of these lengths [B], or without padding."""
+        """Empty, for new prompts: of these lengths [B] before the padding, or without padding."""
         cache = self.state.get_value()
         for request in range(cache.num_requests):
             cache = kv_cache.release(cache, request)
         self.state.set_value(cache)
         most = jnp.full(cache.num_requests, checks.INT32_MAX, jnp.int32)
-        if lengths is not None and np.shape(lengths) != most.shape:
-            raise ValueError(
-                f"lengths has shape {np.shape(lengths)}: it must be [B] = {most.shape}"
-            )
+        if lengths is not None:
+            checks.rank("lengths", lengths, 1, "[B]")
+            checks.length("lengths", lengths, most.size, "B")
+            lengths = checks.int_in_range("lengths", lengths, 0, checks.INT32_MAX - 1)
         self.lengths.set_value(most if lengths is None else jnp.asarray(lengths, jnp.int32))
 
     def attend(self, layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -191,7 +191,7 @@ def _attend(cache, layer, query, key, value, frequencies, lengths, last):
             f"query has {query.shape[0]} sequences: the cache is for {cache.num_requests}"
         )
     if query.shape[1] > 1:
-        lengths = jnp.minimum(lengths, query.shape[1])
+        lengths = jnp.where(lengths == checks.INT32_MAX, query.shape[1], lengths)
         frequencies = None if frequencies is None else np.asarray(frequencies, np.float32)
         return kv_cache.prefill(
             cache, layer, query, key, value, frequencies=frequencies, lengths=lengths

@@ -60,7 +60,8 @@ def prefill(
       For heads of other devices y = 0.
 
     Raises:
-      ValueError: shapes that do not fit, lengths outside 0..S, an allowance below the floor.
+      ValueError: shapes that do not fit, lengths outside 0..S, an allowance below the floor, concrete
+        values that are not finite (traced ones: see `step`).
     """
     q, k, v = _checked(cache, q, k, v)
     requests, size = q.shape[:2]
@@ -150,6 +151,8 @@ def _checked(cache, q, k, v):
                 f"{name} has shape {np.shape(x)}: it must be [B, S, K, D] = {shape}; the cache is "
                 f"for self-attention, whose keys are those of its queries' tokens"
             )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.largest_finite(name, x)
     return q, k, v
 
 

@@ -56,7 +56,9 @@ def step(
       y [B, H, D] float32, and the cache. For heads of other devices y = 0.
 
     Raises:
-      ValueError: shapes that do not fit, an allowance below the floor.
+      ValueError: shapes that do not fit, an allowance below the floor, concrete values that are not
+        finite. Traced ones are the caller's to avoid, or `checkify`'s to find: a key that is not finite
+        stays as long as its token.
     """
     q, k, v = _checked(cache, q, k, v, context)
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
@@ -308,4 +310,6 @@ def _checked(cache, q, k, v, context):
             raise ValueError(
                 f"context is of B, L, K, D = {(*got, context.head_dim)}: it must be of {own}"
             )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.largest_finite(name, x)
     return q, k, v

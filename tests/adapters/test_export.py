@@ -89,3 +89,17 @@ def test_a_step_of_decoding_is_exported_with_its_cache(tmp_path):
     got = rerun(tmp_path, step, x[:, 48:], *leaves)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_is_exported_for_two_platforms_at_once():
+    model = decoder()
+    NnxBalance(model, 0.5, Tiles(16, 16, backend="xla"))
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+
+    def step(tokens, *leaves):
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))(tokens)
+
+    tokens = jnp.zeros((1, T), jnp.int32)
+    both = adapters.serialize(step, tokens, *leaves, platforms=("cpu", "cuda"))
+    assert jax.export.deserialize(bytearray(both)).platforms == ("cpu", "cuda")

@@ -76,3 +76,13 @@ def test_a_budget_reaches_it_and_errors_leave_the_name_as_it_was():
     ):
         model(x, return_residual=True)
     assert jax.nn.dot_product_attention is stock
+
+
+def test_a_scale_is_applied_in_float32():
+    """In float16 the scaled queries, 600 x 128, would be infinite."""
+    q = jnp.full((1, 4, 1, 256), 600, jnp.float16)
+    k = jax.random.normal(jax.random.key(0), q.shape, jnp.float16) * 1e-4
+    want = jax.nn.dot_product_attention(q, k, k, scale=8.0, is_causal=True)
+    with adapters.patch_dot_product_attention(adapters.attention_fn()):
+        got = jax.nn.dot_product_attention(q, k, k, scale=8.0, is_causal=True)
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-6)

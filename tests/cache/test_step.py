@@ -344,3 +344,12 @@ def test_bad_input_is_named(change, names):
         cache.step(**(good | change))
     for name in names:
         assert name in str(error.value)
+
+
+def test_values_that_are_not_finite_are_refused_before_they_stay():
+    shape = (B, K, D)
+    for name in ("q", "k", "v"):
+        given = dict.fromkeys(("q", "k", "v"), np.ones(shape, np.float32))
+        given[name] = np.full(shape, np.nan, np.float32)
+        with pytest.raises(ValueError, match=rf"\|{name}\| is nan"):
+            cache.step(create(), 0, **given)
