@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,8 @@ jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all processes of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 LIBC = ctypes.CDLL(None)
 MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 

@@ -16,6 +16,7 @@ ORDER = [
     "tiling",
     "types",
     "_exp2",
+    "_bits",
     "_search",
     "_water_fill",
     "importance",

@@ -186,7 +186,7 @@ BAD = {
     "bias": (jnp.ones((1, 3, 1, 100)), ("bias has shape (1, 3, 1, 100)", "(2, 2, 90, 100)")),
     "relative_bias": (jnp.ones((2, 190)), ("relative_bias has shape (2, 190)", "189")),
     "window": (0, ("window is 0", "at least 1")),
-    "soft_cap": (-1.0, ("soft_cap is -1.0", "> 0")),
+    "soft_cap": (-1.0, ("soft_cap is -1.0", "(0, ")),
     "segment_ids": ((jnp.ones((2, 90)), jnp.ones((2, 90))), ("segment_ids", "(2, 100)")),
     "task_shares": (jnp.ones((3, 90)), ("task_shares has shape (3, 90)", "100")),
     "backend": ("cuda", ("backend is 'cuda'", "'xla'", "'reference'")),

@@ -273,7 +273,7 @@ def test_attention_needs_no_rotation_back(bits):
         (lambda x: cache.quantize(x, 2.5), ("bits is 2.5",)),
         (lambda x: cache.quantize(x[:, :60], 4), ("x's last axis is 60", "56 and 64")),
         (lambda x: cache.quantize(x[:, :0], 4), ("x's last axis is 0",)),
-        (lambda x: cache.quantize(jnp.float32(1), 4), ("x has shape ()",)),
+        (lambda x: cache.quantize(jnp.float32(1), 4), ("x must have shape [..., D]",)),
         (lambda x: cache.quantize(x.astype(jnp.int32), 4), ("x has dtype int32",)),
         (lambda x: cache.quantize(x.at[1, 2].set(jnp.nan), 4), ("x[(1, 2)] is nan",)),
         (lambda x: cache.quantize(x.at[0, 3].set(jnp.inf), 4), ("x[(0, 3)] is inf",)),

@@ -194,7 +194,7 @@ def test_below_the_floor_is_an_error_under_checkify():
             lambda: prefill_with(allowance_pages=np.array([8, 7])),
             ("allowance_pages[1] is 7", "8.."),
         ),
-        (lambda: prefill_with(allowance_pages=8), ("allowance_pages must have shape [B]", "(2,)")),
+        (lambda: prefill_with(allowance_pages=8), ("allowance_pages must have shape [B]", "()")),
         (lambda: admit_with(layer=2), ("layer is 2",)),
         (lambda: admit_with(request=2), ("request is 2",)),
         (lambda: admit_with(w=np.ones(3)), ("w has shape (3,)", "(2, 24)")),

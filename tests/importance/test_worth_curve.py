@@ -52,7 +52,10 @@ def test_nothing_known_is_equal():
     ("call", "message"),
     [
         (lambda: importance.worth_curve(jnp.array([-1.0])), "value"),
-        (lambda: importance.worth_curve(jnp.ones(3), jnp.ones(2, bool)), r"where has shape \(2,\)"),
+        (
+            lambda: importance.worth_curve(jnp.ones(3), jnp.ones(2, bool)),
+            r"where has .*shape \(2,\)",
+        ),
         (lambda: shares.priced(jnp.ones(3), 1), "curves"),
         (lambda: shares.priced(jnp.ones((3, 2)), -1), "amount"),
     ],

@@ -296,7 +296,7 @@ BAD = {
     ),
     "more stages than layers": (lambda: place.contiguous(W, 4), "num_devices is 4", "3 units"),
     "no tokens": (lambda: place.visible_keys(jnp.zeros(0, int), 4), "segment_ids is empty", "one"),
-    "ids": (lambda: place.visible_keys(W, 4), "segment_ids has dtype", "integers"),
+    "ids": (lambda: place.visible_keys(W, 4), "segment_ids has dtype", "whole numbers"),
     "block": (lambda: place.visible_keys(jnp.arange(3), 0), "block_q is 0", "at least 1"),
     "huge block": (
         lambda: place.visible_keys(jnp.arange(3), 2**30),
