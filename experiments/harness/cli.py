@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
+from experiments.harness import interrupt
 from experiments.harness.lines import plain
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED = 2, interrupt.CODE
 PROGRAMS = Path(__file__).resolve().parents[2] / ".cache" / "jax"
 
 
@@ -43,45 +41,22 @@ def run(
     """
     options = parser.parse_args(arguments)
     keep_programs()
-    interrupt = Interrupt()
+    stop = interrupt.Interrupt()
     try:
-        with interrupt:
+        with stop:
             return job(options) or 0
     except (ValueError, OSError) as error:
-        if not interrupt.came:
+        if not stop.came:
             print(f"error: {plain(str(error))}", file=sys.stderr)
             return BAD_INPUT
     except KeyboardInterrupt:
         pass
     except BaseException:
         # A compiler or a library that is interrupted raises errors of its own.
-        if not interrupt.came:
+        if not stop.came:
             raise
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
-
-
-class Interrupt:
-    """While entered, SIGINT raises KeyboardInterrupt and is remembered; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def __enter__(self) -> None:
-        self._main = threading.current_thread() is threading.main_thread()
-        self._ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
-        if self._main and not self._ignored:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        if self._main and not self._ignored:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
-            os._exit(INTERRUPTED)
-        self.came = True
-        raise KeyboardInterrupt
 
 
 def keep_programs() -> None:

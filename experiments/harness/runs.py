@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ _KINDS: Mapping[str, type] = {
     **dict.fromkeys(("notes", "compare", "drawn"), list),
     **dict.fromkeys(("settings", "baselines", "pictures"), dict),
 }
+_LARGEST = sys.float_info.max
 RunOne = Callable[[str, int, Callable[[], None]], Mapping[str, Any]]
 
 
@@ -168,8 +170,12 @@ def _check_figures(where: str, figures: Any) -> None:
     if not isinstance(figures, dict):
         raise ValueError(f"{where} is {figures!r}: it must be numbers by name")
     for name, value in figures.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where}[{name!r}] is {value!r}: it must be a number")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (isinstance(value, int) and abs(value) > _LARGEST):
+            shown = repr(value)[:80]
+            raise ValueError(
+                f"{where}[{name!r}] is {shown}: it must be a number that a float can be"
+            )
 
 
 def figures_of(report: Mapping[str, Any], arm: str, name: str) -> list[float]:

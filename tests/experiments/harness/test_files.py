@@ -1,6 +1,7 @@
 """Results are whole, of one run, unaltered; what cannot be read or written is one line that names it."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -121,6 +122,10 @@ ALTERED = {
         lambda report: report["runs"][0]["figures"].update(score="low"),
         r"runs\[0\]\.figures\['score'\] is 'low'",
     ),
+    "a figure beyond floats": (
+        lambda report: report["baselines"]["memory"].update(score=10**400),
+        r"baselines\['memory'\]\['score'\] is 1000",
+    ),
     "a list of runs": (lambda report: report["runs"].insert(0, []), r"runs\[0\] is \[\]"),
     "notes": (lambda report: report.update(baselines=[1]), r"baselines is \[1\], no dict"),
     "no note": (lambda report: report.update(notes=[None]), r"notes holds \[None\]"),
@@ -219,6 +224,22 @@ def test_an_interrupt_within_a_compiler_is_one_line(capsys):
     before = signal.getsignal(signal.SIGINT)
     assert ended(job, capsys) == (130, "interrupted\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_the_garbage_collector_swallows_comes_again(capsys):
+    """As JAX's callback does, in one of ten interrupts of a training."""
+
+    def job(options):
+        def callback(*args):
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+        return 0
+
+    assert ended(job, capsys) == (130, "interrupted\n")
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
