@@ -14,9 +14,8 @@ from jbalance import _search as search
 from jbalance import checks
 from jbalance.types import Binding, Fill, Status
 
-_FULL = (
-    2.0**100
-)  # weight of units that are at their caps whatever the level, the open ones' being 1
+# Weight of units that are at their caps whatever the level, the open ones' being 1.
+_FULL = 2.0**100
 _MISSED = 1e-4  # relative: sums that are further off their budget are no rounding
 _ROUNDING = 1e-6  # relative: floors whose float32 sum meets the budget are not above it
 

@@ -200,7 +200,7 @@ def in_range(name: str, x: Any, low: float, high: float) -> Any:
     )
 
 
-def int_in_range(name: str, x: Any, low: int, high: int) -> Any:
+def int_in_range(name: str, x: Any, low: int = -INT32_MAX, high: int = INT32_MAX) -> Any:
     """`x` in int32; ValueError unless it is whole numbers in low..high."""
     return _int32(name, x, low, high, f"whole numbers in {low}..{high}")
 
@@ -256,7 +256,12 @@ def static_int(
 
 
 def static_float(
-    name: str, value: Any, low: float, high: float, *, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float = -FLOAT32_MAX,
+    high: float = FLOAT32_MAX,
+    *,
+    open_low: bool = False,
 ) -> float:
     """The static real number `value`; ValueError unless in [low, high], or (low, high]."""
     want = f"in {'(' if open_low else '['}{low}, {high}], known before jit"
@@ -300,10 +305,7 @@ def choice(name: str, value: str, table: Any) -> Any:
 def floats(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> Any:
     """`x` as a floating-point array in its own type; ValueError for others, float64 becomes float32."""
     x = x if isinstance(x, jax.Array) else _host(name, x, f"floating point, {shape_hint}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16; dequantize first"
-        )
+    floating(name, x)
     rank(name, x, ndim, shape_hint)
     if isinstance(x, jax.Array):
         return x
@@ -329,9 +331,11 @@ def instance(name: str, x: Any, kind: type) -> None:
 
 def floating(name: str, x: Any) -> None:
     """ValueError unless `x` is real floating-point numbers."""
-    dtype = np.asarray(x).dtype if is_concrete(x) else x.dtype
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {dtype}: it must be real floating-point numbers")
+        raise ValueError(
+            f"{name} has dtype {dtype}: it must be real floating-point numbers; dequantize first"
+        )
 
 
 def largest_finite(name: str, x: Any) -> None:

@@ -70,10 +70,11 @@ def status(
     if not checks.is_concrete(capacity, demand, used, device_of):
         return _left(jnp, [jnp.asarray(x) for x in numbers], device_of, shape)
     numbers = [checks.host_numbers(n, x) for n, x in ({"capacity": capacity} | given).items()]
-    if sum(np.sum(x, dtype=float) for x in numbers) > 2.0**62:
+    total = sum(np.sum(x, dtype=float) for x in numbers)
+    if total > 2.0**62:
         raise ValueError(
-            f"capacity, demand and used are {sum(np.sum(x, dtype=float) for x in numbers):g} in sum: "
-            f"at most 2^62 are summed exactly, count in larger units"
+            f"capacity, demand and used are {total:g} in sum: at most 2^62 are summed exactly, count in "
+            f"larger units"
         )
     return _left(np, numbers, np.asarray(device_of), shape)
 

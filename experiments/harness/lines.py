@@ -5,9 +5,8 @@ from __future__ import annotations
 import unicodedata
 
 _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's controls, formats and separators
-_LONGEST = (
-    2000  # characters of one line: a message quotes what it found, and that may be a whole file
-)
+# Characters of one line: a message quotes what it found, and that may be a whole file.
+_LONGEST = 2000
 
 
 def plain(text: str) -> str:

@@ -91,9 +91,9 @@ def attend(
     _check_biases(q, k, bias, relative_bias)
     segment_ids, task_shares = _check_masks(q, k, window, soft_cap, segment_ids, task_shares)
     if scale is not None:
-        scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+        scale = checks.static_float("scale", scale)
     if offset is not None:
-        offset = checks.int_in_range("offset", offset, -checks.INT32_MAX, checks.INT32_MAX)
+        offset = checks.int_in_range("offset", offset)
     plan = in_order(plan)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}: it must be one of {_BACKENDS} or None")
@@ -250,8 +250,7 @@ def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
                 f"pair ([B, T], [B, S]) = {want}"
             )
         segment_ids = tuple(
-            checks.int_in_range(f"segment_ids[{i}]", x, -checks.INT32_MAX, checks.INT32_MAX)
-            for i, x in enumerate(segment_ids)
+            checks.int_in_range(f"segment_ids[{i}]", x) for i, x in enumerate(segment_ids)
         )
     if task_shares is not None:
         checks.rank("task_shares", task_shares, 2, "[N, S]")

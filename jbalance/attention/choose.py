@@ -82,6 +82,7 @@ def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       [I, J] bool each: their sums are the most and the fewest tiles that a head can have.
     """
+    checks.instance("tiling", tiling, Tiling)
     visible, always, _ = _structure(tiling)
     return visible, always
 
@@ -107,7 +108,6 @@ def _check(score, num_tiles, tiling, floor, where):
 
 def _structure(tiling):
     """[I, J] bool: tiles that are visible, that are always computed, and that come first."""
-    checks.instance("tiling", tiling, Tiling)
     blocks, visible = tiling.positions(), tiling.visible()
     own = (blocks.first_key <= blocks.last_query) & (blocks.last_key >= blocks.first_query)
     previous = blocks.first_key < blocks.first_query

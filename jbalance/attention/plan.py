@@ -233,11 +233,7 @@ def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
     checks.rank("q_ids", q_ids, 2, "[B, T]")
     checks.rank("k_ids", k_ids, 2, "[B, S]")
     checks.same_length("k_ids", k_ids, "q_ids", q_ids)
-    most = checks.INT32_MAX
-    q_ids, k_ids = (
-        checks.int_in_range(name, x, -most, most)
-        for name, x in (("q_ids", q_ids), ("k_ids", k_ids))
-    )
+    q_ids, k_ids = checks.int_in_range("q_ids", q_ids), checks.int_in_range("k_ids", k_ids)
     sizes = q_ids.shape[1], k_ids.shape[1]
     if sizes != (tiling.num_queries, tiling.num_keys):
         raise ValueError(

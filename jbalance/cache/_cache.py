@@ -175,9 +175,8 @@ def create(
       ValueError: values that do not fit, or a budget too small for the tokens that always stay, with
         what would fit.
     """
-    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    sizes["num_requests"] = num_requests
-    for name, x in sizes.items():
+    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "num_requests": num_requests}
+    for name, x in (sizes | {"head_dim": head_dim}).items():
         checks.static_int(name, x, 1)
     budget_bytes = checks.static_int("budget_bytes", budget_bytes, 0, None)
     slots = _checked_slots(slots, num_layers, num_kv_heads)

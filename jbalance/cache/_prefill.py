@@ -69,7 +69,7 @@ def prefill(
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = _checked_lengths(lengths, requests, size)
     if scale is not None:
-        scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+        scale = checks.static_float("scale", scale)
     frequencies = rotary_frequencies(frequencies, cache.head_dim)
     return _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, scale)
 

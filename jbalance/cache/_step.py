@@ -200,7 +200,7 @@ def scaled(q: jax.Array, scale: float | None) -> jax.Array:
     q = jnp.asarray(q).astype(jnp.float32)
     if scale is None:
         return q
-    scale = checks.static_float("scale", scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+    scale = checks.static_float("scale", scale)
     return q * np.float32(scale * math.sqrt(q.shape[-1]))
 
 

@@ -51,7 +51,7 @@ class AttentionSpec:
         if self.window is not None:
             checks.static_int("window", self.window, 1)
         if self.scale is not None:
-            checks.static_float("scale", self.scale, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+            checks.static_float("scale", self.scale)
         if self.soft_cap is not None:
             checks.static_float("soft_cap", self.soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
         if self.num_heads % self.num_kv_heads:

@@ -110,7 +110,7 @@ def checked(
         raise ValueError(
             f"tiling is {tiling}: q and k have {q.shape[1]} queries and {k.shape[1]} keys"
         )
-    rows = checks.static_int("rows", rows, 1, tiling.block_q)
+    checks.static_int("rows", rows, 1, tiling.block_q)
     return q, k, v
 
 

@@ -57,7 +57,7 @@ def expected_attention(
     epsilon = checks.non_negative("epsilon", epsilon)
     start = max(0, num_sinks - (k.shape[0] - q.shape[0]))  # queries that are sinks themselves
     z = q[start:]
-    _rotary.check(frequencies, q.shape[-1])
+    frequencies = _rotary.check(frequencies, q.shape[-1])
     if frequencies is not None:
         z = _rotary.unrotate(z, frequencies, start=k.shape[0] - z.shape[0])
         z = _rotary.rotate_to_mean(z, frequencies, start=k.shape[0], count=future)

@@ -42,7 +42,7 @@ def leverage(
     """
     _, k, _ = _tokens.tokens(q, k, v)
     ridge = checks.positive("ridge", ridge)
-    _rotary.check(frequencies, k.shape[-1])
+    frequencies = _rotary.check(frequencies, k.shape[-1])
     k = _tokens.unit_scale(k.transpose(1, 0, 2)).transpose(1, 0, 2)
     if frequencies is not None:
         k = _rotary.unrotate(k, frequencies, start=0)

@@ -73,12 +73,12 @@ def reconstruction(
     for name, value in (("reach", reach), ("num_sinks", num_sinks)):
         checks.static_int(name, value, 0, size - 1)
     samples = checks.static_int("samples", samples, 1)
-    _rotary.check(frequencies, q.shape[-1])
+    frequencies = _rotary.check(frequencies, q.shape[-1])
     number = size
     if num_tokens is not None:
         number = checks.int_in_range("num_tokens", num_tokens, 0, size)
     if shift is not None:
-        shift = checks.int_in_range("shift", shift, -checks.INT32_MAX, checks.INT32_MAX)
+        shift = checks.int_in_range("shift", shift)
     if start is not None:
         start = checks.int_in_range("start", start, 0, checks.INT32_MAX)
     if frequencies is not None:

@@ -30,8 +30,7 @@ def visible_keys(segment_ids: ArrayLike, block_q: int) -> jax.Array:
     checks.rank("segment_ids", segment_ids, 1, "[T]")
     checks.non_empty("segment_ids", segment_ids)
     block_q = checks.static_int("block_q", block_q, 1)
-    most = checks.INT32_MAX
-    ids = jnp.asarray(checks.int_in_range("segment_ids", segment_ids, -most, most))
+    ids = jnp.asarray(checks.int_in_range("segment_ids", segment_ids))
     num_tokens = ids.shape[0]
     if num_tokens * block_q > checks.INT32_MAX:
         raise ValueError(

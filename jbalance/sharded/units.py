@@ -58,7 +58,7 @@ def blend(
     for name, x in units.items():
         checks.rank(name, x, 1, "[U]")
         checks.same_length(name, x, "w", w)
-    w = checks.non_negative("w", w)
+    units["w"] = checks.non_negative("w", w)
     common = {}
     for name, x, of in (("beta", beta, "prior"), ("eta", eta, "feedback")):
         if of in units:
@@ -93,7 +93,7 @@ def shares(
     """
     run = checks.choice("rule", rule, _SHARES)
     checks.rank("w", w, 1, "[U]")
-    (checks.finite if rule == "softmax" else checks.non_negative)("w", w)
+    w = (checks.finite if rule == "softmax" else checks.non_negative)("w", w)
     return _over_units(run, {"w": w}, options, {}, mesh, axis_name, _UNIT)
 
 
@@ -184,7 +184,7 @@ def ladder(
     values, costs, budgets, owner, total_budget = _checks.ladder_inputs(
         values, costs, budgets, owner, total_budget
     )
-    units: dict[str, Any] = {"values": values} | ({} if by_shard else {"device_of": device_of})
+    units: dict[str, Any] = {"values": values} | ({} if by_shard else {"device_of": owner})
     common: dict[str, Any] = {} if total_budget is None else {"total_budget": total_budget}
     if np.ndim(costs) == 1 and each * num_devices == num_units:
         common["costs"] = costs
