@@ -29,7 +29,6 @@ from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import Llama, load_gguf, prefill_attention, smollm2_path
 from jbalance import decode
 from jbalance.decode import Model, prefill
-from jbalance.resources import kv_entry_bytes
 
 TEXT = "lcet10"
 SIZES, BATCHES, FRACTIONS = (1280, 4096, 8192), (1, 4), (0.25, 0.1)
@@ -162,8 +161,7 @@ class _Budgeted:
     """Steps of the model over a cache of a fraction of the bytes."""
 
     def __init__(self, model: Model, prompts, fraction: float, devices: int = 1) -> None:
-        spec, size = model.spec, len(prompts[0])
-        full = model.num_layers * spec.num_kv_heads * size * kv_entry_bytes(spec.head_dim)
+        full = model.dense_bytes(len(prompts[0]))
         budget = int(fraction * full * len(prompts)) // devices
         self.model = model
         self.state = decode.create(model, [budget] * devices, num_requests=len(prompts))
@@ -203,8 +201,7 @@ def _compile_rows(model: Llama, decoder: Model, ids: np.ndarray) -> list[Row]:
         lambda: _dense_scanned.lower(graph, state, dense.caches, dense.token, size).compile()
     )
     jax.clear_caches()
-    spec = decoder.spec
-    full = decoder.num_layers * spec.num_kv_heads * size * kv_entry_bytes(spec.head_dim)
+    full = decoder.dense_bytes(size)
     place = decode.create(decoder, [full // 4])
     warm_s = _seconds(lambda: _prompt_and_step(decoder, place, ids[:size]))
     place = decode.create(decoder, [full // 4])

@@ -24,7 +24,6 @@ from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import load_gguf, smollm2_path
 from jbalance import decode
 from jbalance.decode import Model, Reserve, devices, prefill
-from jbalance.resources import kv_entry_bytes
 
 TEXT = "lcet10"
 QUESTIONS, ANSWER_TOKENS, QUESTION_TOKENS = 16, 8, 12
@@ -48,10 +47,9 @@ def measure_all(quick: bool) -> Iterator[Row]:
 
 def _questions(model: Model, ids: np.ndarray, size: int) -> list[Row]:
     """Questions of one context together, and each in a run of its own."""
-    spec = model.spec
-    full = model.num_layers * spec.num_kv_heads * size * kv_entry_bytes(spec.head_dim)
+    full = model.dense_bytes(size)
     reserve = Reserve(PLACES, QUESTION_TOKENS + ANSWER_TOKENS)
-    room = reserve.unit_bytes(spec.head_dim) * model.num_layers * spec.num_kv_heads
+    room = reserve.unit_bytes(model.head_dim) * model.num_layers * model.num_kv_heads
     budget = [full // 4 + room]
     start = time.perf_counter()
     context = decode.read(model, ids[:size], budget, reserve=reserve)

@@ -33,7 +33,7 @@ from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
 from jbalance.decode.devices import main_device
 from jbalance.decode.saved import check_folder
-from jbalance.resources import AttentionDims, device_budgets, kv_cache_bytes
+from jbalance.resources import device_budgets
 
 DEFAULT_POLICIES = (
     *("full", "sinks-recent", "uniform", "ladder-eviction-only"),
@@ -238,9 +238,9 @@ def _policy_row(
 
 def _over(job: Job, context: decode.Context) -> list[int]:
     """Budgets that hold all of a context and the room for its request."""
-    spec, layers = job.decoder.spec, job.decoder.num_layers
-    room = job.reserve.unit_bytes(spec.head_dim) * layers * spec.num_kv_heads
-    beside = job.reserve.device_bytes(layers * spec.num_kv_heads) + 4
+    units = job.decoder.num_layers * job.decoder.num_kv_heads
+    room = job.reserve.unit_bytes(job.decoder.head_dim) * units
+    beside = job.reserve.device_bytes(units) + 4
     return [held + room + beside for held in context.nbytes]
 
 
@@ -252,8 +252,8 @@ def _curve(job, policies, measured, rows) -> list[dict[str, Any]]:
     ]
     full_bytes = _full_bytes(job)
     device = [main_device(job.devices)]
-    units = job.decoder.num_layers * job.decoder.spec.num_kv_heads
-    beside = job.reserve.unit_bytes(job.decoder.spec.head_dim) * units
+    units = job.decoder.num_layers * job.decoder.num_kv_heads
+    beside = job.reserve.unit_bytes(job.decoder.head_dim) * units
     for policy in policies:
         for scale in CURVE_SCALES if policy.name in CURVE_POLICIES else ():
             budget = int(sum(job.budgets) * scale)
@@ -272,9 +272,7 @@ def _curve(job, policies, measured, rows) -> list[dict[str, Any]]:
 
 
 def _full_bytes(job: Job) -> int:
-    config = job.model.config
-    dims = AttentionDims(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
-    return kv_cache_bytes(dims, len(job.case.context) + job.reserve.new_tokens)
+    return job.decoder.dense_bytes(len(job.case.context) + job.reserve.new_tokens)
 
 
 def _importance(w: Any, plan: Plan) -> dict[str, list[float]]:

@@ -28,7 +28,6 @@ from experiments.kv_budget import data, evaluate
 from experiments.models import load_gguf, smollm2_path
 from jbalance import decode, importance
 from jbalance.decode import extend, prefill
-from jbalance.resources import kv_entry_bytes
 
 FRACTIONS, CONTEXT, CONTINUATION, LONG = (0.25, 0.1), 1280, 128, 600
 TEXTS = ["lcet10", "plrabn12"]
@@ -54,9 +53,7 @@ def attention_alone() -> Iterator[None]:
 
 def rows_of(model, decoder, cases: dict[str, np.ndarray], fraction: float) -> dict[str, float]:
     """Means over the cases at a fraction of the bytes."""
-    spec = decoder.spec
-    full = decoder.num_layers * spec.num_kv_heads * CONTEXT * kv_entry_bytes(spec.head_dim)
-    budget, device = [int(fraction * full)], jax.devices()[:1]
+    budget, device = [int(fraction * decoder.dense_bytes(CONTEXT))], jax.devices()[:1]
     found: dict[str, list[float]] = {"kl": [], "passkey": [], "kl_after_600": []}
     for i, context in enumerate(cases["lm_ctx"]):
         follow = cases["lm_cont"][i]

@@ -9,6 +9,7 @@ model trains. Parameters stay as they were.
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
 from jbalance.adapters.decoder import decoder
 from jbalance.adapters.decoding import LinenCachedAttention, NnxCache
+from jbalance.adapters.forward import forward
 from jbalance.adapters.modules import (
     BalancedAttention,
     BalanceVariable,
@@ -40,6 +41,7 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "budgets_of",
     # decoding over a cache of fixed bytes
     "decoder",
+    "forward",
     "NnxCache",
     "LinenCachedAttention",
     # heads that leave

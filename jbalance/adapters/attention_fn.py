@@ -76,6 +76,7 @@ def attention_fn(
         deterministic: bool = False,
         is_causal: bool = False,
         scale: float | None = None,
+        soft_cap: float | None = None,
         dtype: Any = None,
         module: Any = None,
         **_: Any,
@@ -98,9 +99,8 @@ def attention_fn(
             mask = None  # `causal` says as much, at no cost
         logits = _logit_bias(bias, mask, lead)
         plan = plan_of(q, k, v, causal=causal)
-        attend = functools.partial(
-            attention.attend, q, k, v, plan, causal=bool(causal), scale=scale, backend=backend
-        )
+        rules: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "backend": backend}
+        attend = functools.partial(attention.attend, q, k, v, plan, causal=bool(causal), **rules)
         out = attend(bias=logits)
         y = out.y
         if dropout_rate > 0 and not deterministic:

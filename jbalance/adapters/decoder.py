@@ -1,9 +1,12 @@
-"""A Flax nnx model as a `decode.Model`: four methods, and parameters stacked over the layers."""
+"""A Flax nnx model as a `decode.Model`: four functions, and the parameters of each layer.
+
+This is how the library reaches a model's attention, whoever wrote the model: `qkv` hands over queries,
+keys and values where the model has them, and `finish` takes the output where the model goes on.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,19 +19,22 @@ _METHODS = {"model": ("embed", "logits"), "layer": ("qkv", "finish")}
 
 
 class _Method:
-    """A method of a module as a function of its arrays; equal for modules of one structure.
+    """A function of a module as one of its arrays; equal for modules of one structure.
 
     It takes the leaves of the state: to flatten a state costs more than a small program. The hash is
     kept, since every call of a program asks for it.
     """
 
-    def __init__(self, graph: nnx.GraphDef, tree: Any, name: str) -> None:
-        self.key = graph, tree, name
+    def __init__(self, graph: nnx.GraphDef, tree: Any, function: Callable[..., Any] | str) -> None:
+        self.key = graph, tree, function
         self.hash = hash(self.key)
 
     def __call__(self, arrays: Any, *args: jax.Array) -> Any:
-        graph, tree, name = self.key
-        return getattr(nnx.merge(graph, jax.tree.unflatten(tree, arrays)), name)(*args)
+        graph, tree, function = self.key
+        module = nnx.merge(graph, jax.tree.unflatten(tree, arrays))
+        if isinstance(function, str):
+            return getattr(module, function)(*args)
+        return function(module, *args)
 
     def __hash__(self) -> int:
         return self.hash
@@ -42,50 +48,66 @@ def decoder(
     attention: AttentionSpec | Sequence[AttentionSpec],
     *,
     layers: str = "layers",
+    embed: Callable[..., jax.Array] | None = None,
+    qkv: Callable[..., tuple[jax.Array, ...]] | None = None,
+    finish: Callable[..., jax.Array] | None = None,
+    logits: Callable[..., jax.Array] | None = None,
 ) -> Model:
-    """The decoder of an nnx model that computes everything but attention in four methods.
+    """The decoder of an nnx model that computes everything but attention in four functions.
 
-    The model has `embed(tokens, positions)` and `logits(x)`; each of its layers has `qkv(x, positions)`,
-    which gives q [B, T, H, D], k and v [B, T, K, D] after the rotary embedding, and `finish(x, y)`,
-    which gives the next layer's x from attention's output y [B, T, H, D].
+    They are methods of the model and its layers, or functions that are given here for a model whose code
+    is another's: `embed(model, tokens, positions)`, `qkv(layer, x, positions)` gives q [B, T, H, D], k
+    and v [B, T, K, D] after the rotary embedding, `finish(layer, x, y)` the next layer's x from
+    attention's output y [B, T, H, D], and `logits(model, x)`.
 
     Args:
-      model: with the layers either in a list, all of one structure, or stacked in one module whose
-        parameters have a first axis of L, which are copied once.
+      model: with the layers in a list, or stacked in one module whose parameters have a first axis of L,
+        which are copied once.
       attention: of all layers, or of each.
       layers: name of the attribute that holds them.
+      embed: None for the model's method `embed(tokens, positions)`.
+      qkv: None for the layers' method `qkv(x, positions)`.
+      finish: None for the layers' method `finish(x, y)`.
+      logits: None for the model's method `logits(x)`.
 
     Returns:
       `Model`, which shares the other parameters.
 
     Raises:
-      ValueError: methods that are missing, layers of different structure, or a number of `attention`
-        that is not theirs.
+      ValueError: functions that are neither given nor methods, or a number of `attention` that is not
+        that of the layers.
     """
     held = getattr(model, layers, None)
     if held is None:
         raise ValueError(
             f"model has no attribute {layers!r}: say with layers= what holds its layers"
         )
-    one, states = _layers(held, layers)
-    for thing, what in ((model, "model"), (one, "layer")):
-        missing = [name for name in _METHODS[what] if not callable(getattr(thing, name, None))]
+    parts = _layers(held, layers)
+    given = {"embed": embed, "qkv": qkv, "finish": finish, "logits": logits}
+    of = {name: name if x is None else x for name, x in given.items()}
+    for thing, what in ((model, "model"), (nnx.merge(*parts[0]), "layer")):
+        missing = [
+            name
+            for name in _METHODS[what]
+            if given[name] is None and not callable(getattr(thing, name, None))
+        ]
         if missing:
-            raise ValueError(f"{what} {type(thing).__name__} has no method {', '.join(missing)}")
+            raise ValueError(
+                f"{what} {type(thing).__name__} has no method {', '.join(missing)}: write it, or give "
+                f"{missing[0]}= as a function of the {what}"
+            )
     graph, state = nnx.split(model)
     state = jax.tree.map_with_path(lambda path, x: _NOTHING if _is_in(path, layers) else x, state)
-    specs = (attention,) * len(states) if isinstance(attention, AttentionSpec) else tuple(attention)
+    specs = (attention,) * len(parts) if isinstance(attention, AttentionSpec) else tuple(attention)
     params, tree = jax.tree.flatten(state)
-    of_model = functools.partial(_Method, graph, tree)
-    of_layer = functools.partial(_Method, nnx.split(one)[0], jax.tree.structure(states[0]))
     out = Model(
         tuple(params),
-        tuple(tuple(jax.tree.leaves(layer)) for layer in states),
+        tuple(tuple(jax.tree.leaves(state)) for _, state in parts),
         specs,
-        of_model("embed"),
-        of_layer("qkv"),
-        of_layer("finish"),
-        of_model("logits"),
+        _Method(graph, tree, of["embed"]),
+        _of_layers(parts, of["qkv"]),
+        _of_layers(parts, of["finish"]),
+        _Method(graph, tree, of["logits"]),
     )
     check_model(out)
     return out
@@ -94,26 +116,30 @@ def decoder(
 _NOTHING = np.zeros(0, np.float32)  # in the place of the layers' parameters in the model's own
 
 
+def _of_layers(parts, function) -> Any:
+    """One function, or one of each layer where their structures differ."""
+    all_ = tuple(_Method(graph, jax.tree.structure(state), function) for graph, state in parts)
+    return all_[0] if all(x == all_[0] for x in all_) else all_
+
+
 def _is_in(path, name) -> bool:
     """Whether a leaf's path begins with the attribute."""
     first = path[0]
     return getattr(first, "key", getattr(first, "name", None)) == name
 
 
-def _layers(held, name) -> tuple[nnx.Module, list[Any]]:
-    """One layer, and the state of each."""
+def _layers(held, name) -> list[tuple[nnx.GraphDef, Any]]:
+    """The structure and the state of each layer."""
     if isinstance(held, nnx.Module) and not isinstance(held, nnx.List):
         sizes = {x.shape[:1] for x in jax.tree.leaves(nnx.state(held))}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(
                 f"model.{name} has parameters with first axes {sorted(sizes)}: a stack of layers has one"
             )
-        state = nnx.split(held)[1]
-        return held, [jax.tree.map(lambda x, i=i: x[i], state) for i in range(sizes.pop()[0])]
+        graph, state = nnx.split(held)
+        number = sizes.pop()[0]
+        return [(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(number)]
     parts = [nnx.split(layer) for layer in held]
     if not parts:
         raise ValueError(f"model.{name} is empty")
-    for i, (graph, _) in enumerate(parts):
-        if graph != parts[0][0]:
-            raise ValueError(f"model.{name}[{i}] differs in structure from model.{name}[0]")
-    return held[0], [state for _, state in parts]
+    return parts

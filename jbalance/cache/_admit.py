@@ -23,9 +23,10 @@ from jax import lax
 from jbalance import checks
 from jbalance.cache import _centroids, _move, _pages, _price
 from jbalance.cache._centroids import Centroids
-from jbalance.cache._layout import CODES
+from jbalance.cache._layout import CODES, TIMES
 from jbalance.cache._move import Candidates, Walk
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import Ages
 
 _SCAN_PAGES = 32
 
@@ -56,6 +57,8 @@ def admit(
     allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | None = None,
+    time: jax.Array | None = None,
+    ages: Ages | None = None,
 ) -> tuple[Arena, Centroids, Report]:
     """Let new tokens into some neighbouring units, within so many pages for all of these.
 
@@ -75,6 +78,8 @@ def admit(
       code: [N, S] uint8, `_price.encode_worth` or `_price.PROTECTED`.
       allowance_pages: [] int32, for all n units together.
       num_tokens: [N] int32, how many of the S there are; None for all.
+      time: [N, S] int32 positions of the tokens, of a timed arena.
+      ages: of these units, of a timed arena: tokens that have left their unit's window go.
 
     Returns:
       The arena, the centroids and a `Report`; with a shortfall arena and centroids are as before, so
@@ -84,22 +89,28 @@ def admit(
       ValueError: shapes, dtypes or bits that do not fit.
     """
     _check(arena, centroids, first_unit, num_units, units, k, v, code, num_tokens)
+    if arena.timed != (time is not None) or arena.timed != (ages is not None):
+        raise ValueError("time and ages are of a timed arena: give both of them for one, else none")
     offsets = _price.steps(arena.head_dim, arena.bits)
     first_unit = jnp.asarray(first_unit, jnp.int32)
     new, dropped = _candidates(first_unit, num_units, units, k, v, code, num_tokens)
+    new = _in_window(new, time, ages)
     owner = _owners(arena, first_unit, num_units)
-    histogram, least = _weigh(arena, owner, num_units)
+    histogram, least, gone = _weigh(arena, owner, num_units, ages)
     entering = _entering(new, num_units)
     free = arena.num_pages - arena.offset[-1]
     limit = jnp.minimum(allowance_pages, free + jnp.sum(owner.mine, dtype=jnp.int32))
     found = _price.price_of(histogram.at[:, 0].add(entering), offsets, arena.page_tokens, limit)
     fate = _fate(histogram, entering, found.least)
+    if ages is not None:
+        unit = jnp.where(gone, owner.unit, num_units)
+        fate = fate._replace(changed=fate.changed.at[unit].set(True, mode="drop"))
     growth = jnp.sum(found.pages, axis=1) - _held_pages(owner, num_units)
     # A unit in which nothing changes may still hold pages that it does not need.
     done = found.shortfall == 0
     moves = (fate.changed | (growth != 0)) & done
     walked = moves | (jnp.any(entering > 0, axis=1) & done)
-    plan, group, rank = _plan(arena, owner, least, found, growth, moves, walked)
+    plan, group, rank = _plan(arena, owner, least, gone, found, growth, moves, walked, ages)
     own = first_unit + np.arange(num_units)
     work = _move.move(arena, plan, group, new, first_unit, _centroids.load(centroids, own))
     after = _tables(arena, work, plan, rank, found, first_unit)
@@ -151,7 +162,16 @@ def _candidates(first_unit, num_units, units, k, v, code, num_tokens):
     valid = (np.arange(size) < there[:, None]) & chosen[:, None]
     dropped = jnp.sum(there, dtype=jnp.int32) - jnp.sum(valid, dtype=jnp.int32)
     unit = jnp.where(chosen, local, num_units)
-    return Candidates(row.astype(jnp.int32), unit, k, v, code, valid), dropped
+    return Candidates(row.astype(jnp.int32), unit, k, v, code, valid, None), dropped
+
+
+def _in_window(new, time, ages):
+    """The new tokens, without those that left their windows before they came."""
+    if ages is None:
+        return new
+    last = ages.window.shape[0] - 1
+    valid = new.valid & ages.new_alive(time, jnp.minimum(new.unit, last)[:, None])
+    return new._replace(valid=valid, time=time)
 
 
 def _entering(new, num_units):
@@ -184,8 +204,10 @@ def _owners(arena, first_unit, num_units):
     return _Owners(group, mine, unit, level, jnp.where(mine, jnp.clip(used, 0, size), 0))
 
 
-def _weigh(arena, owner, num_units):
-    """Tokens by unit, level and code [n, M, 256] int32, and the least code of each page [P] uint8."""
+def _weigh(arena, owner, num_units, ages):
+    """Tokens by unit, level and code [n, M, 256] int32, and of each page [P] the least code, uint8, and
+    whether it has tokens that left their window, which count as none.
+    """
     num_levels = len(arena.bits)
     size = max(arena.page_tokens)
     start = np.array([layout.offset(CODES) for layout in arena.layouts], np.int32)
@@ -194,7 +216,7 @@ def _weigh(arena, owner, num_units):
     end = begin + jnp.sum(owner.mine)
 
     def block(i, carry):
-        histogram, least = carry
+        histogram, least, gone = carry
         place = begin + i * _SCAN_PAGES + np.arange(_SCAN_PAGES)
         inside = place < end
         at = jnp.minimum(place, arena.num_pages - 1)
@@ -202,14 +224,34 @@ def _weigh(arena, owner, num_units):
         byte = jnp.minimum(jnp.asarray(start)[level][:, None] + slot, arena.page_bytes - 1)
         code = arena.data[arena.order[at][:, None], byte]
         valid = (slot < owner.used[at][:, None]) & inside[:, None]
+        kept = jnp.where(inside, place, arena.num_pages)
+        if ages is not None:
+            alive = ages.held_alive(_times_at(arena, at, level, slot), owner.unit[at][:, None])
+            gone = gone.at[kept].set(jnp.any(valid & ~alive, axis=1), mode="drop")
+            valid &= alive
         unit = jnp.where(valid, owner.unit[at][:, None], num_units)
         histogram = histogram.at[unit, level[:, None], code].add(1, mode="drop")
         low = jnp.min(jnp.where(valid, code, np.uint8(255)), axis=1)
-        return histogram, least.at[jnp.where(inside, place, arena.num_pages)].set(low, mode="drop")
+        return histogram, least.at[kept].set(low, mode="drop"), gone
 
     histogram = jnp.zeros((num_units, num_levels, _price.NUM_CODES), jnp.int32)
     least = jnp.full(arena.num_pages, 255, jnp.uint8)
-    return lax.fori_loop(0, -(-(end - begin) // _SCAN_PAGES), block, (histogram, least))
+    gone = None if ages is None else jnp.zeros(arena.num_pages, bool)
+    return lax.fori_loop(0, -(-(end - begin) // _SCAN_PAGES), block, (histogram, least, gone))
+
+
+def _times_at(arena, at, level, slot):
+    """Positions, modulo 2^16, in the slots of the pages at these places and levels."""
+    start = np.array([layout.offset(TIMES) for layout in arena.layouts], np.int32)
+    size = np.array(arena.page_tokens, np.int32)
+    page = arena.order[at][:, None]
+
+    def half(number):
+        first = jnp.asarray(start + number * size)[level][:, None]
+        byte = jnp.minimum(first + slot, arena.page_bytes - 1)
+        return arena.data[page, byte].astype(jnp.int32)
+
+    return half(0) + 256 * half(1)
 
 
 class _Fate(NamedTuple):
@@ -239,7 +281,7 @@ def _held_pages(owner, num_units):
     return jnp.zeros(num_units, jnp.int32).at[unit].add(1, mode="drop")
 
 
-def _plan(arena, owner, least, found, growth, moves, walked):
+def _plan(arena, owner, least, gone, found, growth, moves, walked, ages):
     """The walk, and in the order of its supply each page's group and rank within the group."""
     num_units, num_levels = found.tokens.shape
     groups, num_pages = arena.count.size, arena.num_pages
@@ -248,6 +290,8 @@ def _plan(arena, owner, least, found, growth, moves, walked):
     turn = jnp.zeros(num_units, jnp.int32).at[walk].set(np.arange(num_units, dtype=np.int32))
     size = jnp.asarray(arena.page_tokens, jnp.int32)[owner.level]
     falls = least < found.least[unit, owner.level]
+    if ages is not None:
+        falls |= gone
     read = owner.mine & moves[unit] & (falls | (owner.used < size))
     free = owner.group == groups
     visit = turn[unit] * num_levels + owner.level
@@ -269,6 +313,7 @@ def _plan(arena, owner, least, found, growth, moves, walked):
         first,
         number,
         found.least,
+        ages,
     )
     return plan, jnp.where(empty, groups, owner.group[at]), rank
 

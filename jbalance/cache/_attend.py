@@ -12,6 +12,7 @@ from jbalance import checks
 from jbalance.attention.partial import EMPTY, Partial
 from jbalance.cache import _codec
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import FULL, Sight
 from jbalance.cache.backends import gpu, tpu, xla
 
 # The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `backends.tpu`.
@@ -19,11 +20,17 @@ _KERNELS = {"gpu": gpu, "tpu": tpu}
 
 
 def attend_pages(
-    q: jax.Array, arena: Arena, units: jax.Array, *, backend: str | None = None
+    q: jax.Array,
+    arena: Arena,
+    units: jax.Array,
+    *,
+    sight: Sight | None = None,
+    backend: str | None = None,
 ) -> Partial:
     """Paged attention: queries over all tokens of their units, whatever their precisions.
 
-    y_u = softmax(q_u k_u^T / sqrt(D)) v_u over the tokens of unit u, all of which every query sees.
+    y_u = softmax(q_u k_u^T / sqrt(D)) v_u over the tokens of unit u that a query sees: all of them, or
+    those of its window. A soft cap bounds the logits before the softmax.
     Counts and pages are data: changed, they do not compile anew.
 
     Args:
@@ -31,9 +38,10 @@ def attend_pages(
       arena: where the units are.
       units: [N] int32, indices into the arena's units; an index that is none of them, such as -1, has
         no tokens.
+      sight: what the queries [N, T] see; None for all tokens, without a cap.
       backend: "gpu", "tpu" or "xla", static; None for the GPU kernel on CUDA where it can read the
         arena, else XLA. The kernels run on their own platform only, so export for several platforms at
-        once needs "xla".
+        once needs "xla". Windows and caps are read by "xla" only.
 
     Returns:
       `Partial` with y [N, T, D] and lse [N, T], float32; a unit without tokens has y = 0.
@@ -42,13 +50,15 @@ def attend_pages(
       ValueError: shapes that do not fit; an unknown back end, or one that cannot read this arena.
     """
     check_queries(q, arena, units)
-    _check_backend(backend, arena)
+    if sight is not None and sight.limits == FULL:
+        sight = None
+    _check_backend(backend, arena, sight)
     if 0 in q.shape:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], EMPTY))
     units = jnp.asarray(units, jnp.int32)
     known = (units >= 0) & (units < arena.count.shape[0])
     turned = _codec.rotate(q) / math.sqrt(arena.head_dim)
-    total = _by_backend(turned, arena, jnp.where(known, units, 0), backend)
+    total = _by_backend(turned, arena, jnp.where(known, units, 0), sight, backend)
     y = jnp.where(known[:, None, None], _codec.unrotate(total.y), 0)
     return Partial(y, jnp.where(known[:, None], total.lse, EMPTY))
 
@@ -62,16 +72,26 @@ def check_queries(q: jax.Array, arena: Arena, units: jax.Array) -> None:
         raise ValueError(f"q has shape {q.shape}: its last axis must be D = {arena.head_dim}")
 
 
-def _check_backend(backend: str | None, arena: Arena) -> None:
+def _check_backend(backend: str | None, arena: Arena, sight: Sight | None) -> None:
     """ValueError for a back end that is unknown or cannot read the arena."""
     if backend not in (None, "xla", *_KERNELS):
         raise ValueError(f"backend is {backend!r}: it must be 'gpu', 'tpu', 'xla' or None")
     if backend in _KERNELS and (reason := _KERNELS[backend].unsupported(arena)):
         raise ValueError(f"backend is {backend!r}, which cannot read this arena: {reason}")
+    if sight is not None:
+        if backend in _KERNELS:
+            raise ValueError(f"backend is {backend!r}: windows and soft caps need 'xla' or None")
+        if sight.limits.window is not None and not arena.timed:
+            raise ValueError(
+                f"sight has a window of {sight.limits.window}: the arena was made without its tokens' "
+                f"positions, create it with timed=True"
+            )
 
 
-def _by_backend(q, arena, units, backend) -> Partial:
+def _by_backend(q, arena, units, sight, backend) -> Partial:
     """Attention of rotated and scaled queries by one back end."""
+    if sight is not None:
+        return xla.attend_rotated(q, arena, units, sight)
     if backend in _KERNELS:
         return _KERNELS[backend].attend_rotated(q, arena, units)
     if backend == "xla" or gpu.unsupported(arena):

@@ -31,6 +31,7 @@ from jbalance.cache._admit import Report
 from jbalance.cache._centroids import Centroids
 from jbalance.cache._layout import table_bytes, token_bytes
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import MOST_WINDOW, Ages, Clock, clock_bytes, create_clock
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
 
 BITS = (8, 4, 3)
@@ -55,6 +56,7 @@ class KVCache:
     recent_count: jax.Array  # [B] int32, below R between steps
     slots: jax.Array  # [L, K] int32, which of a request's n units a head is; -1 if not here
     layers_done: jax.Array  # [] int32, layers that have attended for the current token
+    clock: Clock | None = None  # of a model whose layers have windows
 
     @property
     def num_requests(self) -> int:
@@ -113,7 +115,9 @@ class KVCache:
         return jnp.where(slots >= 0, unit, self.key_mean.shape[0]).astype(jnp.int32)
 
 
-def page_bytes_for(budget_bytes: int, num_units: int, head_dim: int, bits: Sequence[int]) -> int:
+def page_bytes_for(
+    budget_bytes: int, num_units: int, head_dim: int, bits: Sequence[int], *, timed: bool = False
+) -> int:
     """A size of pages: about 20 per unit, within 512 bytes to 16 KiB, that wastes little at every level.
 
     >>> page_bytes_for(10**7, 90, 64, (8, 4, 3))
@@ -124,11 +128,12 @@ def page_bytes_for(budget_bytes: int, num_units: int, head_dim: int, bits: Seque
       num_units: U.
       head_dim: D.
       bits: of each level.
+      timed: whether tokens have positions.
 
     Returns:
       Bytes, a multiple of 64.
     """
-    sizes = np.array([token_bytes(head_dim, b) for b in bits])
+    sizes = np.array([token_bytes(head_dim, b, timed=timed) for b in bits])
     about = budget_bytes / (PAGES_PER_UNIT * num_units)
     about = min(
         max(about, LEAST_PAGE_BYTES, 4 * sizes.max()), max(MOST_PAGE_BYTES, 4 * sizes.max())
@@ -152,6 +157,7 @@ def create(
     bits: Sequence[int] = BITS,
     page_bytes: int | None = None,
     recent_tokens: int | None = None,
+    windows: Sequence[int | None] | None = None,
 ) -> KVCache:
     """An empty cache: recent buffers, centroids and tables, and an arena of what is left of the budget.
 
@@ -167,6 +173,8 @@ def create(
       page_bytes: of one page; None for `page_bytes_for`.
       recent_tokens: R, even; half of them enter the arena at a time. None for an eighth of the budget,
         4 to 512: the more enter at once, the less it costs.
+      windows: of each layer [L], tokens that a query sees, itself among them, or None for all; None if
+        no layer has one. `decode` reads it; `prefill` and `step` are for layers that see all.
 
     Returns:
       `KVCache`.
@@ -189,12 +197,16 @@ def create(
     recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
     if recent_tokens % 2:
         raise ValueError(f"recent_tokens is {recent_tokens}: it must be even and at least 2")
+    windows = checked_windows(windows, num_layers)
+    timed = windows is not None
     fixed = units * unit_bytes(head_dim, recent_tokens) + table_bytes_of(num_requests, slots.size)
+    if timed:
+        fixed += clock_bytes(num_requests, units // num_requests, recent_tokens)
     left = int(budget_bytes) - fixed
     if page_bytes is None:
-        page_bytes = page_bytes_for(max(left, 0), units, head_dim, bits)
+        page_bytes = page_bytes_for(max(left, 0), units, head_dim, bits, timed=timed)
     page_bytes = checks.static_int("page_bytes", page_bytes, 1)
-    tokens = page_bytes // token_bytes(head_dim, bits[0])
+    tokens = page_bytes // token_bytes(head_dim, bits[0], timed=timed)
     floor = units * -(-(NUM_SINKS + NUM_RECENT) // max(tokens, 1))
     need = table_bytes(units, len(bits), floor) + floor * page_bytes
     if left < need:
@@ -204,11 +216,32 @@ def create(
             f"{NUM_SINKS} first and {NUM_RECENT} latest tokens of each, which always stay, {need} more; "
             f"give at least {fixed + need}"
         )
-    arena = _pages.create(left, units, head_dim, bits, page_bytes)
-    return around(arena, slots, num_requests, recent_tokens)
+    arena = _pages.create(left, units, head_dim, bits, page_bytes, timed=timed)
+    return around(arena, slots, num_requests, recent_tokens, windows=windows)
 
 
-def around(arena: Arena, slots: np.ndarray, num_requests: int, recent_tokens: int) -> KVCache:
+def checked_windows(
+    windows: Sequence[int | None] | None, num_layers: int
+) -> tuple[int | None, ...] | None:
+    """Windows of all layers, None if none has one; ValueError for those that cannot be kept."""
+    if windows is None:
+        return None
+    if len(windows) != num_layers:
+        raise ValueError(f"windows has {len(windows)} entries for {num_layers} layers")
+    for i, window in enumerate(windows):
+        if window is not None:
+            checks.static_int(f"windows[{i}]", window, 1, MOST_WINDOW)
+    return None if all(w is None for w in windows) else tuple(windows)
+
+
+def around(
+    arena: Arena,
+    slots: np.ndarray,
+    num_requests: int,
+    recent_tokens: int,
+    *,
+    windows: Sequence[int | None] | None = None,
+) -> KVCache:
     """An empty cache with this arena; R = 0 for one that is only read."""
     units, head_dim = arena.count.shape[0], arena.head_dim
     return KVCache(
@@ -222,6 +255,9 @@ def around(arena: Arena, slots: np.ndarray, num_requests: int, recent_tokens: in
         recent_count=jnp.zeros(num_requests, jnp.int32),
         slots=jnp.array(slots, jnp.int32),
         layers_done=jnp.zeros((), jnp.int32),
+        clock=None
+        if windows is None
+        else create_clock(windows, slots, num_requests, recent_tokens),
     )
 
 
@@ -258,6 +294,10 @@ def shrink(
     request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
     n, head_dim = cache.units_per_request, cache.head_dim
     none = jnp.zeros((0, 0, head_dim))
+    time, ages = None, None
+    if cache.clock is not None:
+        time = jnp.zeros((0, 0), jnp.int32)
+        ages = Ages(cache.clock.window, *(cache.clock.next[request],) * 2)
     arena, centroids, report = _admit.admit(
         cache.arena,
         cache.centroids,
@@ -268,6 +308,8 @@ def shrink(
         none,
         jnp.zeros((0, 0), jnp.uint8),
         allowance_pages,
+        time=time,
+        ages=ages,
     )
     return dataclasses.replace(cache, arena=arena, centroids=centroids), report
 
@@ -295,6 +337,8 @@ def release(cache: KVCache, request: jax.Array | int) -> KVCache:
         recent_energy=cleared(cache.recent_energy),
         recent_start=cache.recent_start.at[request].set(0),
         recent_count=cache.recent_count.at[request].set(0),
+        clock=cache.clock
+        and dataclasses.replace(cache.clock, next=cache.clock.next.at[request].set(0)),
     )
 
 

@@ -26,6 +26,7 @@ from jbalance import checks
 from jbalance.attention import EMPTY, Partial
 from jbalance.cache import _codec
 from jbalance.cache._codec import Codes
+from jbalance.cache._sight import Sight
 
 NUM_ENTRIES = 4  # c, of each unit
 BITS = 8
@@ -218,13 +219,16 @@ def absorb(
     return store(centroids, units, add(load(centroids, units), k, v, w, valid))
 
 
-def attend(q: jax.Array, centroids: Centroids, units: jax.Array) -> Partial:
+def attend(
+    q: jax.Array, centroids: Centroids, units: jax.Array, sight: Sight | None = None
+) -> Partial:
     """Attention of queries over the entries of their units: logits q · key / sqrt(D) + log count.
 
     Args:
       q: [N, T, D] float queries.
       centroids: what is attended to.
       units: [N] int32; an index that is none of the units has no entries.
+      sight: of the queries, for a soft cap of the logits; None for none.
 
     Returns:
       `Partial` with y [N, T, D] and lse [N, T], to `merge` with attention over the tokens that stayed;
@@ -246,7 +250,9 @@ def attend(q: jax.Array, centroids: Centroids, units: jax.Array) -> Partial:
     there = ((entries.count > 0) & known[:, None])[:, None]
     bias = jnp.log(jnp.maximum(entries.count, 1).astype(jnp.float32))
     logits = _highest("ntd,ncd->ntc", q.astype(jnp.float32), entries.keys)
-    logits = jnp.where(there, logits / math.sqrt(q.shape[-1]) + bias[:, None], EMPTY)
+    logits = logits / math.sqrt(q.shape[-1])
+    logits = logits if sight is None else sight.capped(logits)
+    logits = jnp.where(there, logits + bias[:, None], EMPTY)
     lse = jnp.where(jnp.any(there, axis=-1), jax.nn.logsumexp(logits, axis=-1), EMPTY)
     weight = jnp.where(there, jnp.exp(logits - lse[..., None]), 0)
     return Partial(_highest("ntc,ncd->ntd", weight, entries.values), lse)

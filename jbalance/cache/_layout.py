@@ -4,8 +4,10 @@ A page holds tokens of one unit at one precision. Below 8 bits it lies coordinat
 [D * bits / 8, tokens] bytes of keys, as `_codec.integer_levels` takes them, the same of values, then the
 low and the high bytes of the keys' float16 norms, then of the values'. At 8 bits it is [tokens, D] of
 keys and of values and the norms; at 16 bits [tokens, D] bfloat16 of keys and of values. Then, at every
-precision, one byte per token: the code of its worth (`_price.encode_worth`). A page's end may be
-unused. Every precision stores vectors in the basis of `_codec.rotate`: one rotated query serves all.
+precision, one byte per token: the code of its worth (`_price.encode_worth`). Pages of a model with
+windows (`timed`) then have the low and the high bytes of the tokens' positions, modulo 2^16. A page's
+end may be unused. Every precision stores vectors in the basis of `_codec.rotate`: one rotated query
+serves all.
 
 Nothing else knows this format: the admission of tokens, the kernels and the tables ask `PageLayout`.
 """
@@ -22,7 +24,8 @@ from jax import lax
 from jbalance.cache import _codec
 
 WIDE_BITS = 16  # stored as bfloat16, without a norm
-KEYS, VALUES, KEY_NORMS, VALUE_NORMS, CODES = range(5)  # the parts of a page, in their order
+# The parts of a page, in their order.
+KEYS, VALUES, KEY_NORMS, VALUE_NORMS, CODES, TIMES = range(6)
 
 
 class PageLayout(NamedTuple):
@@ -31,11 +34,14 @@ class PageLayout(NamedTuple):
     head_dim: int
     bits: int
     page_tokens: int
+    timed: bool = False  # whether tokens have positions
 
     @classmethod
-    def within(cls, page_bytes: int, head_dim: int, bits: int) -> PageLayout:
+    def within(
+        cls, page_bytes: int, head_dim: int, bits: int, *, timed: bool = False
+    ) -> PageLayout:
         """That of pages of so many bytes."""
-        return cls(head_dim, bits, page_bytes // token_bytes(head_dim, bits))
+        return cls(head_dim, bits, page_bytes // token_bytes(head_dim, bits, timed=timed), timed)
 
     @property
     def wide(self) -> bool:
@@ -52,7 +58,7 @@ class PageLayout(NamedTuple):
         """Bytes of a token in each part."""
         norm = 0 if self.wide else 2
         vector = self.head_dim * self.bits // 8
-        return (vector, vector, norm, norm, 1)
+        return (vector, vector, norm, norm, 1, *((2,) if self.timed else ()))
 
     @property
     def token_bytes(self) -> int:
@@ -78,15 +84,20 @@ class PageLayout(NamedTuple):
             (*plane, int(r)) for plane, r in zip(_codec.PLANES[self.bits], rows, strict=False)
         )
 
-    def encode(self, k: jax.Array, v: jax.Array, code: jax.Array) -> jax.Array:
-        """Vectors [..., D] and codes [...] of worth to the bytes [..., token_bytes] of tokens."""
+    def encode(
+        self, k: jax.Array, v: jax.Array, code: jax.Array, time: jax.Array | None = None
+    ) -> jax.Array:
+        """Vectors [..., D], codes and times [...] to the bytes [..., token_bytes] of tokens."""
         both = jnp.stack([k, v]).astype(jnp.float32)  # at once: half to compile
         if self.wide:
             parts = [*_bytes_of(_codec.rotate(both).astype(jnp.bfloat16))]
         else:
             codes = _codec.quantize(both, self.bits)
             parts = [*codes.packed, *_bytes_of(codes.norm[..., None])]
-        return jnp.concatenate([*parts, code[..., None]], axis=-1)
+        parts.append(code[..., None])
+        if self.timed:
+            parts.append(_bytes_of(jnp.asarray(time).astype(jnp.uint16)[..., None]))
+        return jnp.concatenate(parts, axis=-1)
 
     def decode(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Bytes [..., token_bytes] to keys and values [..., D] float32 and codes [...] of worth."""
@@ -100,7 +111,11 @@ class PageLayout(NamedTuple):
             # A page that was another precision's may hold any bytes behind its last token.
             norm = jnp.where(jnp.isfinite(norm), norm, 0)
             both = _codec.dequantize(_codec.Codes(vectors, norm), self.head_dim, self.bits)
-        return both[0], both[1], parts[-1][..., 0]
+        return both[0], both[1], parts[CODES][..., 0]
+
+    def times(self, rows: jax.Array) -> jax.Array:
+        """Bytes [..., token_bytes] of `timed` tokens to their positions [...], modulo 2^16."""
+        return lax.bitcast_convert_type(rows[..., -2:], jnp.uint16)
 
     def to_page(self, rows: jax.Array) -> jax.Array:
         """Bytes [..., page_tokens, token_bytes] of a page's tokens to the page's [..., used_bytes]."""
@@ -123,15 +138,15 @@ class PageLayout(NamedTuple):
     @property
     def _lies_across(self):
         """Whether each part lies byte by byte: all first bytes of the tokens, all second ones, ..."""
-        return (self.across, self.across, True, True, True)
+        return (self.across, self.across, *(True,) * (len(self.widths) - 2))
 
     def _split(self, rows):
         """Bytes [..., token_bytes] to the parts."""
         return jnp.split(rows, np.cumsum(self.widths)[:-1], axis=-1)
 
 
-def token_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one token's key and value with their norms, and of its worth.
+def token_bytes(head_dim: int, bits: int, *, timed: bool = False) -> int:
+    """Bytes of one token's key and value with their norms, of its worth, and of its position if `timed`.
 
     >>> token_bytes(64, bits=4)
     69
@@ -143,7 +158,7 @@ def token_bytes(head_dim: int, bits: int) -> int:
         _codec.rotation(head_dim)
     else:
         _codec.codes_bytes(head_dim, bits)
-    return PageLayout(head_dim, bits, 0).token_bytes
+    return PageLayout(head_dim, bits, 0, timed).token_bytes
 
 
 def table_bytes(num_units: int, num_levels: int, num_pages: int) -> int:

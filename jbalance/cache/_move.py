@@ -20,6 +20,7 @@ from jbalance.cache import _centroids, _price
 from jbalance.cache._centroids import Entries
 from jbalance.cache._layout import PageLayout
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import NO_WINDOW, Ages
 
 READ_TOKENS = 256  # about so many tokens of a unit are read at once
 ENCODE_TOKENS = 64  # so many are encoded at once
@@ -34,6 +35,7 @@ class Candidates(NamedTuple):
     v: jax.Array  # [N, S, D]
     code: jax.Array  # [N, S] uint8
     valid: jax.Array  # [N, S] bool
+    time: jax.Array | None  # [N, S] positions, of a timed arena
 
 
 class Walk(NamedTuple):
@@ -46,6 +48,7 @@ class Walk(NamedTuple):
     first: jax.Array  # [n, M] int32, where in `supply` those of a group that are read begin
     number: jax.Array  # [n, M] int32, how many they are
     least: jax.Array  # [n, M] int32, codes
+    ages: Ages | None  # of a timed arena
 
 
 class Work(NamedTuple):
@@ -66,6 +69,7 @@ class _Block(NamedTuple):
     k: jax.Array  # [C, D] float32
     v: jax.Array  # [C, D] float32
     code: jax.Array  # [C] uint8
+    time: jax.Array | None  # [C] uint16, of a timed arena
     level: jax.Array  # [C] int32 that each token reaches now: M if it leaves, M + 1 if it is none
 
 
@@ -141,9 +145,10 @@ def _read(work, plan, layouts, new, unit, source, i):
             valid = (np.arange(layout.page_tokens) < used[:, None]).reshape(-1)
             k, v, code = layout.decode(rows)
             reached = jnp.maximum(_price.levels_of(code, plan.least[unit]), level)
-            reached = jnp.where(valid, reached, len(layouts) + 1)
+            time = layout.times(rows) if layout.timed else None
+            reached = _reached(plan, reached, valid, time, unit, len(layouts))
             rows = jnp.pad(rows, ((0, 0), (0, width - layout.token_bytes)))
-            return _padded(_Block(rows, k, v, code, reached), size, len(layouts) + 1)
+            return _padded(_Block(rows, k, v, code, time, reached), size, len(layouts) + 1)
 
         return read
 
@@ -155,16 +160,19 @@ def _read(work, plan, layouts, new, unit, source, i):
         at = jnp.minimum(i * size + np.arange(size), tokens - 1)
         valid = new.valid[row, at] & (i * size + np.arange(size) < tokens)
         code = new.code[row, at]
-        reached = jnp.where(valid, _price.levels_of(code, plan.least[unit]), len(layouts) + 1)
+        time = None if new.time is None else new.time[row, at].astype(jnp.uint16)
+        reached = _price.levels_of(code, plan.least[unit])
+        reached = _reached(plan, reached, valid, None, unit, len(layouts))
         k, v = (x[row, at].astype(jnp.float32) for x in (new.k, new.v))
-        return _Block(jnp.zeros((size, width), jnp.uint8), k, v, code, reached)
+        return _Block(jnp.zeros((size, width), jnp.uint8), k, v, code, time, reached)
 
     def of_nothing(data):
         del data
         vectors = jnp.zeros((size, layouts[0].head_dim))
         level = jnp.full(size, len(layouts) + 1, jnp.int32)
         codes = jnp.zeros(size, jnp.uint8)
-        return _Block(jnp.zeros((size, width), jnp.uint8), vectors, vectors, codes, level)
+        time = jnp.zeros(size, jnp.uint16) if layouts[0].timed else None
+        return _Block(jnp.zeros((size, width), jnp.uint8), vectors, vectors, codes, time, level)
 
     readers = [*(of_level(level) for level in range(len(layouts))), of_new, of_nothing]
     block = lax.switch(source, readers, work.data)
@@ -173,12 +181,26 @@ def _read(work, plan, layouts, new, unit, source, i):
     return work._replace(data=data), block
 
 
+def _reached(plan, level, valid, time, unit, num_levels):
+    """Where tokens go that a price lets reach a level [C]: M + 1, into nothing, if they are none.
+
+    In a unit with a window a token that is out of it is none (of new ones `valid` says so already), and
+    one that leaves does not join the centroids, which would be seen for ever.
+    """
+    if plan.ages is not None:
+        if time is not None:
+            valid = valid & plan.ages.held_alive(time, unit)
+        has_window = plan.ages.window[unit] < NO_WINDOW
+        level = jnp.where(has_window & (level == num_levels), num_levels + 1, level)
+    return jnp.where(valid, level, num_levels + 1)
+
+
 def _padded(block, size, none):
     """The block filled up to C tokens."""
     missing = size - block.k.shape[0]
     level = jnp.pad(block.level, (0, missing), constant_values=none)
-    rows, k, v, code = (jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in block[:-1])
-    return _Block(rows, k, v, code, level)
+    block = jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), block)
+    return block._replace(level=level)
 
 
 def _put(work, plan, layouts, level, group, block, source):
@@ -191,7 +213,12 @@ def _put(work, plan, layouts, level, group, block, source):
         rows = lax.cond(
             source == level,
             lambda: block.rows[at, : layout.token_bytes],
-            lambda: layout.encode(block.k[at], block.v[at], block.code[at]),
+            lambda: layout.encode(
+                block.k[at],
+                block.v[at],
+                block.code[at],
+                None if block.time is None else block.time[at],
+            ),
         )
         filled = work.filled[level]
         buffer = lax.dynamic_update_slice_in_dim(work.buffers[level], rows, filled, 0)

@@ -32,6 +32,8 @@ class Arena:
     count: jax.Array  # [U, M] int32, tokens in the group
     head_dim: int = dataclasses.field(metadata={"static": True})
     bits: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each level
+    # Whether its tokens have positions, for units with windows.
+    timed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def num_pages(self) -> int:
@@ -51,7 +53,10 @@ class Arena:
     @property
     def layouts(self) -> tuple[PageLayout, ...]:
         """The format of the pages of each level."""
-        return tuple(PageLayout.within(self.page_bytes, self.head_dim, b) for b in self.bits)
+        return tuple(
+            PageLayout.within(self.page_bytes, self.head_dim, b, timed=self.timed)
+            for b in self.bits
+        )
 
     @property
     def page_tokens(self) -> tuple[int, ...]:
@@ -79,7 +84,13 @@ class Tokens(NamedTuple):
 
 
 def pages_within(
-    budget_bytes: int, num_units: int, head_dim: int, bits: tuple[int, ...], page_bytes: int
+    budget_bytes: int,
+    num_units: int,
+    head_dim: int,
+    bits: tuple[int, ...],
+    page_bytes: int,
+    *,
+    timed: bool = False,
 ) -> int:
     """Pages of the arena that `create` makes of these arguments, with its errors."""
     allowed = (*_codec.BITS, WIDE_BITS)
@@ -87,7 +98,7 @@ def pages_within(
         raise ValueError(f"bits is {bits}: it must be different ones of {allowed}")
     if num_units < 1:
         raise ValueError(f"num_units is {num_units}: it must be at least 1")
-    largest = max(token_bytes(head_dim, b) for b in bits)
+    largest = max(token_bytes(head_dim, b, timed=timed) for b in bits)
     if page_bytes < largest:
         raise ValueError(
             f"page_bytes is {page_bytes}: a token of {max(bits)} bits and head_dim {head_dim} "
@@ -118,6 +129,8 @@ def create(
     head_dim: int,
     bits: Sequence[int] = (16, 8, 4, 3, 2),
     page_bytes: int = 16384,
+    *,
+    timed: bool = False,
 ) -> Arena:
     """An empty arena of as many pages as the budget holds, its tables included.
 
@@ -127,6 +140,7 @@ def create(
       head_dim: D, one that `codec.rotation` knows.
       bits: of each level: different ones of 1, 2, 3, 4, 8 and 16.
       page_bytes: of one page; at least one token of each level must fit.
+      timed: whether tokens have positions, which units with windows need.
 
     Returns:
       `Arena` whose pages are all free.
@@ -135,12 +149,18 @@ def create(
       ValueError: values that do not fit, with what would.
     """
     bits = tuple(bits)
-    num_pages = pages_within(budget_bytes, num_units, head_dim, bits, page_bytes)
-    return empty(num_pages, num_units, head_dim, bits, page_bytes)
+    num_pages = pages_within(budget_bytes, num_units, head_dim, bits, page_bytes, timed=timed)
+    return empty(num_pages, num_units, head_dim, bits, page_bytes, timed=timed)
 
 
 def empty(
-    num_pages: int, num_units: int, head_dim: int, bits: tuple[int, ...], page_bytes: int
+    num_pages: int,
+    num_units: int,
+    head_dim: int,
+    bits: tuple[int, ...],
+    page_bytes: int,
+    *,
+    timed: bool = False,
 ) -> Arena:
     """The arena of `create`, by the number of its pages."""
     return Arena(
@@ -150,6 +170,7 @@ def empty(
         count=jnp.zeros((num_units, len(bits)), jnp.int32),
         head_dim=head_dim,
         bits=bits,
+        timed=timed,
     )
 
 
@@ -236,6 +257,8 @@ def write(
     v: jax.Array,
     code: jax.Array,
     num_tokens: jax.Array | None = None,
+    *,
+    time: jax.Array | None = None,
 ) -> tuple[Arena, jax.Array]:
     """Encode tokens into the first slots of one level's groups, which have the pages for them.
 
@@ -247,6 +270,7 @@ def write(
       v: [N, S, D] float values.
       code: [N, S] uint8 codes of what the tokens are worth.
       num_tokens: [N] int32 <= S, how many of the S tokens to write; None for all.
+      time: [N, S] positions, of a timed arena.
 
     Returns:
       The arena, and [N] int32 tokens dropped because their slots are outside the group's capacity.
@@ -265,7 +289,7 @@ def write(
     written = jnp.minimum(given, arena.capacity[units, level])
     window = -(-size // layout.page_tokens)  # pages that S tokens take
     padding = window * layout.page_tokens - size
-    encoded = layout.encode(jnp.asarray(k), jnp.asarray(v), jnp.asarray(code))
+    encoded = layout.encode(jnp.asarray(k), jnp.asarray(v), jnp.asarray(code), time)
     encoded = jnp.pad(encoded, ((0, 0), (0, padding), (0, 0)))
     content = layout.to_page(encoded.reshape(rows, window, layout.page_tokens, -1))
     page = np.arange(window)

@@ -18,7 +18,14 @@ from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
-from jbalance.cache._step import checked_allowance, held_attention, recent_attention, scaled
+from jbalance.cache._sight import Ages
+from jbalance.cache._step import (
+    check_without_windows,
+    checked_allowance,
+    held_attention,
+    recent_attention,
+    scaled,
+)
 from jbalance.importance import token_worth
 from jbalance.importance._rotary import check as rotary_frequencies
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
@@ -133,6 +140,7 @@ def causal_plan(size: int) -> TilePlan:
 def _checked(cache, q, k, v):
     """q, k and v as arrays; ValueError for shapes that do not fit."""
     checks.instance("cache", cache, KVCache)
+    check_without_windows(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, "[B, S, H or K, D]"))
@@ -177,6 +185,7 @@ def admit(
     allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | int | None = None,
+    start: jax.Array | int = 0,
 ) -> tuple[KVCache, Report]:
     """Let one layer's tokens of a prompt enter.
 
@@ -193,6 +202,7 @@ def admit(
       w: [K, S] float worth, >= 0.
       allowance_pages: [] int32, for the whole request.
       num_tokens: [] int32, how many of the S there are; None for all.
+      start: [] int32, position of the first, where layers have windows.
 
     Returns:
       The cache, and the `Report` of `_admit.admit`; with a shortfall, which only an allowance below the
@@ -222,6 +232,13 @@ def admit(
         mean_key(k, number).astype(jnp.bfloat16),
         cache.key_mean.at[units].get(mode="clip"),
     )
+    time, ages, clock = None, None, cache.clock
+    if clock is not None:
+        after = jnp.asarray(start, jnp.int32) + number
+        time = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), (heads, size))
+        # Other layers' tokens that were there before may still be asked by the first of these.
+        ages = Ages(clock.window, jnp.asarray(start, jnp.int32), after)
+        clock = dataclasses.replace(clock, next=clock.next.at[request].max(after))
     arena, centroids, report = _admit.admit(
         cache.arena,
         cache.centroids,
@@ -233,9 +250,14 @@ def admit(
         prompt_codes(w, number, fresh),
         allowance_pages,
         num_tokens=jnp.broadcast_to(number, (heads,)),
+        time=time,
+        ages=ages,
     )
     means = cache.key_mean.at[units].set(mean, mode="drop")
-    return dataclasses.replace(cache, arena=arena, centroids=centroids, key_mean=means), report
+    cache = dataclasses.replace(
+        cache, arena=arena, centroids=centroids, key_mean=means, clock=clock
+    )
+    return cache, report
 
 
 def mean_key(k: jax.Array, number: jax.Array | int) -> jax.Array:

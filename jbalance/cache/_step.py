@@ -17,6 +17,7 @@ from jbalance.cache import _admit, _centroids, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._cache import KVCache
+from jbalance.cache._sight import FULL, NO_WINDOW, Ages, Limits, Sight, capped
 from jbalance.importance.token_worth import decoded_worth
 
 
@@ -74,11 +75,8 @@ def _stepped(cache, layer, q, k, v, active, context, allowance_pages):
     """One layer's attention, and the cache with the tokens."""
     y, cache = attend_token(cache, layer, q, k, v, active, context)
     done = cache.layers_done + 1 == cache.num_layers
-    cache = dataclasses.replace(
-        cache,
-        recent_count=cache.recent_count + (active & done),
-        layers_done=jnp.where(done, 0, cache.layers_done + 1),
-    )
+    cache = advanced(cache, active & done)
+    cache = dataclasses.replace(cache, layers_done=jnp.where(done, 0, cache.layers_done + 1))
     return y, settle(cache, allowance_pages)[0]
 
 
@@ -96,7 +94,7 @@ def step_in_order(
     y, cache = attend_token(cache, layer, scaled(q, None), k, v, active)
     if not last:
         return y, cache
-    cache = dataclasses.replace(cache, recent_count=cache.recent_count + 1)
+    cache = advanced(cache, active)
     return y, settle(cache, checked_allowance(cache, None))[0]
 
 
@@ -108,6 +106,7 @@ def attend_token(
     v: jax.Array,
     active: jax.Array,
     context: KVCache | None = None,
+    limits: Limits = FULL,
 ) -> tuple[jax.Array, KVCache]:
     """One layer of `step` without its end: the token is in the recent buffer, but does not count yet."""
     requests = cache.num_requests
@@ -121,14 +120,18 @@ def attend_token(
         keys, values = (
             x.at[:, place].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v))
         )
-        held = held_attention(cache, request, layer, q)
+        position = None
+        if cache.clock is not None:
+            position = jnp.broadcast_to(cache.clock.next[request], q.shape[1])
+        held = held_attention(cache, request, layer, q, position, limits)
         if context is not None:
-            held = merge(held, held_attention(context, 0, layer, q))
+            held = merge(held, held_attention(context, 0, layer, q, position, limits))
             if context.recent_tokens:
-                held = merge(held, recent_attention(context, 0, layer, q))
+                held = merge(held, recent_attention(context, 0, layer, q, position, limits))
         age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
         count = cache.recent_count[request]
-        y, attention = _attend_recent(q, keys, values, age <= count, held)
+        seen = (age < count) & _in_window(cache, request, position, limits)
+        y, attention = _attend_recent(q, keys, values, seen | (age == count), held, limits)
         gained = jnp.sum(jnp.square(attention), axis=1)
         return y, jnp.where((age < count) & active[request], gained, 0)
 
@@ -155,39 +158,69 @@ def _put(buffer, at, new):
 
 
 def held_attention(
-    cache: KVCache, request: jax.Array | int, layer: jax.Array | int, q: jax.Array
+    cache: KVCache,
+    request: jax.Array | int,
+    layer: jax.Array | int,
+    q: jax.Array,
+    position: jax.Array | None = None,
+    limits: Limits = FULL,
 ) -> Partial:
     """Attention of queries [K, T, D] over a request's arena and centroids.
 
-    The mean key that is missing in both shifts all logits of a query by the same.
+    The mean key that is missing in both shifts all logits of a query by the same. Queries have
+    positions [T], which a window needs; a unit with a window has no centroids.
     """
     units = cache.units(request, layer)
-    part = merge(attend_pages(q, cache.arena, units), _centroids.attend(q, cache.centroids, units))
     mean = cache.key_mean.at[units].get(mode="clip")
-    return part._replace(lse=part.lse + _product("ktd,kd->kt", q, mean) / math.sqrt(q.shape[-1]))
+    shift = _product("ktd,kd->kt", q, mean) / math.sqrt(q.shape[-1])
+    sight = Sight(limits, bias=None if limits.soft_cap is None else shift)
+    if limits.window is not None:
+        assert cache.clock is not None
+        assert position is not None
+        # What is only read is not purged: beyond its last window nothing of it is seen, at any age.
+        nearest = jnp.minimum(position, cache.clock.next[request] + limits.window)
+        sight = dataclasses.replace(sight, position=jnp.broadcast_to(nearest, q.shape[:2]))
+    part = attend_pages(q, cache.arena, units, sight=sight)
+    if limits.window is None:
+        part = merge(part, _centroids.attend(q, cache.centroids, units, sight))
+    return part if limits.soft_cap is not None else part._replace(lse=part.lse + shift)
+
+
+def _in_window(cache, request, position, limits):
+    """Whether a request's recent tokens [R] are in the window of a query at position [...]: [..., R]."""
+    if limits.window is None:
+        return np.ones((), bool)
+    position = position if jnp.ndim(position) == 0 else position[..., None]
+    return position - cache.clock.recent[request] < limits.window
 
 
 def recent_attention(
-    cache: KVCache, request: jax.Array | int, layer: jax.Array | int, q: jax.Array
+    cache: KVCache,
+    request: jax.Array | int,
+    layer: jax.Array | int,
+    q: jax.Array,
+    position: jax.Array | None = None,
+    limits: Limits = FULL,
 ) -> Partial:
-    """Attention of queries [K, T, D] over a request's recent tokens."""
+    """Attention of queries [K, T, D] at positions [T] over a request's recent tokens."""
     units = cache.units(request, layer)
     keys, values = (x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values))
     age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
     valid = (age < cache.recent_count[request]) & (units < cache.key_mean.shape[0])[:, None]
-    return _dense(q, keys, values, valid[:, None])[0]
+    valid = valid[:, None] & _in_window(cache, request, position, limits)
+    return _dense(q, keys, values, valid, limits)[0]
 
 
-def _attend_recent(q, keys, values, valid, held):
+def _attend_recent(q, keys, values, valid, held, limits):
     """Attention of q [K, G, D] over the recent tokens and the rest, and the former's weights."""
-    part, logits = _dense(q, keys, values, valid)
+    part, logits = _dense(q, keys, values, valid, limits)
     total = merge(held, part)
     return total.y, jnp.exp(logits - total.lse[..., None])
 
 
-def _dense(q, keys, values, valid):
+def _dense(q, keys, values, valid, limits):
     """Dense attention of q [K, T, D] over keys [K, R, D] where valid, and its logits [K, T, R]."""
-    logits = _product("ktd,krd->ktr", q, keys) / math.sqrt(q.shape[-1])
+    logits = capped(_product("ktd,krd->ktr", q, keys) / math.sqrt(q.shape[-1]), limits)
     logits = jnp.where(valid, logits, EMPTY)
     some = jnp.any(jnp.broadcast_to(valid, logits.shape), axis=-1)
     lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), EMPTY)
@@ -222,6 +255,17 @@ def checked_allowance(cache: KVCache, pages: jax.Array | None) -> jax.Array:
     return jnp.asarray(
         checks.int_in_range("allowance_pages", pages, cache.floor_pages, checks.INT32_MAX)
     )
+
+
+def advanced(cache: KVCache, active: jax.Array) -> KVCache:
+    """The tokens of active requests [B] in the recent buffers count now."""
+    count, clock = cache.recent_count, cache.clock
+    if clock is not None:
+        row = jnp.arange(cache.num_requests)
+        place = (cache.recent_start + count) % cache.recent_tokens
+        recent = clock.recent.at[row, place].set(clock.next)
+        clock = dataclasses.replace(clock, next=clock.next + active, recent=recent)
+    return dataclasses.replace(cache, recent_count=count + active, clock=clock)
 
 
 def settle(cache: KVCache, allowance_pages: jax.Array) -> tuple[KVCache, Report]:
@@ -265,13 +309,30 @@ def _flush(cache, request, allowance_pages):
     units = first + np.arange(n)
     k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
     v, code = v[:, place], _price.encode_worth(w)
+    time, ages = None, None
+    if cache.clock is not None:
+        time = jnp.broadcast_to(cache.clock.recent[request, place], code.shape)
+        ages = Ages(cache.clock.window, *(cache.clock.next[request],) * 2)
     arena, centroids, report = _admit.admit(
-        cache.arena, cache.centroids, first, n, units, k, v, code, allowance_pages[request]
+        cache.arena,
+        cache.centroids,
+        first,
+        n,
+        units,
+        k,
+        v,
+        code,
+        allowance_pages[request],
+        time=time,
+        ages=ages,
     )
 
     def lose(centroids):
         w = _price.decode_worth(code)
-        return _centroids.absorb(centroids, units, k, v, w, jnp.ones(w.shape, bool))
+        lasting = jnp.ones(w.shape, bool)
+        if ages is not None:
+            lasting &= (ages.window == NO_WINDOW)[:, None]
+        return _centroids.absorb(centroids, units, k, v, w, lasting)
 
     # The buffer needs the room: what could not even be weighed does not enter.
     centroids = lax.cond(report.shortfall > 0, lose, lambda x: x, centroids)
@@ -284,9 +345,16 @@ def _flush(cache, request, allowance_pages):
     ), report
 
 
+def check_without_windows(cache: KVCache) -> None:
+    """ValueError for a cache whose layers have windows."""
+    if cache.clock is not None:
+        raise ValueError("cache was made with windows: decode a model with them by jbalance.decode")
+
+
 def _checked(cache, q, k, v, context):
     """q, k and v; ValueError for shapes that do not fit, or a cache that is only read."""
     checks.instance("cache", cache, KVCache)
+    check_without_windows(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     if cache.recent_tokens == 0:
         raise ValueError("cache has no recent buffer: it is a context, which is only read")

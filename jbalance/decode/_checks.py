@@ -18,8 +18,12 @@ OWN, CONTEXT = "own", "context"
 _MOST_BITS = 16
 
 
-def check_facts(path: Path, facts: dict[str, Any], head_dim: int) -> None:
-    """The manifest's fields, of a model with this head dim; ValueError that names the field."""
+def check_facts(path: Path, facts: dict[str, Any], head_dim: int, *, timed: bool) -> None:
+    """The manifest's fields, of a model with this head dim, `timed` if it has windows.
+
+    Raises:
+      ValueError: that names the field.
+    """
     files = _object(path, "files", facts["files"])
     names = [f"device-{d}.npz" for d in range(len(files))]
     if not files or list(files) != names or not all(isinstance(x, str) for x in files.values()):
@@ -33,6 +37,8 @@ def check_facts(path: Path, facts: dict[str, Any], head_dim: int) -> None:
         own, where = _object(path, f"kinds.{kind}", own), f"kinds.{kind}"
         _whole(path, f"{where}.head_dim", own.get("head_dim"), head_dim, head_dim)
         _whole(path, f"{where}.page_bytes", own.get("page_bytes"), 1)
+        if own.get("timed") is not timed:
+            raise _wrong(path, f"{where}.timed", own.get("timed"), f"{timed}, as the model has it")
         bits = own.get("bits")
         if not isinstance(bits, list) or not bits:
             raise _wrong(path, f"{where}.bits", bits, "a list of bits")
@@ -80,7 +86,7 @@ def check_part(path: Path, part: dict[str, np.ndarray], facts: dict[str, Any], h
         last = heads * (requests if kind == OWN else 1) - 1
         if units.size and not 0 <= units.min() <= units.max() <= last:
             raise _misshapen(path, f"{kind}.units", units, f"units in 0..{last}")
-        for name in row_names(dim):
+        for name in row_names(dim, timed=own["timed"]):
             _check_rows(path, f"{kind}.rows.{name}", part, len(units))
         for name in ("count", "pages"):
             rows = part[f"{kind}.rows.{name}"]
@@ -101,6 +107,8 @@ def check_part(path: Path, part: dict[str, np.ndarray], facts: dict[str, Any], h
             raise _misshapen(path, f"{kind}.rows.recent_values", values, f"{list(recent.shape)}")
         wanted = {"key_mean": (len(units), dim), "recent_energy": recent.shape[:2]}
         wanted |= dict.fromkeys(("recent_start", "recent_count"), (len(units),))
+        if own["timed"]:
+            wanted |= {"clock_next": (len(units),), "clock_recent": recent.shape[:2]}
         empty = _centroid_shapes(dim)
         wanted |= {f"centroids{i}": (len(units), *x) for i, x in enumerate(empty)}
         for name, shape in wanted.items():

@@ -13,9 +13,11 @@ import numpy as np
 from jbalance.cache import KVCache, _cache, _centroids
 from jbalance.cache._layout import table_bytes
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import clock_bytes, create_clock
 
 _UNIT_ROWS = ("key_mean", "recent_keys", "recent_values", "recent_energy", "count", "pages")
 _REQUEST_ROWS = ("recent_start", "recent_count")
+_CLOCK_ROWS = ("next", "recent")  # of a model with windows, whose layers say what they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Units:
         return Units(self.units[index], rows, self.data[page])
 
 
-def row_names(head_dim: int) -> list[str]:
+def row_names(head_dim: int, *, timed: bool) -> list[str]:
     """Of `Units.rows`."""
     leaves = jax.tree.leaves(_centroids.create(1, head_dim))
-    return [*_UNIT_ROWS, *_REQUEST_ROWS, *(f"centroids{i}" for i in range(len(leaves)))]
+    clock = [f"clock_{name}" for name in _CLOCK_ROWS] if timed else []
+    return [*_UNIT_ROWS, *_REQUEST_ROWS, *clock, *(f"centroids{i}" for i in range(len(leaves)))]
 
 
 def taken_apart(cache: KVCache) -> Units:
@@ -58,11 +61,22 @@ def taken_apart(cache: KVCache) -> Units:
     rows |= {f"centroids{i}": x for i, x in enumerate(jax.tree.leaves(cache.centroids))}
     per_unit = cache.units_per_request
     rows |= {name: jnp.repeat(getattr(cache, name), per_unit) for name in _REQUEST_ROWS}
+    if cache.clock is not None:
+        rows |= {
+            f"clock_{name}": jnp.repeat(getattr(cache.clock, name), per_unit, axis=0)
+            for name in _CLOCK_ROWS
+        }
     used = np.asarray(arena.order)[: int(arena.offset[-1])]
     return Units(units, {k: np.asarray(x) for k, x in rows.items()}, np.asarray(arena.data)[used])
 
 
-def put_together(part: Units, facts, slots: np.ndarray, budget: int | None) -> KVCache:
+def put_together(
+    part: Units,
+    facts,
+    slots: np.ndarray,
+    budget: int | None,
+    windows: tuple[int | None, ...] | None,
+) -> KVCache:
     """A device's cache: a context's with its own pages, the requests' with all that a budget holds."""
     rows: dict[str, Any] = part.rows
     used = len(part.data)
@@ -74,20 +88,28 @@ def put_together(part: Units, facts, slots: np.ndarray, budget: int | None) -> K
     if budget is not None:
         fixed = units * _cache.unit_bytes(head_dim, recent)
         fixed += _cache.table_bytes_of(requests, slots.size)
+        if windows is not None:
+            fixed += clock_bytes(requests, units // requests, recent)
         pages = (budget - fixed - table_bytes(units, len(bits), 0)) // (page_bytes + 4)
     data: Any = np.zeros((pages, page_bytes), np.uint8)
     data[:used] = part.data
     offset: Any = np.concatenate([[0], np.cumsum(rows["pages"])]).astype(np.int32)
     order: Any = np.arange(pages, dtype=np.int32)
-    arena = Arena(data, order, offset, rows["count"], head_dim, bits)
+    timed = windows is not None
+    arena = Arena(data, order, offset, rows["count"], head_dim, bits, timed)
     empty, tree = jax.tree.flatten(_centroids.create(1, head_dim))
     leaves = [rows[f"centroids{i}"] for i in range(len(empty))]
     first = np.arange(requests) * (units // requests)
+    clock = None
+    if windows is not None:
+        own = {name: rows[f"clock_{name}"][first] for name in _CLOCK_ROWS}
+        clock = dataclasses.replace(create_clock(windows, slots, requests, recent), **own)
     return KVCache(
         arena=arena,
         centroids=jax.tree.unflatten(tree, leaves),
         slots=jnp.asarray(slots),
         layers_done=jnp.zeros((), jnp.int32),
+        clock=clock,
         **{name: rows[name] for name in _UNIT_ROWS[:4]},
         **{name: rows[name][first] for name in _REQUEST_ROWS},
     )

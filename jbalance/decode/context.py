@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance.cache import KVCache, _cache, _centroids, _pages, _prefill, _price
+from jbalance.cache._sight import NO_WINDOW
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, check_model
 from jbalance.decode.plan import Plan, Reserve, fit, ladder
@@ -81,23 +82,33 @@ def read(
     """
     check_model(model)
     devices = devices_for(devices, len(budgets_bytes))  # before the prompt is read
-    spec, tokens = model.spec, np.asarray(tokens)
+    tokens = np.asarray(tokens)
     reserve = Reserve() if reserve is None else reserve
     codes = [
         np.asarray(first_prompt_codes(held.w, len(tokens)))[:, : len(tokens)]
         for _, held in prefill.layers_of(model, tokens)
     ]
-    shape = (model.num_layers, spec.num_kv_heads, len(tokens))
+    shape = (model.num_layers, model.num_kv_heads, len(tokens))
     plan = fit(
-        ladder(np.concatenate(codes)),
+        ladder(np.concatenate(codes), _seen(model, len(tokens))),
         shape,
-        spec.head_dim,
+        model.head_dim,
         list(budgets_bytes),
         reserve=reserve,
+        windows=model.windows,
     )
     layers = (held for _, held in prefill.layers_of(model, tokens))
     context = write(plan, np.stack(codes), layers, devices)
     return dataclasses.replace(context, reserve=reserve)
+
+
+def _seen(model: Model, num_tokens: int) -> np.ndarray | None:
+    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
+    if model.windows is None:
+        return None
+    age = num_tokens - np.arange(num_tokens)
+    seen = [age < (NO_WINDOW if w is None else w) for w in model.windows]
+    return np.repeat(np.stack(seen), model.num_kv_heads, axis=0)
 
 
 @jax.jit
@@ -134,11 +145,12 @@ def write(
         level[:, :number] = plan.level[layer]
         code = np.zeros(level.shape, np.uint8)
         code[:, :number] = codes[layer]
+        lasting = centroids and (plan.windows is None or plan.windows[layer] is None)
         for d, cache in enumerate(caches):
             if cache is not None:
                 moved = jax.device_put((held.k, held.v), devices[d])
                 caches[d] = _write_layer(
-                    cache, layer, *moved, level, code, number, centroids=centroids
+                    cache, layer, *moved, level, code, number, centroids=lasting
                 )
     return Context(tuple(caches), number, plan)
 
@@ -154,12 +166,21 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
         need = np.zeros((1, len(plan.bits)), int)
     room = plan.room
     arena = _pages.empty(
-        room.num_pages[device], len(need), room.head_dim, plan.bits, room.page_bytes
+        room.num_pages[device],
+        len(need),
+        room.head_dim,
+        plan.bits,
+        room.page_bytes,
+        timed=room.timed,
     )
     arena, missing = _pages.reallocate(arena, jnp.asarray(need, jnp.int32))
     if missing:
         raise RuntimeError(f"device {device} lacks {missing} pages for what was planned")
-    return jax.device_put(_cache.around(arena, slots, 1, 0), where)
+    cache = _cache.around(arena, slots, 1, 0, windows=plan.windows)
+    if cache.clock is not None:
+        behind = jnp.full(1, plan.level.shape[2], jnp.int32)
+        cache = dataclasses.replace(cache, clock=dataclasses.replace(cache.clock, next=behind))
+    return jax.device_put(cache, where)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="centroids")
@@ -171,15 +192,18 @@ def _write_layer(cache, layer, k, v, level, code, number, centroids):
     k -= mean.astype(jnp.float32)[:, None]
     here = (units < cache.key_mean.shape[0])[:, None]
     arena = cache.arena
+    time = jnp.broadcast_to(np.arange(k.shape[1], dtype=np.int32), level.shape)
     for m in range(len(arena.bits)):
         own = (level == m) & here
         first = jnp.argsort(~own, axis=1, stable=True)
-        first_k, first_v, first_code = (
+        first_k, first_v, first_code, first_time = (
             jnp.take_along_axis(x, first.reshape(first.shape + (1,) * (x.ndim - 2)), axis=1)
-            for x in (k, v, code)
+            for x in (k, v, code, time)
         )
         number_m = jnp.sum(own, axis=1)
-        arena, _ = _pages.write(arena, units, m, first_k, first_v, first_code, number_m)
+        arena, _ = _pages.write(
+            arena, units, m, first_k, first_v, first_code, number_m, time=first_time
+        )
     rest = cache.centroids
     if centroids:
         evicted = (level == len(arena.bits)) & (np.arange(level.shape[1]) < number) & here

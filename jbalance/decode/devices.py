@@ -7,7 +7,6 @@ is exact, and every process sees the same bits, however many devices there are.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jbalance.attention import Partial, merge
 from jbalance.cache import KVCache, _cache, _prefill, _step
+from jbalance.cache._sight import Limits
 from jbalance.cache._step import held_attention, recent_attention
 from jbalance.decode.context import is_local
 
@@ -39,6 +39,7 @@ def attend_token(
     layer: int,
     qkv: tuple[jax.Array, ...],
     active: Sequence[jax.Array | None],
+    limits: Limits,
 ) -> tuple[jax.Array, Caches]:
     """`cache.step` of one layer over all devices, without its end: y [B, H, D], and the caches."""
 
@@ -48,7 +49,7 @@ def attend_token(
             return None
         new = jax.device_put(qkv, devices[d])
         context = None if contexts is None else contexts[d]
-        return _attend_token(cache, np.int32(layer), *new, active[d], context)
+        return _attend_token(cache, np.int32(layer), *new, active[d], context, limits)
 
     done = _on_each(devices, on)
     outputs = [out[0] for out in done if out is not None]
@@ -68,9 +69,9 @@ def _threads(number: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(number, "jbalance")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _attend_token(cache, layer, q, k, v, active, context):
-    return _step.attend_token(cache, layer, q, k, v, active, context)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=7)
+def _attend_token(cache, layer, q, k, v, active, context, limits):
+    return _step.attend_token(cache, layer, q, k, v, active, context, limits)
 
 
 def held(
@@ -80,8 +81,12 @@ def held(
     request: int,
     layer: int,
     q: jax.Array,
+    position: int,
+    limits: Limits,
 ) -> Partial:
     """Attention of new tokens' queries [T, H, D] over all that the devices hold for a request.
+
+    The first of them is at `position`.
 
     Returns:
       `Partial` of [K, T G, D] and [K, T G].
@@ -90,21 +95,23 @@ def held(
     for d, device in enumerate(devices):
         own = [None if x is None else x[d] for x in (caches, contexts)]
         if any(x is not None for x in own):
-            outputs.append(_held(*own, request, layer, jax.device_put(q, device)))
+            outputs.append(_held(*own, request, layer, jax.device_put(q, device), position, limits))
     return Partial(*total(devices, outputs))
 
 
-@jax.jit
-def _held(cache, context, request, layer, q):
+@functools.partial(jax.jit, static_argnums=6)
+def _held(cache, context, request, layer, q, position, limits):
     """Of one device; zeros for the heads of others, in the log-sum-exp too."""
     one = context if cache is None else cache
     heads = _prefill.by_kv_head(q.astype(jnp.float32), one.num_kv_heads)
+    group = heads.shape[1] // q.shape[0]
+    positions = jnp.repeat(position + jnp.arange(q.shape[0]), group)
     parts = []
     if context is not None:
-        parts.append(held_attention(context, 0, layer, heads))
+        parts.append(held_attention(context, 0, layer, heads, positions, limits))
     if cache is not None:
-        parts.append(held_attention(cache, request, layer, heads))
-        parts.append(recent_attention(cache, request, layer, heads))
+        parts.append(held_attention(cache, request, layer, heads, positions, limits))
+        parts.append(recent_attention(cache, request, layer, heads, positions, limits))
     part = functools.reduce(merge, parts)
     here = (one.slots[layer] >= 0)[:, None]
     return jnp.where(here[..., None], part.y, 0), jnp.where(here, part.lse, 0)
@@ -118,21 +125,25 @@ def admit(
     tokens: Any,
     number: int,
     allowances: Sequence[Any],
+    start: int = 0,
 ) -> Caches:
-    """One layer's tokens (k, v, w) of a prompt enter; no allowance is below what always stays."""
+    """One layer's tokens (k, v, w) of a prompt enter; no allowance is below what always stays.
+
+    The first of them is at position `start`.
+    """
     after = []
     for d, cache in enumerate(caches):
         if cache is not None:
             moved = jax.device_put(tuple(tokens), devices[d])
             pages = jnp.int32(allowances[d][request])
-            cache = _admit(cache, request, layer, *moved, pages, number)
+            cache = _admit(cache, request, layer, *moved, pages, number, start)
         after.append(cache)
     return tuple(after)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _admit(cache, request, layer, k, v, w, pages, number):
-    return _prefill.admit(cache, request, layer, k, v, w, pages, num_tokens=number)[0]
+def _admit(cache, request, layer, k, v, w, pages, number, start):
+    return _prefill.admit(cache, request, layer, k, v, w, pages, num_tokens=number, start=start)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -144,9 +155,8 @@ def settle(cache: KVCache, allowance_pages: jax.Array) -> KVCache:
 @functools.partial(jax.jit, donate_argnums=0)
 def counted(cache: KVCache, active: jax.Array) -> tuple[KVCache, jax.Array]:
     """The token in the recent buffers counts now; and whether a buffer is full."""
-    count = cache.recent_count + active
-    cache = dataclasses.replace(cache, recent_count=count)
-    return cache, jnp.any(count >= cache.recent_tokens)
+    cache = _step.advanced(cache, active)
+    return cache, jnp.any(cache.recent_count >= cache.recent_tokens)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -132,7 +132,7 @@ def step(model: Model, state: State) -> tuple[jax.Array, State]:
     Returns:
       [B] int32 tokens, those of inactive requests as before, and the state.
     """
-    f, layers = model.functions, model.layers
+    f, layers = model.functions(0), model.layers
     active = [
         None if x is None else jax.device_put(state.active, device)
         for x, device in zip(state.caches, state.devices, strict=True)
@@ -140,11 +140,21 @@ def step(model: Model, state: State) -> tuple[jax.Array, State]:
     x, qkv = _first_layer(f, model.params, layers[0], state.tokens, state.positions)
     caches = state.caches
     for layer, weights in enumerate(layers):
-        y, caches = over.attend_token(state.devices, caches, state.contexts, layer, qkv, active)
+        y, caches = over.attend_token(
+            state.devices,
+            caches,
+            state.contexts,
+            layer,
+            qkv,
+            active,
+            model.functions(layer).limits,
+        )
         if layer + 1 < model.num_layers:
-            x, qkv = _between(f, weights, layers[layer + 1], x, y, state.positions)
+            kinds = model.functions(layer), model.functions(layer + 1)
+            x, qkv = _between(kinds, weights, layers[layer + 1], x, y, state.positions)
     requests = state.tokens, state.positions, state.active, state.samplers
-    tokens, positions = _last_layer(f, model.params, layers[-1], x, y, requests)
+    last = model.functions(model.num_layers - 1)
+    tokens, positions = _last_layer(last, model.params, layers[-1], x, y, requests)
     counted = [
         (None, False) if x is None else over.counted(x, own)
         for x, own in zip(caches, active, strict=True)
@@ -163,10 +173,10 @@ def _first_layer(model: Functions, params, weights, tokens, positions):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _between(model: Functions, weights, following, x, y, positions):
+def _between(kinds: tuple[Functions, Functions], weights, following, x, y, positions):
     """From a layer's attention to the following one's."""
-    x = model.finish(weights, x, y[:, None].astype(x.dtype))
-    return x, _qkv(model, following, x, positions)
+    x = kinds[0].finish(weights, x, y[:, None].astype(x.dtype))
+    return x, _qkv(kinds[1], following, x, positions)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -50,9 +50,10 @@ def _piece(model, devices, caches, contexts, request, tokens, position, allowanc
 
     def attend(layer, qkv):
         nonlocal caches
-        held = over.held(devices, caches, contexts, request, layer, qkv[0])
-        new = *qkv[1:], _worth(model.functions, *qkv, number)
-        caches = over.admit(devices, caches, request, layer, new, number, allowances)
+        f = model.functions(layer)
+        held = over.held(devices, caches, contexts, request, layer, qkv[0], position, f.limits)
+        new = *qkv[1:], _worth(f, *qkv, number)
+        caches = over.admit(devices, caches, request, layer, new, number, allowances, position)
         return held
 
     logits = _through(model, padded, position, attend)
@@ -75,7 +76,8 @@ def log_probs(
     """
 
     def attend(layer, qkv):
-        return over.held(devices, caches, contexts, request, layer, qkv[0])
+        limits = model.functions(layer).limits
+        return over.held(devices, caches, contexts, request, layer, qkv[0], position, limits)
 
     return jax.nn.log_softmax(_through(model, np.asarray(tokens, np.int32), position, attend))
 
@@ -87,13 +89,15 @@ def _through(
     attend: Callable[[int, tuple[jax.Array, ...]], Partial],
 ) -> jax.Array:
     """Logits [T, V] of tokens [T] from `position` on, which see what `attend(layer, qkv)` gives them."""
-    f, layers = model.functions, model.layers
+    layers, last = model.layers, model.num_layers - 1
+    f = model.functions(0)
     positions = position + jnp.arange(len(tokens))
     x, qkv = _first_layer(f, model.params, layers[0], tokens, positions)
     for layer, weights in enumerate(layers):
         held = attend(layer, qkv)
-        following = layers[min(layer + 1, model.num_layers - 1)]
-        x, qkv = _next_layer(f, weights, following, x, qkv, held, positions)
+        after = min(layer + 1, last)
+        kinds = model.functions(layer), model.functions(after)
+        x, qkv = _next_layer(kinds, weights, layers[after], x, qkv, held, positions)
     return _logits(f, model.params, x)
 
 
@@ -104,16 +108,17 @@ def _first_layer(model: Functions, params, weights, tokens, positions):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _next_layer(model: Functions, weights, following, x, qkv, held: Partial, positions):
-    """Attention merged, the layer finished, and the q, k, v of the following one."""
+def _next_layer(kinds, weights, following, x, qkv, held: Partial, positions):
+    """Attention merged, the layer finished, and the q, k, v of the following one, by their functions."""
+    model, next_model = kinds
     q, k, v = qkv
     size, kv_heads = q.shape[0], k.shape[1]
     plan = _prefill.causal_plan(size)
-    own = attention.attend(q[None], k[None], v[None], plan, causal=True)
+    own = attention.attend(q[None], k[None], v[None], plan, causal=True, **model.limits._asdict())
     own = Partial(*(_prefill.by_kv_head(part[0], kv_heads) for part in own))
     y = _prefill.by_token(merge(own, held).y, size)[None].astype(x.dtype)
     x = model.finish(weights, x, y)
-    return x, _qkv(model, following, x, positions)
+    return x, _qkv(next_model, following, x, positions)
 
 
 def _qkv(model: Functions, weights, x, positions):

@@ -5,8 +5,9 @@
     x = finish(layer, x, y)                          y [B, T, H, D], what attention returned
     logits = logits(params, x)                       [B, T, E] -> [B, T, V]
 
-Layers have parameters of one shape, so that a program is compiled for one layer and runs all of them,
-whatever their number. `adapters.decoder` makes a `Model` of a Flax module with methods of these names.
+A program is compiled for each kind of layers (parameters of one structure, the same functions and
+attention) and runs all of them, whatever their number. `adapters.decoder` makes a `Model` of a Flax
+module with methods of these names, or with functions beside it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance.cache._sight import MOST_WINDOW, Limits
+from jbalance.resources import kv_entry_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class AttentionSpec:
 
 
 class Functions(NamedTuple):
-    """What of a model is static: the key of its programs."""
+    """What of a model and a kind of its layers is static: the key of their programs."""
 
     embed: Callable[..., jax.Array]
     qkv: Callable[..., tuple[jax.Array, ...]]
@@ -83,6 +85,11 @@ class Functions(NamedTuple):
         own = self.spec.frequencies
         return None if own is None else np.asarray(own, np.float32)
 
+    @property
+    def limits(self) -> Limits:
+        """Of the layer's attention."""
+        return Limits(self.spec.window, self.spec.soft_cap)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -90,11 +97,12 @@ class Model:
 
     Attributes:
       params: what `embed` and `logits` need.
-      layers: the parameters of each of the L layers, all of one structure.
+      layers: the parameters of each of the L layers.
       attention: of each layer.
       embed: (params, tokens [B, T], positions [B, T]) -> x [B, T, E].
-      qkv: (layer, x, positions) -> q [B, T, H, D], k and v [B, T, K, D].
-      finish: (layer, x, y [B, T, H, D]) -> x.
+      qkv: (layer, x, positions) -> q [B, T, H, D], k and v [B, T, K, D]; one for all layers, or a tuple
+        of each layer's.
+      finish: (layer, x, y [B, T, H, D]) -> x; one, or a tuple of each layer's.
       logits: (params, x) -> [B, T, V].
     """
 
@@ -102,8 +110,8 @@ class Model:
     layers: tuple[Any, ...]
     attention: tuple[AttentionSpec, ...]
     embed: Callable[..., jax.Array]
-    qkv: Callable[..., tuple[jax.Array, ...]]
-    finish: Callable[..., jax.Array]
+    qkv: Callable[..., tuple[jax.Array, ...]] | tuple[Callable[..., tuple[jax.Array, ...]], ...]
+    finish: Callable[..., jax.Array] | tuple[Callable[..., jax.Array], ...]
     logits: Callable[..., jax.Array]
 
     @property
@@ -112,14 +120,36 @@ class Model:
         return len(self.layers)
 
     @property
-    def spec(self) -> AttentionSpec:
-        """That of all layers."""
-        return self.attention[0]
+    def num_kv_heads(self) -> int:
+        """K, of all layers."""
+        return self.attention[0].num_kv_heads
 
     @property
-    def functions(self) -> Functions:
-        """What is static."""
-        return Functions(self.embed, self.qkv, self.finish, self.logits, self.spec)
+    def head_dim(self) -> int:
+        """D, of all layers."""
+        return self.attention[0].head_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...] | None:
+        """Of each layer; None if no layer has one."""
+        windows = tuple(spec.window for spec in self.attention)
+        return None if all(w is None for w in windows) else windows
+
+    def dense_bytes(self, num_tokens: int, *, bits: int = 16) -> int:
+        """Bytes of a dense cache of one request; a layer with a window keeps only that."""
+        num_tokens = checks.static_int("num_tokens", num_tokens)
+        return sum(
+            spec.num_kv_heads
+            * min(num_tokens, spec.window or num_tokens)
+            * kv_entry_bytes(spec.head_dim, bits)
+            for spec in self.attention
+        )
+
+    def functions(self, layer: int) -> Functions:
+        """What is static of a layer: those of one kind share their programs."""
+        qkv = self.qkv[layer] if isinstance(self.qkv, tuple) else self.qkv
+        finish = self.finish[layer] if isinstance(self.finish, tuple) else self.finish
+        return Functions(self.embed, qkv, finish, self.logits, self.attention[layer])
 
 
 def check_model(model: Model) -> None:
@@ -130,27 +160,23 @@ def check_model(model: Model) -> None:
         raise ValueError(
             f"model.attention has {len(model.attention)} entries for {model.num_layers} layers"
         )
-    kinds = [_kind(layer) for layer in model.layers]
-    for i, kind in enumerate(kinds):
-        if kind != kinds[0]:
+    for name in ("qkv", "finish"):
+        given = getattr(model, name)
+        if isinstance(given, tuple) and len(given) != model.num_layers:
             raise ValueError(
-                f"layer {i} has parameters {kind} and layer 0 {kinds[0]}: all layers must be alike"
+                f"model.{name} has {len(given)} functions for {model.num_layers} layers: give one for "
+                f"all, or one for each"
             )
     for i, spec in enumerate(model.attention):
-        for name in ("window", "soft_cap"):
-            if getattr(spec, name) is not None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            own, first = getattr(spec, name), getattr(model.attention[0], name)
+            if own != first:
                 raise ValueError(
-                    f"layer {i} has {name} = {getattr(spec, name)}: decoding within a budget supports "
-                    f"layers without"
+                    f"layer {i} has {name} = {own} and layer 0 {first}: all layers must have the same "
+                    f"heads; their windows, frequencies, scales and caps may differ"
                 )
-        if spec != model.spec:
+        if spec.window is not None and spec.window > MOST_WINDOW:
             raise ValueError(
-                f"layer {i} has {spec} and layer 0 {model.spec}: all layers must have the same heads, "
-                f"frequencies and scale"
+                f"layer {i} has window = {spec.window}: windows up to {MOST_WINDOW} are decoded within "
+                f"a budget; give None if no text is longer"
             )
-
-
-def _kind(layer) -> str:
-    """The structure, shapes and types of a layer's parameters."""
-    leaves, tree = jax.tree.flatten(layer)
-    return f"{tree} {[(jnp.shape(x), str(jnp.result_type(x))) for x in leaves]}"

@@ -18,6 +18,7 @@ import numpy as np
 from jbalance import checks, place
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import PageLayout, table_bytes, token_bytes
+from jbalance.cache._sight import clock_bytes
 from jbalance.importance.token_worth import NUM_RECENT
 
 _PACKINGS = 4  # of one price's pages into the devices, before each gets its own price
@@ -42,20 +43,22 @@ class Reserve:
         checks.static_int("num_requests", self.num_requests, 1)
         checks.static_int("new_tokens", self.new_tokens)
 
-    def page_bytes(self, head_dim: int) -> int:
-        """Of the requests' pages: eight tokens at 8 bits."""
-        return -(-8 * token_bytes(head_dim, _cache.BITS[0]) // 64) * 64
+    def page_bytes(self, head_dim: int, *, timed: bool = False) -> int:
+        """Of the requests' pages: eight tokens at 8 bits; `timed` for a model with windows."""
+        return -(-8 * token_bytes(head_dim, _cache.BITS[0], timed=timed) // 64) * 64
 
-    def unit_bytes(self, head_dim: int) -> int:
+    def unit_bytes(self, head_dim: int, *, timed: bool = False) -> int:
         """Of each of the model's layers and key/value heads."""
         pages = -(-max(self.new_tokens, 2 * NUM_RECENT) // 8) + len(_cache.BITS)
         beside = _cache.unit_bytes(head_dim, self.recent_tokens)
         tables = table_bytes(1, len(_cache.BITS), pages)
-        return self.num_requests * (beside + tables + pages * self.page_bytes(head_dim))
+        pages_bytes = pages * self.page_bytes(head_dim, timed=timed)
+        return self.num_requests * (beside + tables + pages_bytes) + (4 if timed else 0)
 
-    def device_bytes(self, num_units: int) -> int:
+    def device_bytes(self, num_units: int, *, timed: bool = False) -> int:
         """Of each device, whatever units it has."""
-        return _cache.table_bytes_of(self.num_requests, num_units)
+        clock = clock_bytes(self.num_requests, 0, self.recent_tokens) if timed else 0
+        return _cache.table_bytes_of(self.num_requests, num_units) + clock
 
 
 class Levels(NamedTuple):
@@ -73,12 +76,14 @@ class Room(NamedTuple):
     device_of: np.ndarray  # [U]
     head_dim: int
     bits: tuple[int, ...]
+    timed: bool = False  # whether layers have windows
 
     @property
     def page_tokens(self) -> tuple[int, ...]:
         """Tokens that a page holds at each level."""
         return tuple(
-            PageLayout.within(self.page_bytes, self.head_dim, b).page_tokens for b in self.bits
+            PageLayout.within(self.page_bytes, self.head_dim, b, timed=self.timed).page_tokens
+            for b in self.bits
         )
 
     def pages_of(self, level: np.ndarray) -> np.ndarray:
@@ -106,6 +111,7 @@ class Plan:
     room: Room
     price: np.ndarray | None  # [G] worth per byte, if the rule has prices
     evenness: Evenness | None  # of several devices
+    windows: tuple[int | None, ...] | None = None  # of each layer, if any has one
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -123,12 +129,14 @@ class Plan:
         return self.room.device_of.reshape(self.level.shape[:2])
 
 
-def ladder(codes: np.ndarray) -> Rule:
+def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
     """The rule of one price over all units of a device.
 
     Args:
       codes: [U, S] uint8 codes of worth, `_price.PROTECTED` for tokens that always stay.
+      seen: [U, S] bool, tokens in their layer's window: no others are kept; None for all.
     """
+    seen = np.ones(codes.shape, bool) if seen is None else seen
 
     def rule(room: Room) -> Levels:
         offsets = _price.steps(room.head_dim, room.bits)
@@ -137,14 +145,16 @@ def ladder(codes: np.ndarray) -> Rule:
         for d, num_pages in enumerate(room.num_pages):
             own = room.device_of == d
             histogram = np.zeros((own.sum(), len(room.bits), _price.NUM_CODES), np.int32)
-            np.add.at(histogram[:, 0], (np.arange(len(histogram))[:, None], codes[own]), 1)
+            unit = np.broadcast_to(np.arange(len(histogram))[:, None], codes[own].shape)
+            np.add.at(histogram[:, 0], (unit[seen[own]], codes[own][seen[own]]), 1)
             out = _price.price_of(jnp.asarray(histogram), offsets, room.page_tokens, num_pages)
             if out.shortfall > 0:
                 raise ValueError(
                     f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the first "
                     f"and latest tokens of its units lack {out.shortfall}; give more"
                 )
-            level[own] = _price.levels_of(codes[own], out.least[:, None])
+            reached = _price.levels_of(codes[own], out.least[:, None])
+            level[own] = np.where(seen[own], reached, len(room.bits))
             least = float(_price.decode_worth(jnp.max(out.price)))
             prices[d] = least / token_bytes(room.head_dim, room.bits[-1])
         return Levels(level, prices)
@@ -161,6 +171,7 @@ def fit(
     bits: tuple[int, ...] = _cache.BITS,
     reserve: Reserve | None = None,
     page_bytes: int | None = None,
+    windows: tuple[int | None, ...] | None = None,
 ) -> Plan:
     """Levels of a context's tokens under the devices' budgets, and the placement of its units.
 
@@ -172,6 +183,7 @@ def fit(
       bits: of each level, descending.
       reserve: what is left free for the requests that will read it; None for nothing.
       page_bytes: of one page; None for a size that fits the budget.
+      windows: of each layer, if any has one.
 
     Returns:
       `Plan`.
@@ -180,14 +192,16 @@ def fit(
       ValueError: a budget too small for what a device's units need at least.
     """
     budgets = np.asarray(budgets_bytes, np.int64)
-    costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes)
+    timed = windows is not None
+    costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes, timed)
     pool = costs.room(budgets.sum(keepdims=True), np.zeros(shape[0] * shape[1], np.int32))
     chosen, room = rule(pool), pool
     if budgets.size > 1:
         chosen, room = _packed(rule, chosen, pool, costs, budgets)
     tokens, size = costs.sizes(chosen.level, pool.pages_of(chosen.level))
     even = evenness(tokens, size, room.device_of, budgets)
-    return Plan(chosen.level.reshape(shape).astype(np.int8), room, chosen.price, even)
+    level = chosen.level.reshape(shape).astype(np.int8)
+    return Plan(level, room, chosen.price, even, windows)
 
 
 class _Costs(NamedTuple):
@@ -199,19 +213,23 @@ class _Costs(NamedTuple):
     page_bytes: int
     unit_bytes: int  # of each unit beside its pages
     device_bytes: int  # of each device beside its units
+    timed: bool
 
     @classmethod
-    def of(cls, shape, head_dim, bits, budget_bytes, reserve, page_bytes) -> _Costs:
+    def of(cls, shape, head_dim, bits, budget_bytes, reserve, page_bytes, timed) -> _Costs:
         """Those of a context and its reserve; pages of a given size, or one that fits the budget."""
         units = shape[0] * shape[1]
         unit, device = _cache.unit_bytes(head_dim, 0), _cache.table_bytes_of(1, units)
+        if timed:
+            unit, device = unit + 4, device + clock_bytes(1, 0, 0)
         if reserve is not None:
-            unit += reserve.unit_bytes(head_dim)
-            device += reserve.device_bytes(units) + 4  # the last offset of an arena's table
+            unit += reserve.unit_bytes(head_dim, timed=timed)
+            device += reserve.device_bytes(units, timed=timed)
+            device += 4  # the last offset of an arena's table
         if page_bytes is None:
             left = max(budget_bytes - units * unit, 1)
-            page_bytes = _cache.page_bytes_for(left, units, head_dim, bits)
-        return cls(shape[:2], head_dim, bits, page_bytes, unit, device)
+            page_bytes = _cache.page_bytes_for(left, units, head_dim, bits, timed=timed)
+        return cls(shape[:2], head_dim, bits, page_bytes, unit, device, timed)
 
     def room(self, budgets: np.ndarray, device_of: np.ndarray) -> Room:
         """The pages that devices with these bytes [G] hold beside what their units have besides."""
@@ -220,7 +238,9 @@ class _Costs(NamedTuple):
             self._pages_within(int(size), int(n), d)
             for d, (size, n) in enumerate(zip(budgets, number, strict=True))
         ]
-        return Room(np.array(fits), self.page_bytes, device_of, self.head_dim, self.bits)
+        return Room(
+            np.array(fits), self.page_bytes, device_of, self.head_dim, self.bits, self.timed
+        )
 
     def sizes(self, level: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and bytes [L, K] of units with tokens at levels [U, S] in so many pages [U]."""
@@ -233,7 +253,12 @@ class _Costs(NamedTuple):
         beside = units * self.unit_bytes + self.device_bytes
         try:
             return _pages.pages_within(
-                budget - beside, units, self.head_dim, self.bits, self.page_bytes
+                budget - beside,
+                units,
+                self.head_dim,
+                self.bits,
+                self.page_bytes,
+                timed=self.timed,
             )
         except ValueError as error:
             raise ValueError(

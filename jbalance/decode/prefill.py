@@ -18,6 +18,7 @@ from jax import lax
 
 from jbalance import attention
 from jbalance.attention import TilePlan
+from jbalance.cache import _step
 from jbalance.decode.model import Functions, Model
 from jbalance.importance.token_worth import (
     NUM_QUERIES,
@@ -56,15 +57,15 @@ def layers_of(
     Yields:
       x [1, capacity, E], only valid until the next layer, and `LayerTokens` of the capacity.
     """
-    capacity = capacity_for(len(tokens)) if capacity is None else capacity
+    capacity = capacity_for(len(tokens) if capacity is None else capacity)
     if len(tokens) > capacity:
         raise ValueError(f"tokens has {len(tokens)} entries: the capacity is {capacity}")
     padded = np.zeros(capacity, np.int32)
     padded[: len(tokens)] = tokens
     number = jnp.int32(len(tokens))
-    x = _embed(model.functions, model.params, jnp.asarray(padded))
-    for weights in model.layers:
-        x, held = _layer(model.functions, weights, x, number)
+    x = _embed(model.functions(0), model.params, jnp.asarray(padded))
+    for layer, weights in enumerate(model.layers):
+        x, held = _layer(model.functions(layer), weights, x, number)
         yield x, held
 
 
@@ -75,7 +76,7 @@ def _embed(model: Functions, params: Any, tokens: jax.Array) -> jax.Array:
 
 def logits_at(model: Model, x: jax.Array, position: int) -> jax.Array:
     """[V] after the token at `position` of x [1, S, E], the residual stream behind the last layer."""
-    return _logits_at(model.functions, model.params, x, position)
+    return _logits_at(model.functions(0), model.params, x, position)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -107,9 +108,11 @@ def _layer(
     shapes = jax.eval_shape(lambda: qkv(0, CHUNK_TOKENS))[1:]
     empty = tuple(jnp.zeros((1, size, *s.shape[2:]), s.dtype) for s in shapes)
     k, v = lax.fori_loop(0, chunks, keys, empty)
+    tokens, window = _Tokens(k[0], v[0], jnp.int32(0), number), model.spec.window
+    if window is not None:
+        tokens = tokens.latest(window)
     last = min(NUM_QUERIES, size)
-    q = qkv(jnp.clip(number - last, 0, size - last), last)[0]
-    later = later_energy(q[0], k[0], v[0], num_tokens=number)
+    later = tokens.later(model, qkv(jnp.clip(number - last, 0, size - last), last)[0][0])
 
     def chunk(i, carry):
         x, repeated = carry
@@ -117,15 +120,56 @@ def _layer(
         part = lax.dynamic_slice_in_dim(x, first, CHUNK_TOKENS, axis=1)
         q, _, _ = model.qkv(weights, part, (first + jnp.arange(CHUNK_TOKENS))[None])
         plan = _causal_chunk(first, size)
-        y = attention.attend(q, k, v, plan, causal=True, scale=model.spec.scale, offset=first).y
-        repeated += repeated_energy(
-            q[0], k[0], v[0], first, frequencies=model.frequencies, num_tokens=number
-        )
+        rules: Any = model.limits._asdict() | {"scale": model.spec.scale, "causal": True}
+        y = attention.attend(q, k, v, plan, offset=first, **rules).y
+        repeated += tokens.repeated(model, q[0], first)
         part = model.finish(weights, part, y)
         return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated
 
-    x, repeated = lax.fori_loop(0, chunks, chunk, (x, jnp.zeros((k.shape[2], size))))
-    return x, LayerTokens(k[0], v[0], worth_of(repeated, later))
+    x, repeated = lax.fori_loop(0, chunks, chunk, (x, jnp.zeros_like(later)))
+    return x, LayerTokens(k[0], v[0], tokens.placed(worth_of(repeated, later), size))
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a layer that are weighed: all of a prompt, or those that a window may reach."""
+
+    k: jax.Array  # [N, K, D]
+    v: jax.Array  # [N, K, D]
+    begin: jax.Array  # [] int32 position of the first
+    number: jax.Array  # [] int32, how many there are
+
+    def latest(self, window: int) -> _Tokens:
+        """Those from a chunk's first on that a window behind the last one may reach."""
+        size = self.k.shape[0]
+        span = min(capacity_for(window) + CHUNK_TOKENS, size)
+        begin = jnp.maximum(-(-self.number // CHUNK_TOKENS) * CHUNK_TOKENS - span, 0)
+        k, v = (lax.dynamic_slice_in_dim(x, begin, span) for x in (self.k, self.v))
+        return _Tokens(k, v, begin, self.number - begin)
+
+    def later(self, model: Functions, q: jax.Array) -> jax.Array:
+        """[K, N]: what the last queries ask for."""
+        q = _step.scaled(q, model.spec.scale)
+        return later_energy(q, *self._operands(), num_tokens=self.number)
+
+    def repeated(self, model: Functions, q: jax.Array, first: jax.Array) -> jax.Array:
+        """[K, N]: what a chunk of queries [T, H, D] from position `first` on would ask for."""
+        q = _step.scaled(q, model.spec.scale)
+        start = first - self.begin
+        energy = repeated_energy(
+            q,
+            *self._operands(),
+            jnp.maximum(start, 0),
+            frequencies=model.frequencies,
+            num_tokens=self.number,
+        )
+        return jnp.where(start >= 0, energy, 0)  # chunks that come before these tokens
+
+    def _operands(self) -> tuple[jax.Array, jax.Array]:
+        return self.k.astype(jnp.float32), self.v.astype(jnp.float32)
+
+    def placed(self, w: jax.Array, size: int) -> jax.Array:
+        """Worth [K, N] among all tokens [K, S]; 0 elsewhere."""
+        return lax.dynamic_update_slice(jnp.zeros((w.shape[0], size)), w, (0, self.begin))
 
 
 def _causal_chunk(first: jax.Array, num_keys: int) -> TilePlan:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance.cache import KVCache, _cache
+from jbalance.cache._sight import clock_bytes
 from jbalance.decode._checks import CONTEXT, OWN, check_facts, check_part, shown
 from jbalance.decode._units import arrays_of, joined, put_together, taken_apart
 from jbalance.decode.context import devices_for, is_local, slots_of
@@ -33,7 +34,7 @@ from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around
 
 MANIFEST = "manifest.json"
-_FORMAT = 3
+_FORMAT = 4
 _DAMAGED = (
     *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
     *(MemoryError, OverflowError, BadZipFile, zlib.error),
@@ -129,9 +130,10 @@ def restore(
             f"folder {str(folder)!r} is of another model: {shown(facts['model'])}, not "
             f"{_model_facts(model)}"
         )
-    shape = model.num_layers, model.spec.num_kv_heads
+    shape = model.num_layers, model.num_kv_heads
     heads = shape[0] * shape[1]
-    check_facts(folder / MANIFEST, facts, model.spec.head_dim)
+    timed = model.windows is not None
+    check_facts(folder / MANIFEST, facts, model.head_dim, timed=timed)
     devices = devices_for(devices, len(budgets_bytes))
     parts = []
     for name, digest in facts["files"].items():
@@ -148,9 +150,8 @@ def restore(
                 mine = np.tile(device_of == d, len(whole[kind].units) // device_of.size)
                 part = whole[kind].chosen(np.flatnonzero(mine))
                 slots = slots_of(device_of.reshape(shape), d)
-                cache = put_together(
-                    part, facts["kinds"][kind], slots, left if kind == OWN else None
-                )
+                budget = left if kind == OWN else None
+                cache = put_together(part, facts["kinds"][kind], slots, budget, model.windows)
                 left -= cache.nbytes
                 cache = jax.device_put(jax.tree.map(_owned, cache), device)
             caches[kind].append(cache)
@@ -198,6 +199,7 @@ def _facts(state: State) -> dict[str, Any]:
             "head_dim": arena.head_dim,
             "bits": list(arena.bits),
             "page_bytes": arena.page_bytes,
+            "timed": arena.timed,
         }
     return {
         "kinds": static,
@@ -209,10 +211,9 @@ def _facts(state: State) -> dict[str, Any]:
 def _model_facts(model: Model) -> dict[str, Any]:
     """What must be the same of a model: its attention, and the shapes of its parameters."""
     shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((model.params, model.layers))]
-    spec = dataclasses.asdict(model.spec)
     facts = {
         "num_layers": model.num_layers,
-        "attention": spec,
+        "attention": [dataclasses.asdict(spec) for spec in model.attention],
         "shapes": _digest(_canonical(shapes)),
     }
     return json.loads(json.dumps(facts))
@@ -234,6 +235,9 @@ def _place(whole, facts, shape, budgets, folder) -> np.ndarray:
         unit = _cache.unit_bytes(own["head_dim"], recent) + 8 * levels
         each = unit + part.sizes * (own["page_bytes"] + 4)
         size += each.reshape(requests, heads).sum(axis=0)
+        if own["timed"]:
+            size += 4  # a unit's window
+            fixed += clock_bytes(requests, 0, recent)
         tokens += part.rows["count"].sum(axis=1).reshape(requests, heads).sum(axis=0)
         fixed += _cache.table_bytes_of(requests, heads) + 4
     room = np.array(budgets) - fixed

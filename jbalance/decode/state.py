@@ -73,7 +73,7 @@ def create(
       ValueError: a model that is not supported, too few devices, or budgets too small.
     """
     check_model(model)
-    spec, shape = model.spec, (model.num_layers, model.spec.num_kv_heads)
+    shape = (model.num_layers, model.num_kv_heads)
     budgets = [int(b) for b in budgets_bytes]
     devices = devices_for(devices, len(budgets))
     page_bytes = None
@@ -84,18 +84,20 @@ def create(
         device_of = context.plan.device_of
         budgets = [b - held for b, held in zip(budgets, context.nbytes, strict=True)]
         if context.reserve is not None:
-            page_bytes = context.reserve.page_bytes(spec.head_dim)
+            timed = model.windows is not None
+            page_bytes = context.reserve.page_bytes(model.head_dim, timed=timed)
             recent_tokens = recent_tokens or context.reserve.recent_tokens
     caches = [
         jax.device_put(
             _cache.create(
                 budget,
                 *shape,
-                spec.head_dim,
+                model.head_dim,
                 num_requests=num_requests,
                 slots=slots_of(device_of, d),
                 page_bytes=page_bytes,
                 recent_tokens=recent_tokens,
+                windows=model.windows,
             ),
             device,
         )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jbalance.cache import _codec, _layout
-from jbalance.cache._layout import CODES, KEY_NORMS, KEYS, PageLayout
+from jbalance.cache._layout import CODES, KEY_NORMS, KEYS, TIMES, PageLayout
 
 D, PAGE, W = 16, 300, 3
 BITS = (16, 8, 4, 3, 2, 1)
@@ -30,26 +30,32 @@ def pages_of(layout, rows):
 
 
 @each
+@pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
-def test_parts_lie_end_to_end(bits, head_dim):
+def test_parts_lie_end_to_end(bits, head_dim, timed):
     codes = head_dim * bits // 8 + (0 if bits == 16 else 2)
-    assert _layout.token_bytes(head_dim, bits) == 2 * codes + 1
-    layout = PageLayout.within(1000, head_dim, bits)
-    assert layout == (head_dim, bits, 1000 // (2 * codes + 1))
+    size, last = 2 * codes + 1 + 2 * timed, TIMES if timed else CODES
+    assert _layout.token_bytes(head_dim, bits, timed=timed) == size
+    layout = PageLayout.within(1000, head_dim, bits, timed=timed)
+    assert layout == (head_dim, bits, 1000 // size, timed)
     assert layout.offset(KEYS) == 0
-    assert layout.offset(CODES + 1) == layout.used_bytes <= 1000 < layout.used_bytes + 2 * codes + 1
-    sizes = [layout.offset(i + 1) - layout.offset(i) for i in range(CODES + 1)]
+    assert layout.offset(last + 1) == layout.used_bytes <= 1000 < layout.used_bytes + size
+    sizes = [layout.offset(i + 1) - layout.offset(i) for i in range(last + 1)]
     assert sizes == [layout.page_tokens * width for width in layout.widths]
 
 
 @each
-def test_tokens_come_back_as_they_went_in(bits):
-    layout = PageLayout.within(PAGE, D, bits)
+@pytest.mark.parametrize("timed", [False, True])
+def test_tokens_come_back_as_they_went_in(bits, timed):
+    layout = PageLayout.within(PAGE, D, bits, timed=timed)
     k, v, code = tokens(layout)
-    rows = layout.encode(k, v, code)
+    time = np.arange(code.size).reshape(code.shape) * 997
+    rows = layout.encode(k, v, code, time)
     assert rows.shape == (*code.shape, layout.token_bytes)
     got = layout.from_page(pages_of(layout, rows))
     np.testing.assert_array_equal(got, np.reshape(rows, got.shape))
+    if timed:
+        np.testing.assert_array_equal(layout.times(got), time.ravel() % 2**16)
     *got, got_code = layout.decode(got)
     np.testing.assert_array_equal(got_code, code.ravel())
     for x, y in zip((k, v), got, strict=True):

@@ -40,24 +40,24 @@ def test_it_is_the_model(sharp, decoder, size):
 def test_worth_is_that_of_the_whole_layer_at_once(decoder):
     """In chunks and with padding, or all tokens together."""
     size = 300
-    x = prefill._embed(decoder.functions, decoder.params, jnp.asarray(np.pad(PROMPT, (0, 212))))
+    x = prefill._embed(decoder.functions(0), decoder.params, jnp.asarray(np.pad(PROMPT, (0, 212))))
     q, k, v = decoder.qkv(decoder.layers[0], x, jnp.arange(512)[None])
     want = importance.token_worth(
-        q[0, :size], k[0, :size], v[0, :size], frequencies=decoder.functions.frequencies
+        q[0, :size], k[0, :size], v[0, :size], frequencies=decoder.functions(0).frequencies
     )
-    _, held = prefill._layer(decoder.functions, decoder.layers[0], x, jnp.int32(size))
+    _, held = prefill._layer(decoder.functions(0), decoder.layers[0], x, jnp.int32(size))
     np.testing.assert_allclose(held.w[:, :size], want, rtol=1e-3, atol=1e-5)
     assert (held.w[:, size:] == 0).all()
 
 
 def test_a_layer_needs_what_a_layer_and_a_chunk_need(decoder):
     """Compiled for a long prompt: beside x, one layer's keys and values, and a chunk's activations."""
-    size, spec = 8192, decoder.spec
+    size, spec = 8192, decoder.attention[0]
     embed = 20
     x = jax.ShapeDtypeStruct((1, size, embed), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     memory = (
-        prefill._layer.lower(decoder.functions, decoder.layers[0], x, number)
+        prefill._layer.lower(decoder.functions(0), decoder.layers[0], x, number)
         .compile()
         .memory_analysis()
     )

@@ -104,7 +104,7 @@ class Block(NamedTuple):
     def _coordinates(self, index):
         """[D, 128], coordinates in the order of `_lay_out`."""
         layout = self.level.layout
-        head_dim, bits, npp = layout
+        head_dim, bits, npp = layout[:3]
         chunk, turns = self.level.chunk, self.level.turns
         groups = [0] * (head_dim // chunk)
         for width, lowest, row in layout.planes:
@@ -128,7 +128,7 @@ class Block(NamedTuple):
 
     def _rows(self, index, part):
         """[128, 128], part of each token on its lanes, 0 on others."""
-        _, bits, npp = self.level.layout
+        bits, npp = self.level.layout[1:3]
         parts, shared = self.level.parts, self.level.shared
         rows = LANES // shared
         first = (index * npp + self.number * LANES) * self.level.width // LANES + part

@@ -217,7 +217,7 @@ class _Page(NamedTuple):
     def vectors(self, index):
         """Keys (0) or values (1) for norm 1 in bfloat16: [D, B] below 8 bits, else [B, D]."""
         layout = self.level.layout
-        head_dim, bits, npp = layout
+        head_dim, bits, npp = layout[:3]
         start = layout.offset(index)
         if not layout.across:
             width = layout.widths[index]

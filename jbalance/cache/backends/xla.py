@@ -14,7 +14,7 @@ Method: Dao et al., FlashAttention (arXiv:2205.14135), the softmax by tiles.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from jax import lax
 
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial, merge
 from jbalance.cache import _codec
-from jbalance.cache._layout import KEY_NORMS, WIDE_BITS, PageLayout
+from jbalance.cache._layout import KEY_NORMS, TIMES, WIDE_BITS, PageLayout
 from jbalance.cache._pages import Arena
+from jbalance.cache._sight import Sight
 
 BLOCK_TOKENS = 128  # small pages of one unit are joined to about so many tokens
 TILE_TOKENS = 512  # of all blocks of one iteration: what lies beyond the last block is lost work
@@ -42,19 +43,32 @@ class _Level(NamedTuple):
     tile_blocks: int
 
 
-def attend_rotated(q: jax.Array, arena: Arena, units: jax.Array) -> Partial:
+class _Query(NamedTuple):
+    """The queries of a unit, as products take them, and what they see; T rows."""
+
+    rows: Any
+    half: jax.Array  # [N, T, 1] half of the sum of each
+    sight: Sight  # of [N, T]
+
+
+def attend_rotated(
+    q: jax.Array, arena: Arena, units: jax.Array, sight: Sight | None = None
+) -> Partial:
     """Attention in the rotated basis, one precision after the other, merged.
 
     Args:
       q: [N, T, D] float32, rotated and divided by sqrt(D).
       arena: where the units are.
       units: [N] int32, indices into the arena's units.
+      sight: of the queries; None for all tokens and no cap.
 
     Returns:
       `Partial` with y [N, T, D], rotated, and lse [N, T].
     """
+    sight = Sight() if sight is None else sight
     levels = (
-        _attend_level(q, arena, units, i, _level(arena, i, q.shape)) for i in range(len(arena.bits))
+        _attend_level(q, arena, units, i, _level(arena, i, q.shape), sight)
+        for i in range(len(arena.bits))
     )
     return functools.reduce(merge, levels)
 
@@ -69,17 +83,18 @@ def _level(arena, index, shape):
     return _Level(arena.layouts[index], block_pages, tile_blocks)
 
 
-def _attend_level(q, arena, units, index, level):
+def _attend_level(q, arena, units, index, level, sight):
     """Queries [N, T, D], rotated and scaled, over one level's tokens; y is in the rotated basis."""
     layout, block_pages, tile_blocks = level
-    _, bits, page_tokens = layout
+    bits, page_tokens = layout.bits, layout.page_tokens
     block_tokens = page_tokens * block_pages
     begin = arena.offset[units * len(arena.bits) + index]
     count = arena.count[units, index]
     # Blocks of all units lie one after the other, so that small groups share an iteration.
     ends = jnp.cumsum(-(-count // block_tokens))
     starts = ends - (-(-count // block_tokens))
-    query = _rows(q, bits, contract_tokens=False), 0.5 * jnp.sum(q, axis=-1, keepdims=True)
+    half = 0.5 * jnp.sum(q, axis=-1, keepdims=True)
+    query = _Query(_rows(q, bits, contract_tokens=False), half, sight)
     of_unit = jnp.arange(units.shape[0])
 
     def step(i, carry):
@@ -129,7 +144,7 @@ class _Tile(NamedTuple):
         Integer levels in int8; bfloat16 at 16 bits.
         """
         part, blocks = self.part(index), self.ids.shape[0]
-        head_dim, bits, page_tokens = self.layout
+        head_dim, bits, page_tokens = self.layout[:3]
         if self.layout.wide:
             pairs = part.reshape(blocks, -1, head_dim, 2)
             return lax.bitcast_convert_type(pairs, jnp.bfloat16)
@@ -142,17 +157,31 @@ class _Tile(NamedTuple):
 
     def norms(self, index):
         """Norms of the keys (0) or values (1): [B, tokens] float32."""
+        return lax.bitcast_convert_type(self._halves(KEY_NORMS + index), jnp.float16).astype(
+            jnp.float32
+        )
+
+    def times(self):
+        """Positions of the tokens [B, tokens] uint16, modulo 2^16."""
+        return self._halves(TIMES)
+
+    def _halves(self, index):
+        """A part of two bytes per token, [B, tokens] uint16."""
         low, high = (
-            self.part(KEY_NORMS + index, byte, 1).reshape(self.ids.shape[0], -1).astype(jnp.uint16)
+            self.part(index, byte, 1).reshape(self.ids.shape[0], -1).astype(jnp.uint16)
             for byte in (0, 1)
         )
-        return lax.bitcast_convert_type(low | (high << 8), jnp.float16).astype(jnp.float32)
+        return low | (high << 8)
 
 
 def _softmax_blocks(query, tile, there):
     """The softmax of each block alone: y [B, T, D], not normalized, its mass and top [B, T]."""
     layout, bits = tile.layout, tile.layout.bits
-    logits = jnp.where(there[:, None], _logits(query, tile, there[0, 0]), EMPTY)
+    logits = query.sight.capped(_logits(query, tile, there[0, 0]))
+    seen = there[:, None]
+    if query.sight.limits.window is not None:
+        seen = seen & query.sight.reaches(tile.times()[:, None])
+    logits = jnp.where(seen, logits, EMPTY)
     top = jnp.maximum(jnp.max(logits, axis=-1), NO_TOP)
     weight = jnp.exp(logits - top[..., None])
     mass = jnp.sum(weight, axis=-1)
@@ -170,8 +199,8 @@ def _softmax_blocks(query, tile, there):
 
 def _logits(query, tile, some):
     """Logits [B, T, tokens] of a tile, of which `some` tokens are there: always, but that is data."""
-    rows, half = query
-    head_dim, bits, _ = tile.layout
+    rows, half = query.rows, query.half
+    head_dim, bits = tile.layout[:2]
     if tile.layout.wide:
         return _product(rows, tile.vectors(0), contract_tokens=False, bits=bits)
     norms = (tile.norms(0) * _codec.step(head_dim, bits))[:, None]
