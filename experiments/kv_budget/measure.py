@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.models import causal_attention
-from experiments.models.llama import Llama
+from experiments.models.transformer import Transformer
 from jbalance import importance
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
@@ -62,7 +62,7 @@ def check_length(name: str, num_tokens: int) -> None:
         )
 
 
-def prefill(model: Llama, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
+def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
     """Run the context through the model once and measure every head on the way.
 
     Args:

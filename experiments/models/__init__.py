@@ -3,16 +3,21 @@
 from experiments.models.attention import causal_attention, decode_attention, prefill_attention
 from experiments.models.generate import greedy
 from experiments.models.gguf import load_gguf, smollm2_path
-from experiments.models.llama import Attention, Llama, LlamaConfig, LlamaLayer
 from experiments.models.rotary import RopeScaling
 from experiments.models.safetensors import load_hf_directory
+from experiments.models.transformer import (
+    Attention,
+    Transformer,
+    TransformerConfig,
+    TransformerLayer,
+)
 
 __all__ = [
     "Attention",
-    "Llama",
-    "LlamaConfig",
-    "LlamaLayer",
     "RopeScaling",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerLayer",
     "causal_attention",
     "decode_attention",
     "greedy",

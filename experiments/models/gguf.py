@@ -13,9 +13,9 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from experiments.models.gguf_file import TensorInfo, read_gguf
-from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.rotary import RopeScaling
 from experiments.models.settings import MOST, Settings
+from experiments.models.transformer import Transformer, TransformerConfig
 from experiments.models.weights import Stored, assemble
 
 TENSOR_NAMES = {
@@ -71,7 +71,7 @@ def smollm2_path() -> Path:
 
 def load_gguf(
     path: str | Path, *, dtype: Any = jnp.float32
-) -> tuple[LlamaConfig, Llama, Tokenizer]:
+) -> tuple[TransformerConfig, Transformer, Tokenizer]:
     """Reads, de-quantises and assembles.
 
     Args:
@@ -99,7 +99,7 @@ def _is_harmless(key: str) -> bool:
     return not key.startswith(READ_PARTS) or key in HARMLESS or about_text
 
 
-def _stored(where: str, info: TensorInfo, config: LlamaConfig) -> Stored:
+def _stored(where: str, info: TensorInfo, config: TransformerConfig) -> Stored:
     if info.kind.name not in READABLE:
         raise ValueError(
             f"{where}: tensor {info.name!r} has the type {info.kind.name}, which is not read here: "
@@ -108,7 +108,7 @@ def _stored(where: str, info: TensorInfo, config: LlamaConfig) -> Stored:
     return Stored(info.shape, functools.partial(_read, info, config))
 
 
-def _read(info: TensorInfo, config: LlamaConfig) -> np.ndarray:
+def _read(info: TensorInfo, config: TransformerConfig) -> np.ndarray:
     with np.errstate(all="ignore"):  # what is not finite is named later
         rows = dequantize(info.data.reshape(*info.shape[:-1], -1), info.kind)
     array = np.asarray(rows, np.float32).reshape(info.shape)
@@ -124,7 +124,7 @@ def _half_split(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _config(fields: Settings, *, tied_embeddings: bool) -> LlamaConfig:
+def _config(fields: Settings, *, tied_embeddings: bool) -> TransformerConfig:
     fields.only("general.architecture", "llama")
     fields.only("general.type", "model")
     fields.only("split.count", 1, 0)
@@ -142,7 +142,7 @@ def _config(fields: Settings, *, tied_embeddings: bool) -> LlamaConfig:
     fields.only("llama.attention.value_length", head_dim)
     fields.only("llama.vocab_size", vocab_size)
     return fields.made(
-        LlamaConfig,
+        TransformerConfig,
         vocab_size=vocab_size,
         num_layers=fields.whole("llama.block_count", 0, MOST),
         embed_dim=embed_dim,

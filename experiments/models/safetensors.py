@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from experiments.models.hf_tokenizer import read_tokenizer
-from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.rotary import RopeScaling
 from experiments.models.settings import MOST, Settings, json_object
+from experiments.models.transformer import Transformer, TransformerConfig
 from experiments.models.weights import Stored, assemble
 
 TENSOR_NAMES = {
@@ -65,7 +65,7 @@ ROPE_KINDS = ("default", "linear", "llama3")
 
 def load_hf_directory(
     directory: str | Path, *, dtype: Any = jnp.float32
-) -> tuple[LlamaConfig, Llama, Tokenizer | None]:
+) -> tuple[TransformerConfig, Transformer, Tokenizer | None]:
     """Reads and assembles.
 
     Args:
@@ -147,7 +147,7 @@ def _files(directory: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single.name)
 
 
-def _config(raw: Settings) -> LlamaConfig:
+def _config(raw: Settings) -> TransformerConfig:
     raw.only("model_type", "llama")
     if not raw.has("model_type"):
         raw.get("model_type")
@@ -162,7 +162,7 @@ def _config(raw: Settings) -> LlamaConfig:
         raise raw.wrong("layer_types", "'full_attention' for every layer")
     base, scaling = _rope(raw)
     return raw.made(
-        LlamaConfig,
+        TransformerConfig,
         vocab_size=raw.whole("vocab_size", 1, MOST),
         num_layers=layers,
         embed_dim=embed_dim,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.transformer import Transformer, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Stored:
 
 
 def assemble(
-    config: LlamaConfig,
+    config: TransformerConfig,
     tensors: Mapping[str, Stored],
     names: Mapping[str, str],
     where: str,
     *,
     dtype: Any = jnp.float32,
-) -> Llama:
+) -> Transformer:
     """Fills a Llama from a checkpoint; nothing is built before all shapes are those of the config.
 
     Args:
@@ -55,7 +55,7 @@ def assemble(
     shapes = _shapes(config)
     _check(config, tensors, names, shapes, where)
     # eval_shape: the random initial values are never computed.
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     filled = {}
     for path, abstract in nnx.to_flat_state(state):
@@ -68,7 +68,7 @@ def assemble(
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _shapes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(c: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Of the parameters in a checkpoint."""
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embedding": (c.vocab_size, c.embed_dim)}

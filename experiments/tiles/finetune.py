@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments.benchmarks import _report
 from experiments.harness import cli, files, optimisers
 from experiments.harness.texts import encode, text_of
-from experiments.models import Llama, load_gguf, smollm2_path
+from experiments.models import Transformer, load_gguf, smollm2_path
 from experiments.tiles import finetuning
 from experiments.tiles.policies import BLOCK_Q, POLICIES
 from jbalance import attention, checks
@@ -183,10 +183,10 @@ def speed(density: float) -> list[dict[str, Any]]:
     ]
 
 
-def truncated(model: Llama, layers: int) -> Llama:
+def truncated(model: Transformer, layers: int) -> Transformer:
     """The first layers of a model, with its embedding and head."""
     graph, like = nnx.split(
-        Llama(dataclasses.replace(model.config, num_layers=layers), rngs=nnx.Rngs(0))
+        Transformer(dataclasses.replace(model.config, num_layers=layers), rngs=nnx.Rngs(0))
     )
     state = jax.tree.map(
         lambda new, old: old if old.shape == new.shape else old[:layers], like, nnx.state(model)

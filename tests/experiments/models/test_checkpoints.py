@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from experiments.models import (
-    Llama,
-    LlamaConfig,
     RopeScaling,
+    Transformer,
+    TransformerConfig,
     load_gguf,
     load_hf_directory,
     smollm2_path,
@@ -38,7 +38,7 @@ LLAMA3 = {
 
 
 def untied(config):
-    return Llama(dataclasses.replace(config, tied_embeddings=False), rngs=nnx.Rngs(3))
+    return Transformer(dataclasses.replace(config, tied_embeddings=False), rngs=nnx.Rngs(3))
 
 
 def assert_same(loaded, model):
@@ -110,7 +110,7 @@ def test_hf_rotary_settings(tmp_path, model, changes, base, scaling):
 
 def test_hf_defaults(tmp_path, config):
     """Older files leave out head_dim, num_key_value_heads and rope_theta."""
-    model = Llama(
+    model = Transformer(
         dataclasses.replace(config, embed_dim=24, num_heads=3, num_kv_heads=3), rngs=nnx.Rngs(0)
     )
     raw = hf_config(model.config)
@@ -257,4 +257,4 @@ def test_config_is_hashable(config):
 @pytest.mark.parametrize("field", ["vocab_size", "num_layers", "num_kv_heads", "head_dim"])
 def test_config_refuses_zero(config, field):
     with pytest.raises(ValueError, match=field):
-        LlamaConfig(**{**dataclasses.asdict(config), field: 0})
+        TransformerConfig(**{**dataclasses.asdict(config), field: 0})

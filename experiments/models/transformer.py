@@ -1,4 +1,4 @@
-"""The Llama decoder in Flax nnx: stacked layers, one scan over them, one replaceable attention.
+"""A decoder in Flax nnx: stacked layers, one scan over them, one replaceable attention.
 
 Shape letters: B batch, T tokens, L layers, H query heads, K key/value heads, D head dim,
 E embedding, F MLP, V vocabulary.
@@ -29,8 +29,8 @@ q and k come rotated and q unscaled: the attention applies 1/sqrt(D) itself. Wha
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a Llama decoder; hashable, so that it is static under jit."""
+class TransformerConfig:
+    """Sizes and constants of a decoder; hashable, so that it is static under jit."""
 
     vocab_size: int
     num_layers: int
@@ -83,7 +83,7 @@ def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return wide.astype(x.dtype) * scale
 
 
-class LlamaLayer(nnx.Module):
+class TransformerLayer(nnx.Module):
     """One decoder layer around an attention that the caller runs between `qkv` and `finish`.
 
     Args:
@@ -94,7 +94,7 @@ class LlamaLayer(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: TransformerConfig,
         *,
         stack: tuple[int, ...] = (),
         dtype: Any = jnp.float32,
@@ -137,7 +137,7 @@ class LlamaLayer(nnx.Module):
         return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
 
 
-class Llama(nnx.Module):
+class Transformer(nnx.Module):
     """The decoder. Call it under jit (`nnx.jit`, or `nnx.split` once and a pure function): an eager
     call compiles its scan anew.
 
@@ -148,10 +148,12 @@ class Llama(nnx.Module):
       rngs: for the random initial parameters.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), dtype)
-        self.layers = LlamaLayer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+        self.layers = TransformerLayer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         self.final_norm = nnx.Param(jnp.ones((config.embed_dim,), dtype))
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.embed_dim), dtype)
@@ -171,7 +173,7 @@ class Llama(nnx.Module):
             )
         return self.embedding[...][tokens]
 
-    def layer(self, index: int) -> LlamaLayer:
+    def layer(self, index: int) -> TransformerLayer:
         """Layer `index`, its parameters un-stacked, to run layer by layer (on several devices)."""
         if not 0 <= index < self.config.num_layers:
             raise ValueError(f"layer index must lie in [0, {self.config.num_layers}), got {index}")
