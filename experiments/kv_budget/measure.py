@@ -83,7 +83,7 @@ def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> M
 @functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))
 def _prefill(graph, state, tokens, names, counts) -> Measured:
     model = nnx.merge(graph, state)
-    frequencies = model.config.frequencies
+    frequencies = np.asarray(model.attention_spec.frequencies, np.float32)
     table = scorers(frequencies)
 
     def attention(q, k, v, _):

@@ -1,6 +1,7 @@
 """Language models in Flax, loaded from files on disk: no hub, no network."""
 
 from experiments.models.attention import causal_attention, decode_attention, prefill_attention
+from experiments.models.config import TransformerConfig
 from experiments.models.generate import greedy
 from experiments.models.gguf import load_gguf, smollm2_path
 from experiments.models.rotary import RopeScaling
@@ -8,7 +9,6 @@ from experiments.models.safetensors import load_hf_directory
 from experiments.models.transformer import (
     Attention,
     Transformer,
-    TransformerConfig,
     TransformerLayer,
 )
 

@@ -1,12 +1,13 @@
 """A decoder in Flax nnx: stacked layers, one scan over them, one replaceable attention.
 
 Shape letters: B batch, T tokens, L layers, H query heads, K key/value heads, D head dim,
-E embedding, F MLP, V vocabulary.
+E embedding, F MLP, X experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,60 +17,34 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from experiments.models.attention import causal_attention
-from experiments.models.rotary import RopeScaling, frequencies, rotate
+from experiments.models.attention import Scoring, causal_attention
+from experiments.models.config import ACTIVATIONS, NO_WINDOW, TransformerConfig
+from experiments.models.experts import Gated, gated, mixture
+from experiments.models.rotary import rotate
 from jbalance.decode import AttentionSpec
 
-Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+Attention = Callable[..., tuple[Array, Any]]
 """(q [B, T, H, D], k [B, T, K, D], v [B, T, K, D], layer_state) -> (y [B, T, H, D], layer_state).
 
 q and k come rotated and q unscaled: the attention applies 1/sqrt(D) itself. What it needs besides
-(positions, lengths, the layer's index) it closes over or finds in `layer_state`.
+(positions, lengths, the layer's index) it closes over or finds in `layer_state`. Models with windows, a
+scale of their own or a soft cap hand it `scoring`, a keyword argument, and refuse attentions without.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and constants of a decoder; hashable, so that it is static under jit."""
+class Fixed(nnx.Variable):
+    """What differs between layers and is not trained: rotary frequencies and windows."""
 
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    hidden_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied_embeddings: bool = True
-    max_positions: int = 2048
-    rope_scaling: RopeScaling | None = None
 
-    def __post_init__(self) -> None:
-        for name in (*(field.name for field in dataclasses.fields(self)[:7]), "max_positions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("rope_base", "norm_eps"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(
-                    f"{name} must be a finite number above 0, got {getattr(self, name)}"
-                )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs of features"
-            )
-
-    @property
-    def frequencies(self) -> np.ndarray:
-        """Radians per position of each rotated pair of features, float32 [D/2]."""
-        return frequencies(self.head_dim, self.rope_base, self.rope_scaling)
+def fixed_arrays(config: TransformerConfig) -> dict[str, np.ndarray]:
+    """The `Fixed` variables of the stacked layers by name, each with a first axis L."""
+    arrays = {"frequency": config.frequencies}
+    if config.has_amplitudes:
+        arrays["amplitude"] = config.amplitudes
+    if config.windows is not None:
+        windows = [NO_WINDOW if window is None else window for window in config.windows]
+        arrays["window"] = np.asarray(windows, np.int32)
+    return arrays
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param[Array]:
@@ -84,32 +59,62 @@ def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 class TransformerLayer(nnx.Module):
-    """One decoder layer around an attention that the caller runs between `qkv` and `finish`.
+    """Decoder layers around an attention that the caller runs between `qkv` and `finish`.
+
+    It is made with a first axis of L in every variable, to scan over; its methods are those of one
+    layer, which a scan or `Transformer.layer` makes of it.
 
     Args:
-      config: the sizes.
-      stack: leading axes of every parameter; () for one layer, (L,) for a stack to scan over.
+      config: the sizes and options.
       dtype: of parameters and computation.
     """
 
+    frequency: Fixed
+    amplitude: Fixed
+    window: Fixed
+
     def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        stack: tuple[int, ...] = (),
-        dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         c, self.config = config, config
-        self.attention_norm = nnx.Param(jnp.ones((*stack, c.embed_dim), dtype))
-        self.query = _normal(rngs, (*stack, c.embed_dim, c.num_heads, c.head_dim), dtype)
-        self.key = _normal(rngs, (*stack, c.embed_dim, c.num_kv_heads, c.head_dim), dtype)
-        self.value = _normal(rngs, (*stack, c.embed_dim, c.num_kv_heads, c.head_dim), dtype)
-        self.output = _normal(rngs, (*stack, c.num_heads, c.head_dim, c.embed_dim), dtype)
-        self.mlp_norm = nnx.Param(jnp.ones((*stack, c.embed_dim), dtype))
-        self.gate = _normal(rngs, (*stack, c.embed_dim, c.hidden_dim), dtype)
-        self.up = _normal(rngs, (*stack, c.embed_dim, c.hidden_dim), dtype)
-        self.down = _normal(rngs, (*stack, c.hidden_dim, c.embed_dim), dtype)
+
+        def normal(*shape: int) -> nnx.Param[Array]:
+            return _normal(rngs, (c.num_layers, *shape), dtype)
+
+        def filled(value: float, *shape: int) -> nnx.Param[Array]:
+            return nnx.Param(jnp.full((c.num_layers, *shape), value, dtype))
+
+        self.attention_norm = filled(1, c.embed_dim)
+        self.query = normal(c.embed_dim, c.num_heads, c.head_dim)
+        self.key = normal(c.embed_dim, c.num_kv_heads, c.head_dim)
+        self.value = normal(c.embed_dim, c.num_kv_heads, c.head_dim)
+        self.output = normal(c.num_heads, c.head_dim, c.embed_dim)
+        self.mlp_norm = filled(1, c.embed_dim)
+        experts = (c.num_experts,) if c.num_experts else ()
+        self.gate = normal(*experts, c.embed_dim, c.hidden_dim)
+        self.up = normal(*experts, c.embed_dim, c.hidden_dim)
+        self.down = normal(*experts, c.hidden_dim, c.embed_dim)
+        if experts:
+            self.router = normal(c.embed_dim, c.num_experts)
+        if c.qkv_bias:
+            self.query_bias = filled(0, c.num_heads, c.head_dim)
+            self.key_bias = filled(0, c.num_kv_heads, c.head_dim)
+            self.value_bias = filled(0, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            self.query_norm = filled(1, c.head_dim)
+            self.key_norm = filled(1, c.head_dim)
+        if c.post_norms:
+            self.post_attention_norm = filled(1, c.embed_dim)
+            self.post_mlp_norm = filled(1, c.embed_dim)
+        for name, array in fixed_arrays(c).items():
+            setattr(self, name, Fixed(jnp.asarray(array)))
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the layer's attention weighs what it sees."""
+        c = self.config
+        window = None if c.windows is None else self.window[...]
+        return Scoring(c.scale, c.attention_soft_cap, window)
 
     def qkv(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Attention inputs of x [B, T, E] at positions [T] or [B, T].
@@ -118,23 +123,57 @@ class TransformerLayer(nnx.Module):
           Rotated q [B, T, H, D], rotated k [B, T, K, D], v [B, T, K, D].
         """
         c = self.config
-        frequency = c.frequencies
-        x = _rms_norm(x, self.attention_norm[...], c.norm_eps)
+        x = self._norm(x, self.attention_norm)
         q = jnp.einsum("bte,ehd->bthd", x, self.query[...])
         k = jnp.einsum("bte,ekd->btkd", x, self.key[...])
         v = jnp.einsum("bte,ekd->btkd", x, self.value[...])
-        return rotate(q, positions, frequency), rotate(k, positions, frequency), v
+        if c.qkv_bias:
+            q, k, v = q + self.query_bias[...], k + self.key_bias[...], v + self.value_bias[...]
+        if c.qk_norm:
+            q, k = self._norm(q, self.query_norm), self._norm(k, self.key_norm)
+        amplitude = self.amplitude[...] if c.has_amplitudes else None
+        turn = functools.partial(
+            rotate, positions=positions, frequency=self.frequency[...], amplitude=amplitude
+        )
+        return turn(q), turn(k), v
 
     def finish(self, x: Array, y: Array) -> Array:
         """Residual x [B, T, E], attention output y [B, T, H, D] -> the next layer's x [B, T, E]."""
-        expected = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        c = self.config
+        expected = (*x.shape[:2], c.num_heads, c.head_dim)
         if y.shape != expected:
             raise ValueError(
                 f"attention must return y [B, T, H, D] = {list(expected)}, got {list(y.shape)}"
             )
-        x = x + jnp.einsum("bthd,hde->bte", y.astype(x.dtype), self.output[...])
-        h = _rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        attended = jnp.einsum("bthd,hde->bte", y.astype(x.dtype), self.output[...])
+        if c.post_norms:
+            attended = self._norm(attended, self.post_attention_norm)
+        x = x + attended
+        passed = self._mlp(self._norm(x, self.mlp_norm))
+        return x + (self._norm(passed, self.post_mlp_norm) if c.post_norms else passed)
+
+    def _mlp(self, h: Array) -> Array:
+        c, mlp = self.config, Gated(self.gate[...], self.up[...], self.down[...])
+        activation = ACTIVATIONS[c.activation]
+        if not c.num_experts:
+            return gated(h, mlp, activation)
+        number, normalized = c.experts_per_token, c.normalized_experts
+        return mixture(
+            h, self.router[...], mlp, activation, per_token=number, normalized=normalized
+        )
+
+    def _norm(self, x: Array, scale: nnx.Param[Array]) -> Array:
+        return _rms_norm(x, scale[...], self.config.norm_eps)
+
+
+def _check_takes_scoring(attention: Attention) -> None:
+    """Refuses an attention that would score every token alike where the model does not."""
+    parameters = inspect.signature(attention).parameters.values()
+    if not any(p.name == "scoring" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"attention {getattr(attention, '__name__', attention)!r} takes no `scoring`: this model "
+            f"has windows, a scale of its own or a soft cap, which it must honor"
+        )
 
 
 class Transformer(nnx.Module):
@@ -148,21 +187,46 @@ class Transformer(nnx.Module):
       rngs: for the random initial parameters.
     """
 
+    frequency: Fixed
+    amplitude: Fixed
+    window: Fixed
+
     def __init__(
         self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         self.config = config
         self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), dtype)
-        self.layers = TransformerLayer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+        self.layers = TransformerLayer(config, dtype=dtype, rngs=rngs)
         self.final_norm = nnx.Param(jnp.ones((config.embed_dim,), dtype))
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.embed_dim), dtype)
 
     @property
-    def attention_spec(self) -> AttentionSpec:
-        """What `jbalance.adapters.decoder` asks about the attention of the layers."""
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """What `jbalance.adapters.decoder` asks about the attention of each layer."""
         c = self.config
-        return AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, tuple(c.frequencies.tolist()))
+        sizes = c.num_heads, c.num_kv_heads, c.head_dim
+        windows = c.windows or (None,) * c.num_layers
+        return tuple(
+            AttentionSpec(*sizes, tuple(row.tolist()), c.scale, window, c.attention_soft_cap)
+            for row, window in zip(c.frequencies, windows, strict=True)
+        )
+
+    @property
+    def attention_spec(self) -> AttentionSpec:
+        """That of all layers.
+
+        Raises:
+          ValueError: layers differ.
+        """
+        first, *others = self.attention_specs
+        for i, spec in enumerate(others, 1):
+            if spec != first:
+                raise ValueError(
+                    f"layer {i} attends with {spec} and layer 0 with {first}: no one specification "
+                    f"holds for all layers, take attention_specs"
+                )
+        return first
 
     def embed(self, tokens: Array, positions: Array | None = None) -> Array:
         """tokens [B, T] -> x [B, T, E]; positions enter with the rotary embedding of the layers."""
@@ -171,7 +235,9 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"tokens must be integers [B, T], got {tokens.dtype} {list(tokens.shape)}"
             )
-        return self.embedding[...][tokens]
+        x = self.embedding[...][tokens]
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def layer(self, index: int) -> TransformerLayer:
         """Layer `index`, its parameters un-stacked, to run layer by layer (on several devices)."""
@@ -201,10 +267,14 @@ class Transformer(nnx.Module):
         """
         positions = jnp.arange(x.shape[1]) if positions is None else positions
         graphdef, parameters = nnx.split(self.layers)
+        is_plain = self.config.scores_plainly
+        if not is_plain:
+            _check_takes_scoring(attention)
 
         def step(x: Array, scanned: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             layer = nnx.merge(graphdef, scanned[0])
-            y, layer_state = attention(*layer.qkv(x, positions), scanned[1])
+            more = {} if is_plain else {"scoring": layer.scoring}
+            y, layer_state = attention(*layer.qkv(x, positions), scanned[1], **more)
             return layer.finish(x, y), layer_state
 
         return jax.lax.scan(step, x, (parameters, state))
@@ -229,7 +299,9 @@ class Transformer(nnx.Module):
         """
         h = _rms_norm(h, self.final_norm[...], self.config.norm_eps)
         head = self.embedding if self.config.tied_embeddings else self.head
-        return jnp.einsum("bte,ve->btv", h, head[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bte,ve->btv", h, head[...], preferred_element_type=jnp.float32)
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(
         self, tokens: Array, positions: Array | None = None, attention: Attention = causal_attention

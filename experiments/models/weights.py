@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models.transformer import Transformer, TransformerConfig
+from experiments.models.config import TransformerConfig
+from experiments.models.transformer import Fixed, Transformer, fixed_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,12 @@ def assemble(
     model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     filled = {}
+    fixed = fixed_arrays(config)
     for path, abstract in nnx.to_flat_state(state):
         parameter, stacked = str(path[-1]), path[0] == "layers"
+        if isinstance(abstract, Fixed):
+            filled[path] = abstract.replace(jnp.asarray(fixed[parameter]))
+            continue
         shape = abstract.shape[1:] if stacked else abstract.shape
         sources = _sources(parameter, names, config.num_layers)
         arrays = [_fit(_numbers(where, x, tensors[x], dtype), parameter, shape) for x in sources]

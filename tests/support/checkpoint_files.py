@@ -39,7 +39,7 @@ def checkpoint_tensors(
 ) -> dict[str, np.ndarray]:
     """The model's parameters in a checkpoint's names and layout, [out, in] for matrices."""
     c, tensors = model.config, {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, array = str(path[-1]), np.asarray(variable[...])
         if path[0] != "layers":
             tensors[names[name]] = array

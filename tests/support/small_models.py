@@ -42,7 +42,7 @@ def make_context() -> np.ndarray:
 def make_sharp() -> Transformer:
     """`make_model` with larger weights, so that its most likely tokens differ."""
     model = make_model()
-    state = nnx.state(model)
+    state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda x: 12 * x if x.ndim > 2 else x, state))
     return model
 

@@ -68,7 +68,7 @@ ROPE = "llama.rope.scaling."
 def test_gguf_rotary_scaling(gguf, config, changes, factor):
     loaded = load_gguf(gguf(**changes))[0]
     plain = frequencies(config.head_dim, config.rope_base)
-    np.testing.assert_allclose(loaded.frequencies, plain / factor, rtol=1e-6)
+    np.testing.assert_allclose(loaded.frequencies, [plain / factor] * 3, rtol=1e-6)
     assert loaded.rope_scaling == (None if factor == 1 else RopeScaling("linear", factor))
 
 

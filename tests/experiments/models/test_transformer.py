@@ -59,12 +59,12 @@ def test_vmap_over_parameters(config, tokens):
 
 
 def test_gradient_of_every_parameter(model, tokens):
-    graphdef, state = nnx.split(model)
+    graphdef, state, fixed = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     @jax.grad
     def gradient(state):
-        logprobs = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens[:, :-1]))
+        logprobs = jax.nn.log_softmax(nnx.merge(graphdef, state, fixed)(tokens[:, :-1]))
         return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).mean()
 
     for path, leaf in nnx.to_flat_state(gradient(state)):
@@ -196,9 +196,11 @@ def test_llama3_frequencies(golden):
 
 def test_bfloat16(config, model, tokens, logits):
     narrow = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(narrow))} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {
+        jnp.dtype("bfloat16")
+    }
     # The draws differ between dtypes, so the float32 model's parameters are rounded.
-    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model))
+    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model, nnx.Param))
     nnx.update(narrow, parameters)
     out = forward(narrow, tokens)
     assert out.dtype == jnp.float32
