@@ -109,9 +109,12 @@ class TransformerConfig:
             raise ValueError(
                 f"rotated_features={rotated} must be even, in 2..head_dim={self.head_dim}"
             )
-        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and rotated < 4:
+        kind = None if self.rope_scaling is None else self.rope_scaling.kind
+        if kind == "dynamic" and rotated < 4:
             raise ValueError(f"rotated_features={rotated} must be at least 4 under 'dynamic'")
-        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+        if kind == "yarn" and self.rope_base <= 1:
+            raise ValueError(f"rope_base={self.rope_base} must be above 1 under 'yarn'")
+        if self.rope_scaling is not None and kind == "longrope":
             factors = len(self.rope_scaling.short_factors)
             if 2 * factors != rotated:
                 raise ValueError(

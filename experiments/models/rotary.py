@@ -56,6 +56,10 @@ class RopeScaling:
                     raise ValueError(f"{field.name}={number} must be a finite number above 0")
         if self.kind not in get_args(RopeKind):
             raise ValueError(f"kind={self.kind!r} must be one of {', '.join(get_args(RopeKind))}")
+        if self.kind == "longrope" and self.original_positions < 2:
+            raise ValueError(
+                f"original_positions={self.original_positions} must be at least 2 under 'longrope'"
+            )
         for low, high in (
             ("low_frequency_factor", "high_frequency_factor"),
             ("beta_slow", "beta_fast"),

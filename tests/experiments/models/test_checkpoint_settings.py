@@ -200,8 +200,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 HF_ROPE_REFUSED = {
     "a factor alone": ({"factor": 4.0}, ["factor=4.0"]),
     "default with a factor": ({"rope_type": "default", "factor": 4.0}, ["factor=4.0"]),
-    "dynamic": ({"type": "dynamic", "factor": 2.0}, ["'dynamic'"]),
-    "longrope": ({"type": "longrope", "short_factor": [1.0]}, ["'longrope'"]),
+    "dynamic": ({"type": "dynamic", "factor": 0.0}, ["factor=0.0"]),
+    "longrope": ({"type": "longrope", "short_factor": [1.0], "factor": 2}, ["lacks 'long_factor'"]),
+    "another": ({"type": "ntk", "factor": 2.0}, ["'ntk'", "'dynamic', 'yarn'"]),
     "two types": ({"type": "linear", "rope_type": "llama3", "factor": 2.0}, ["rope_type='llama3'"]),
     "no factor": ({"type": "linear"}, ["lacks 'factor'"]),
     "a zero factor": ({"type": "linear", "factor": 0}, ["factor=0", "above 0"]),

@@ -133,12 +133,12 @@ def test_gguf(tmp_path, config, model, tied):
 
 
 HF_REFUSED = {
-    "other model": ({"model_type": "mistral"}, ["model_type", "'mistral'", "'llama'"]),
+    "other model": ({"model_type": "gpt_neox"}, ["model_type", "'gpt_neox'", "llama, mistral"]),
     "attention bias": ({"attention_bias": True}, ["attention_bias", "True", "False"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias", "True"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
     "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
-    "rope kind": ({"rope_scaling": {"rope_type": "yarn"}}, ["rope_type", "'yarn'", "'llama3'"]),
+    "rope kind": ({"rope_scaling": {"rope_type": "ntk"}}, ["rope_type", "'ntk'", "'llama3'"]),
     "rope without factor": ({"rope_scaling": {"type": "linear"}}, ["'factor'"]),
     "odd head": ({"head_dim": 7}, ["head_dim=7", "even"]),
     "heads do not divide": ({"num_key_value_heads": 4}, ["num_heads=6", "num_kv_heads=4"]),
