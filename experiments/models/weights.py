@@ -71,12 +71,11 @@ def assemble(
             filled[path] = abstract.replace(jnp.asarray(fixed[parameter]))
             continue
         offset = norm_offset if parameter.endswith("norm") else 0.0
-        array = np.stack(
-            [
-                _laid_out(_numbers(where, name, tensors[name], dtype, offset), parameter, config)
-                for name in _sources(parameter, names, config)
-            ]
-        )
+        arrays = [
+            _laid_out(_numbers(where, name, tensors[name], dtype, offset), parameter, config)
+            for name in _sources(parameter, names, config)
+        ]
+        array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
         filled[path] = abstract.replace(jnp.asarray(array.reshape(abstract.shape), dtype))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from experiments.models import Transformer, TransformerConfig
 from experiments.models.families import TENSOR_NAMES as HF_NAMES
-from experiments.models.gguf import TENSOR_NAMES as GGUF_NAMES
+from experiments.models.gguf_config import TENSOR_NAMES as GGUF_NAMES
 
 
 def hf_config(config: TransformerConfig, **changes: Any) -> dict[str, Any]:
@@ -98,18 +98,18 @@ def write_gguf(
     path: Path,
     fields: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    config: TransformerConfig,
+    head_dim: int | None,
     architecture: str = "llama",
 ) -> Path:
-    """A float32 GGUF file, its q and k rows in the format's interleaved rotary order."""
+    """A float32 GGUF file; q and k rows are interleaved in heads of so many features, if any."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add |= {bool: writer.add_bool}
         add.get(type(value), writer.add_array)(key, value)
     for name, array in tensors.items():
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            halves = array.reshape(-1, 2, config.head_dim // 2, array.shape[1])
+        if head_dim is not None and name.endswith(("attn_q.weight", "attn_k.weight")):
+            halves = array.reshape(-1, 2, head_dim // 2, array.shape[1])
             array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
         writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -117,7 +117,7 @@ CASES = {
     "gemma2": case(
         "gemma2",
         sliding_window=5,
-        query_pre_attn_scalar=11,
+        query_pre_attn_scalar=8,
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
         tie_word_embeddings=True,
@@ -125,7 +125,7 @@ CASES = {
     "gemma2 without caps": case(
         "gemma2",
         sliding_window=7,
-        query_pre_attn_scalar=8,
+        query_pre_attn_scalar=11,
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
         num_key_value_heads=1,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import greedy, load_hf_directory
+from experiments.models import greedy, load_gguf, load_hf_directory
 from tests.experiments.models.conftest import GOLDEN
 from tests.support.family_checkpoints import CASES, STEPS, recorded_positions
-from tests.support.family_files import write_family
+from tests.support.family_files import ARCHITECTURES, write_family, write_family_gguf
 
 MOST_KL = 1e-9
 
@@ -50,6 +50,14 @@ def test_logits_are_those_of_transformers(tmp_path, recorded, name):
     continuation = tokens[case.prompt :]
     assert len(continuation) == (0 if case.grows else STEPS)
     np.testing.assert_array_equal(logits[case.prompt - 1 : -1].argmax(-1), continuation)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gguf_logits_are_those_of_transformers(tmp_path, recorded, name):
+    path = write_family_gguf(tmp_path / "it.gguf", name)
+    _, model, _ = load_gguf(path, max_positions=CASES[name].max_positions)
+    logits = logits_of(model, recorded[f"{name}.tokens"])[recorded_positions(name)]
+    assert worst_kl(recorded[f"{name}.logits"].astype(np.float64), logits) <= MOST_KL
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3 long", "smollm3 windows", "mixtral window"])
