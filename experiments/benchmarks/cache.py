@@ -28,7 +28,7 @@ from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
 from experiments.kv_budget import measure
-from experiments.models import load_gguf, prefill_attention, smollm2_path
+from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
 from jbalance import cache, importance
 from jbalance.cache import KVCache, _codec, _prefill, _step
 from jbalance.cache._attend import attend_pages
@@ -73,15 +73,15 @@ def measure_all(quick: bool) -> Iterator[Row]:
 
 def real_context(size: int) -> Context:
     """Tokens of a text through the model's first layers, in pieces laid one after the other."""
-    config, model, tokenizer = load_gguf(smollm2_path())
+    _, model, tokenizer = load_gguf(smollm2_path())
     ids = texts.encode(tokenizer, texts.text_of(TEXT))
     graph, state = nnx.split(model)
+    worth = _worth_of(model)
 
     @jax.jit
     def layer_of(state, ids):
         q, k, v = nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
-        w = importance.token_worth(q[LAYER], k[LAYER], v[LAYER], frequencies=config.frequencies)
-        return q[LAYER], k[LAYER], v[LAYER], w
+        return q[LAYER], k[LAYER], v[LAYER], worth(q[LAYER], k[LAYER], v[LAYER])
 
     piece = min(PIECE_TOKENS, size)
     starts = range(0, size, piece)
@@ -197,9 +197,15 @@ def _bytes_read(arena: Arena) -> int:
     return int(used.sum()) * (arena.page_bytes + 4) + arena.offset.nbytes + arena.count.nbytes
 
 
+def _worth_of(model: Transformer) -> Callable[..., jax.Array]:
+    """The worth of a layer's tokens, as a function of q, k and v."""
+    frequencies = np.asarray(model.attention_spec.frequencies, np.float32)
+    return functools.partial(importance.token_worth, frequencies=frequencies)
+
+
 def _scorers() -> list[Row]:
     """What the worth of a prompt's tokens costs besides the prefill, in prefills."""
-    config, model, tokenizer = load_gguf(smollm2_path())
+    _, model, tokenizer = load_gguf(smollm2_path())
     ids = texts.encode(tokenizer, texts.text_of(TEXT))[:PROMPT_TOKENS]
     graph, state = nnx.split(model)
 
@@ -212,7 +218,7 @@ def _scorers() -> list[Row]:
         return nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
 
     q, k, v = (x[LAYER] for x in queries(state, jnp.asarray(ids)))
-    worth = jax.jit(functools.partial(importance.token_worth, frequencies=config.frequencies))
+    worth = jax.jit(_worth_of(model))
     seconds = _report.interleaved(
         {
             "prefill": functools.partial(prefill, state, jnp.asarray(ids)),
@@ -221,7 +227,7 @@ def _scorers() -> list[Row]:
         }
     )
     label = f"prompt{len(ids)}"
-    share = config.num_layers * seconds["worth"] / seconds["prefill"]
+    share = model.config.num_layers * seconds["worth"] / seconds["prefill"]
     return [
         Row(label, "default_scorer_over_prefill", share, Bar(0.15)),
         Row(label, "thorough_over_prefill", seconds["thorough"] / seconds["prefill"] - 1, Bar(3.0)),

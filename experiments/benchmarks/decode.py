@@ -26,7 +26,7 @@ from experiments.benchmarks import _report, _stock_model
 from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
 from experiments.kv_budget.evaluate import decoder_of
-from experiments.models import Llama, load_gguf, prefill_attention, smollm2_path
+from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
 from jbalance import decode
 from jbalance.decode import Model, prefill
 
@@ -56,7 +56,7 @@ def measure_all(quick: bool) -> Iterator[Row]:
     yield from _device_rows(decoder, ids[:1280])
 
 
-def _speed_rows(model: Llama, decoder: Model, ids, size: int, batch: int) -> list[Row]:
+def _speed_rows(model: Transformer, decoder: Model, ids, size: int, batch: int) -> list[Row]:
     """One context size and batch: both dense caches and all fractions in one interleaved run."""
     prompts = [ids[i * 64 : i * 64 + size] for i in range(batch)]
     calls: dict[str, Callable[[], Any]] = {
@@ -84,7 +84,7 @@ def _speed_rows(model: Llama, decoder: Model, ids, size: int, batch: int) -> lis
 class _Dense:
     """Steps of the model over dense float32 caches, which are donated and written in place."""
 
-    def __init__(self, model: Llama, size: int, batch: int, *, unrolled: bool) -> None:
+    def __init__(self, model: Transformer, size: int, batch: int, *, unrolled: bool) -> None:
         c = model.config
         shape = (batch, c.num_kv_heads, size + ROOM, c.head_dim)
         rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def _device_rows(decoder: Model, prompt: np.ndarray) -> list[Row]:
     return [Row("ctx1280_b0.25", "two_devices_over_one", seconds["1"] / seconds["2"], bar)]
 
 
-def _compile_rows(model: Llama, decoder: Model, ids: np.ndarray) -> list[Row]:
+def _compile_rows(model: Transformer, decoder: Model, ids: np.ndarray) -> list[Row]:
     """Seconds to compile a prompt of 1,280 tokens and a step, of the dense model and within a budget."""
     size = 1280
     jax.config.update("jax_enable_compilation_cache", False)

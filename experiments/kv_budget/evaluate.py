@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.kv_budget.data import Case
-from experiments.models import Llama
+from experiments.models import Transformer
 from jbalance import adapters, decode
 from jbalance.decode import Context, Model, State, extend
 
@@ -27,7 +27,7 @@ class Quality(NamedTuple):
     top1: float  # how often both have the same most likely token
 
 
-def decoder_of(model: Llama) -> Model:
+def decoder_of(model: Transformer) -> Model:
     """The model as the library decodes it."""
     return adapters.decoder(model, model.attention_spec)
 
@@ -37,7 +37,7 @@ def log_probs(model: Model, context: Context, devices, tokens: np.ndarray) -> ja
     return extend.log_probs(model, devices, None, context.caches, tokens, context.num_tokens)
 
 
-def reference(model: Llama, context: np.ndarray, tokens: np.ndarray) -> jax.Array:
+def reference(model: Transformer, context: np.ndarray, tokens: np.ndarray) -> jax.Array:
     """Log-probabilities [T, V] after each of the tokens [T] by dense attention over everything."""
     graph, state = nnx.split(model)
     return _reference(graph, state, jnp.concatenate([context, tokens]), len(tokens))
@@ -70,7 +70,7 @@ def answers(model: Model, context: Context, devices, query: np.ndarray, answer: 
     return bool((predicted[-len(answer) :] == answer).all())
 
 
-def answers_with_everything(model: Llama) -> Callable[[Case], bool]:
+def answers_with_everything(model: Transformer) -> Callable[[Case], bool]:
     """Whether the model, with nothing reduced, finds every token of a case's answer."""
 
     def accept(case: Case) -> bool:

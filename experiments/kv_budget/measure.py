@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.models import causal_attention
-from experiments.models.llama import Llama
+from experiments.models.transformer import Transformer
 from jbalance import importance
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
@@ -62,7 +62,7 @@ def check_length(name: str, num_tokens: int) -> None:
         )
 
 
-def prefill(model: Llama, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
+def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
     """Run the context through the model once and measure every head on the way.
 
     Args:
@@ -83,7 +83,7 @@ def prefill(model: Llama, tokens: np.ndarray, names: tuple[str, ...]) -> Measure
 @functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))
 def _prefill(graph, state, tokens, names, counts) -> Measured:
     model = nnx.merge(graph, state)
-    frequencies = model.config.frequencies
+    frequencies = np.asarray(model.attention_spec.frequencies, np.float32)
     table = scorers(frequencies)
 
     def attention(q, k, v, _):

@@ -10,12 +10,12 @@ import numpy as np
 from experiments.harness import processes
 from experiments.kv_budget.evaluate import decoder_of
 from experiments.kv_budget.run import devices_for
-from experiments.models import Llama
+from experiments.models import Transformer
 from jbalance import decode
 from jbalance.resources import device_budgets
 
 
-def resume(folder: Path, model: Llama, memory_bytes: list[int]) -> dict[str, Any]:
+def resume(folder: Path, model: Transformer, memory_bytes: list[int]) -> dict[str, Any]:
     """All tokens, those of before and those that were still to come, and what the devices held.
 
     Raises:

@@ -27,7 +27,7 @@ from experiments.kv_budget.policies import (
     policy_of,
     scorers_of,
 )
-from experiments.models import Llama
+from experiments.models import Transformer
 from jbalance import decode
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
@@ -80,7 +80,7 @@ class Settings:
 class Job:
     """What all policies share."""
 
-    model: Llama
+    model: Transformer
     decoder: Model
     devices: list[jax.Device]
     tokenizer: Tokenizer
@@ -98,7 +98,7 @@ class Job:
 
 
 def run(
-    settings: Settings, model: Llama, tokenizer: Tokenizer, step: Callable[[str], Any]
+    settings: Settings, model: Transformer, tokenizer: Tokenizer, step: Callable[[str], Any]
 ) -> dict[str, Any]:
     """The report of one run, as `report.write` takes it.
 

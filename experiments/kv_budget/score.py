@@ -19,7 +19,7 @@ from experiments.kv_budget.policies import (
     policy_of,
     scorers_of,
 )
-from experiments.models import Llama
+from experiments.models import Transformer
 from jbalance.resources import kv_entry_bytes
 
 
@@ -64,7 +64,7 @@ def _check_ids(path: str, name: str, ids: np.ndarray, vocab_size: int, number: i
 
 
 def score(
-    model: Llama,
+    model: Transformer,
     cases: dict[str, np.ndarray],
     policies: list[str],
     budgets: list[float],

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from experiments.kv_budget.evaluate import decoder_of, rate_of
-from experiments.models.llama import Llama
+from experiments.models.transformer import Transformer
 from jbalance import decode
 from jbalance.decode import devices
 from jbalance.resources import AttentionDims, kv_cache_bytes
 
 
 def stream(
-    model: Llama,
+    model: Transformer,
     context: np.ndarray,
     *,
     memory_bytes: int,

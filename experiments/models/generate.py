@@ -13,11 +13,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from experiments.models.attention import decode_attention, prefill_attention
-from experiments.models.llama import Llama
+from experiments.models.transformer import Transformer
 
 
 def greedy(
-    model: Llama, tokens: ArrayLike, steps: int, *, lengths: ArrayLike | None = None
+    model: Transformer, tokens: ArrayLike, steps: int, *, lengths: ArrayLike | None = None
 ) -> Array:
     """The `steps` most likely next tokens, one after the other, past any end-of-text token.
 
@@ -58,7 +58,11 @@ def _range(values: np.ndarray) -> str:
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _greedy(
-    graphdef: nnx.GraphDef[Llama], parameters: nnx.State, tokens: Array, lengths: Array, steps: int
+    graphdef: nnx.GraphDef[Transformer],
+    parameters: nnx.State,
+    tokens: Array,
+    lengths: Array,
+    steps: int,
 ) -> Array:
     model = nnx.merge(graphdef, parameters)
     h, cache = model.hidden(tokens, attention=prefill_attention)

@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from experiments.harness import files
+from experiments.models.chat import Chat, end_ids
 from experiments.models.settings import Settings, json_object
 
 
@@ -37,6 +39,64 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     tokenizer.no_padding()
     _check_ends(directory / "tokenizer_config.json", tokenizer)
     return tokenizer
+
+
+def hf_chat(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> Chat:
+    """Chat template, and the tokens that end a turn.
+
+    Args:
+      directory: of the checkpoint; tokenizer_config.json, chat_template.jinja and generation_config.json
+        are read where they are there.
+      tokenizer: of its texts.
+      vocab_size: of the model.
+
+    Raises:
+      ValueError: that names the file and the key.
+    """
+    about = _optional(directory / "tokenizer_config.json")
+    tokens = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        named = about.values.get(key)
+        named = named.get("content") if isinstance(named, dict) else named
+        if named is not None:
+            if type(named) is not str:
+                raise about.wrong(key, "a token")
+            tokens[key] = named
+    written = directory / "chat_template.jinja"
+    if written.is_file():
+        template: str | None = files.read_bytes(written).decode(errors="replace")
+    else:
+        template = _template(about)
+    ends = [tokenizer.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
+    for file in ("generation_config.json", "config.json"):
+        settings = _optional(directory / file)
+        value = settings.values.get("eos_token_id")
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < vocab_size for i in several):
+            raise settings.wrong("eos_token_id", f"ids in 0..{vocab_size - 1}")
+        ends += several
+    return Chat(
+        where=str(directory),
+        tokenizer=tokenizer,
+        template=template,
+        tokens=tokens,
+        end_ids=end_ids(tokenizer, [i for i in ends if i is not None]),
+    )
+
+
+def _template(about: Settings) -> str | None:
+    """The one, or that of the name "default"."""
+    value = about.values.get("chat_template")
+    if isinstance(value, list):
+        named = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
+        value = named.get("default")
+    if value is not None and type(value) is not str:
+        raise about.wrong("chat_template", "text, or a list of names and templates")
+    return value
+
+
+def _optional(path: Path) -> Settings:
+    return Settings(str(path), json_object(path) if path.is_file() else {})
 
 
 def _check(path: Path, raw: dict[str, Any], vocab_size: int) -> None:

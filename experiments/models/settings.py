@@ -28,6 +28,12 @@ class Settings:
         self.where, self.values = where, values
         self._read: set[str] = set()
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Settings:
+        """The same, with values for keys that the file lacks altogether."""
+        filled = Settings(self.where, {**defaults, **self.values})
+        filled._read = self._read
+        return filled
+
     def has(self, key: str) -> bool:
         """Whether the key is there and says something."""
         self._read.add(key)
@@ -42,7 +48,7 @@ class Settings:
         if self.has(key):
             return self.values[key]
         if default is None:
-            raise ValueError(f"{self.where} lacks {key!r}, which a Llama model needs")
+            raise ValueError(f"{self.where} lacks {key!r}, which the model needs")
         return default
 
     def whole(self, key: str, low: int, high: int, default: int | None = None) -> int:
@@ -65,6 +71,22 @@ class Settings:
         if type(value) is not bool:
             raise self.wrong(key, "true or false")
         return value
+
+    def text(self, key: str) -> str:
+        """A name."""
+        value = self.get(key)
+        if type(value) is not str:
+            raise self.wrong(key, "a name")
+        return value
+
+    def positives(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above zero, in float32's range."""
+        value = self.get(key)
+        if type(value) is not list or not all(
+            type(x) in (int, float) and 0 < x <= _LARGEST for x in value
+        ):
+            raise self.wrong(key, f"a list of finite numbers above 0, at most {_LARGEST:.3g}")
+        return tuple(map(float, value))
 
     def several(self, key: str, kind: type) -> list[Any]:
         """A list of `kind`."""

@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments.benchmarks import _report
 from experiments.harness import cli, files, optimisers
 from experiments.harness.texts import encode, text_of
-from experiments.models import Llama, load_gguf, smollm2_path
+from experiments.models import Transformer, load_gguf, smollm2_path
 from experiments.tiles import finetuning
 from experiments.tiles.policies import BLOCK_Q, POLICIES
 from jbalance import attention, checks
@@ -88,15 +88,19 @@ def train(
     if steps < CHECKED:
         raise ValueError(f"--steps is {steps}: at least {CHECKED}")
     _, model, tokenizer = load_gguf(smollm2_path())
-    graph, start = nnx.split(model)
+    graph, start, *fixed = nnx.split(model, nnx.Param, ...)
     own, held = finetuning.pieces(tokenizer, texts, tokens)
     pieces = [jnp.asarray(ids) for parts in held.values() for ids in parts[:HELD_OUT_PIECES]]
-    dense = finetuning.make_step(graph, finetuning.policy_plan("dense", 1.0), _optimiser(steps))
+    dense = finetuning.make_step(
+        graph, finetuning.policy_plan("dense", 1.0), _optimiser(steps), frozen=fixed
+    )
     rows: list[dict[str, Any]] = []
     for policy in policies:
         plan_of = finetuning.policy_plan(policy, density)
         step = (
-            dense if policy == "dense" else finetuning.make_step(graph, plan_of, _optimiser(steps))
+            dense
+            if policy == "dense"
+            else finetuning.make_step(graph, plan_of, _optimiser(steps), frozen=fixed)
         )
         row = _train_one(step, dense, start, own, pieces, tokens, steps)
         rows.append({"policy": policy, "tokens": tokens, "density": density, "steps": steps} | row)
@@ -155,7 +159,7 @@ def speed(density: float) -> list[dict[str, Any]]:
     """Steps per second of a truncated model over a long text, as ratios to dense in one run."""
     config, model, tokenizer = load_gguf(smollm2_path())
     graph, layers, *rest = nnx.split(
-        truncated(model, SPEED_LAYERS), nnx.PathContains("layers"), ...
+        truncated(model, SPEED_LAYERS), nnx.All(nnx.PathContains("layers"), nnx.Param), ...
     )
     texts = [encode(tokenizer, text_of(name)) for name in ("lcet10", "plrabn12")]
     ids = jnp.asarray(np.concatenate(texts)[:SPEED_TOKENS])
@@ -183,10 +187,10 @@ def speed(density: float) -> list[dict[str, Any]]:
     ]
 
 
-def truncated(model: Llama, layers: int) -> Llama:
+def truncated(model: Transformer, layers: int) -> Transformer:
     """The first layers of a model, with its embedding and head."""
     graph, like = nnx.split(
-        Llama(dataclasses.replace(model.config, num_layers=layers), rngs=nnx.Rngs(0))
+        Transformer(dataclasses.replace(model.config, num_layers=layers), rngs=nnx.Rngs(0))
     )
     state = jax.tree.map(
         lambda new, old: old if old.shape == new.shape else old[:layers], like, nnx.state(model)

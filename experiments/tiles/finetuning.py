@@ -13,7 +13,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from experiments.harness.texts import encode, text_of
-from experiments.models import Llama
+from experiments.models import Transformer
 from experiments.tiles.policies import POLICIES
 from jbalance import attention
 from jbalance.attention import TilePlan, Tiling
@@ -38,7 +38,7 @@ def policy_plan(policy: str, density: float) -> Callable[..., TilePlan]:
 
 
 def make_step(
-    graph: nnx.GraphDef[Llama],
+    graph: nnx.GraphDef[Transformer],
     plan_of: Callable[..., TilePlan],
     optimiser: optax.GradientTransformation,
     scored: int | None = None,

@@ -74,7 +74,7 @@ def finite(loaded):
 def gguf(folder, model):
     path = folder / "it.gguf"
     fields = gguf_fields(model.config)
-    write_gguf(path, fields, gguf_tensors(model), model.config)
+    write_gguf(path, fields, gguf_tensors(model), model.config.head_dim)
     return path, path.read_bytes(), fields
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from experiments.models import Llama, LlamaConfig
-from experiments.models.gguf import TENSOR_NAMES as GGUF_NAMES
-from experiments.models.safetensors import TENSOR_NAMES as HF_NAMES
+from experiments.models import Transformer, TransformerConfig
+from experiments.models.families import TENSOR_NAMES as HF_NAMES
+from experiments.models.gguf_config import TENSOR_NAMES as GGUF_NAMES
 
 
-def hf_config(config: LlamaConfig, **changes: Any) -> dict[str, Any]:
+def hf_config(config: TransformerConfig, **changes: Any) -> dict[str, Any]:
     return {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -34,10 +34,12 @@ def hf_config(config: LlamaConfig, **changes: Any) -> dict[str, Any]:
     }
 
 
-def checkpoint_tensors(model: Llama, names: dict[str, str] = HF_NAMES) -> dict[str, np.ndarray]:
+def checkpoint_tensors(
+    model: Transformer, names: dict[str, str] = HF_NAMES
+) -> dict[str, np.ndarray]:
     """The model's parameters in a checkpoint's names and layout, [out, in] for matrices."""
     c, tensors = model.config, {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, array = str(path[-1]), np.asarray(variable[...])
         if path[0] != "layers":
             tensors[names[name]] = array
@@ -69,7 +71,7 @@ def write_hf(
     return directory
 
 
-def gguf_fields(config: LlamaConfig, **changes: Any) -> dict[str, Any]:
+def gguf_fields(config: TransformerConfig, **changes: Any) -> dict[str, Any]:
     """Keys and values of a GGUF file; a key that is changed to None is left out."""
     tokens = ["<|end|>", *"abcdefghij0123456789", "ab"]
     tokens += [f"unused{i}" for i in range(config.vocab_size - len(tokens))]
@@ -96,18 +98,18 @@ def write_gguf(
     path: Path,
     fields: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    config: LlamaConfig,
+    head_dim: int | None,
     architecture: str = "llama",
 ) -> Path:
-    """A float32 GGUF file, its q and k rows in the format's interleaved rotary order."""
+    """A float32 GGUF file; q and k rows are interleaved in heads of so many features, if any."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add |= {bool: writer.add_bool}
         add.get(type(value), writer.add_array)(key, value)
     for name, array in tensors.items():
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            halves = array.reshape(-1, 2, config.head_dim // 2, array.shape[1])
+        if head_dim is not None and name.endswith(("attn_q.weight", "attn_k.weight")):
+            halves = array.reshape(-1, 2, head_dim // 2, array.shape[1])
             array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -117,5 +119,5 @@ def write_gguf(
     return path
 
 
-def gguf_tensors(model: Llama) -> dict[str, np.ndarray]:
+def gguf_tensors(model: Transformer) -> dict[str, np.ndarray]:
     return checkpoint_tensors(model, GGUF_NAMES)

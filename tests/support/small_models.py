@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.models import Llama, LlamaConfig
+from experiments.models import Transformer, TransformerConfig
 
 VOCAB, SIZE = 61, 200
 
 
-def small_config(**changes: Any) -> LlamaConfig:
+def small_config(**changes: Any) -> TransformerConfig:
     """Uneven sizes, so that a swapped axis cannot pass."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -23,14 +23,14 @@ def small_config(**changes: Any) -> LlamaConfig:
         "head_dim": 8,
         "max_positions": 64,
     }
-    return LlamaConfig(**sizes | changes)
+    return TransformerConfig(**sizes | changes)
 
 
-def small_llama(**changes: Any) -> Llama:
-    return Llama(small_config(**changes), rngs=nnx.Rngs(0))
+def small_llama(**changes: Any) -> Transformer:
+    return Transformer(small_config(**changes), rngs=nnx.Rngs(0))
 
 
-def make_model() -> Llama:
+def make_model() -> Transformer:
     """Three key/value heads: neither two nor four devices divide them."""
     return small_llama(num_layers=4, num_kv_heads=3, max_positions=512)
 
@@ -39,15 +39,15 @@ def make_context() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, SIZE).astype(np.int32)
 
 
-def make_sharp() -> Llama:
+def make_sharp() -> Transformer:
     """`make_model` with larger weights, so that its most likely tokens differ."""
     model = make_model()
-    state = nnx.state(model)
+    state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda x: 12 * x if x.ndim > 2 else x, state))
     return model
 
 
-def greedy_alone(model: Llama, prompt: np.ndarray, steps: int) -> np.ndarray:
+def greedy_alone(model: Transformer, prompt: np.ndarray, steps: int) -> np.ndarray:
     """The most likely tokens after a prompt, by dense attention over all tokens each time."""
     size = len(prompt) + steps
     tokens = np.zeros(-(-size // 128) * 128, np.int32)

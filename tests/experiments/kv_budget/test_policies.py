@@ -8,7 +8,7 @@ from flax import nnx
 
 from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.policies import POLICIES, make_plan, pack, policy_of
-from experiments.models import Llama, prefill_attention
+from experiments.models import Transformer, prefill_attention
 from jbalance.cache import _price
 from jbalance.decode import Reserve
 
@@ -159,7 +159,7 @@ def masked_logits(model, context, kept, new):
     return logits(model, tokens, jnp.asarray(mask))[0, size:]
 
 
-def test_prefill_is_the_models_own(small_model: Llama, context, measured):
+def test_prefill_is_the_models_own(small_model: Transformer, context, measured):
     _, (k, v) = nnx.jit(lambda m, x: m.hidden(x, None, prefill_attention))(
         small_model, context[None]
     )

@@ -18,14 +18,14 @@ TOKENS, STEPS = 512, 4
 
 @pytest.fixture(scope="module")
 def start():
-    return nnx.split(small_llama(num_layers=2, max_positions=TOKENS))
+    return nnx.split(small_llama(num_layers=2, max_positions=TOKENS), nnx.Param, ...)
 
 
 def trained(start, policy, density):
     """Losses, tiles and traces of a few steps."""
-    graph, parameters = start
+    graph, parameters, fixed = start
     plan_of = finetuning.policy_plan(policy, density)
-    step = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
+    step = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2), frozen=[fixed])
     state, losses, tiles = step.init(parameters), [], []
     text = {"a": (np.arange(4 * TOKENS) ** 2 % VOCAB).astype(np.int32)}
     for ids in finetuning.batches(text, TOKENS, STEPS):
@@ -54,11 +54,12 @@ def test_half_of_the_tiles_are_computed_and_new_plans_trace_nothing(start):
 
 
 def test_only_the_scored_tokens_count(start):
-    graph, parameters = start
+    graph, parameters, fixed = start
     ids = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, TOKENS), jnp.int32)
     plan_of = finetuning.policy_plan("dense", 1.0)
-    make = functools.partial(finetuning.make_step, graph, plan_of, optimisers.adamw(STEPS, 1e-2))
-    logits = nnx.merge(graph, parameters)(ids[None])[0]
+    optimiser = optimisers.adamw(STEPS, 1e-2)
+    make = functools.partial(finetuning.make_step, graph, plan_of, optimiser, frozen=[fixed])
+    logits = nnx.merge(*start)(ids[None])[0]
     each = -jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], axis=1)[:, 0]
     np.testing.assert_allclose(make().loss(parameters, ids), each.mean(), rtol=1e-5)
     np.testing.assert_allclose(make(scored=7).loss(parameters, ids), each[-7:].mean(), rtol=1e-5)
@@ -79,12 +80,15 @@ def test_a_truncated_model_has_the_first_layers(start):
 
 @pytest.mark.slow
 def test_what_is_frozen_stays(start):
-    graph, layers, *rest = nnx.split(nnx.merge(*start), nnx.PathContains("layers"), ...)
+    of_layers = nnx.All(nnx.PathContains("layers"), nnx.Param)
+    graph, layers, *rest = nnx.split(nnx.merge(*start), of_layers, ...)
     plan_of = finetuning.policy_plan("ladder", 0.5)
     step = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2), frozen=rest)
     ids = jnp.arange(TOKENS) % VOCAB
     after, _, loss, _ = step.train(layers, step.init(layers), ids)
-    whole = finetuning.make_step(graph, plan_of, optimisers.adamw(STEPS, 1e-2))
+    whole = finetuning.make_step(
+        start[0], plan_of, optimisers.adamw(STEPS, 1e-2), frozen=[start[2]]
+    )
     np.testing.assert_allclose(loss, whole.loss(start[1], ids), rtol=1e-5)
     assert jax.tree.structure(after) == jax.tree.structure(layers)
 

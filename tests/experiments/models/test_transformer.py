@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from experiments.models import (
-    Llama,
     RopeScaling,
+    Transformer,
     causal_attention,
     decode_attention,
     greedy,
@@ -41,7 +41,7 @@ def test_one_trace_for_new_values(config, tokens):
         return model(tokens)
 
     for seed in (0, 1):
-        counted(Llama(config, rngs=nnx.Rngs(seed)), (tokens + seed) % config.vocab_size)
+        counted(Transformer(config, rngs=nnx.Rngs(seed)), (tokens + seed) % config.vocab_size)
     assert traces == 1
 
 
@@ -51,20 +51,20 @@ def test_vmap(model, tokens, logits):
 
 
 def test_vmap_over_parameters(config, tokens):
-    graphdef, first = nnx.split(Llama(config, rngs=nnx.Rngs(0)))
-    second = nnx.state(Llama(config, rngs=nnx.Rngs(1)))
+    graphdef, first = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+    second = nnx.state(Transformer(config, rngs=nnx.Rngs(1)))
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
     out = jax.vmap(lambda state: nnx.merge(graphdef, state)(tokens))(both)
     np.testing.assert_allclose(out[1], nnx.merge(graphdef, second)(tokens), atol=ATOL)
 
 
 def test_gradient_of_every_parameter(model, tokens):
-    graphdef, state = nnx.split(model)
+    graphdef, state, fixed = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     @jax.grad
     def gradient(state):
-        logprobs = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens[:, :-1]))
+        logprobs = jax.nn.log_softmax(nnx.merge(graphdef, state, fixed)(tokens[:, :-1]))
         return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).mean()
 
     for path, leaf in nnx.to_flat_state(gradient(state)):
@@ -195,10 +195,12 @@ def test_llama3_frequencies(golden):
 
 
 def test_bfloat16(config, model, tokens, logits):
-    narrow = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(narrow))} == {jnp.dtype("bfloat16")}
+    narrow = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(narrow, nnx.Param))} == {
+        jnp.dtype("bfloat16")
+    }
     # The draws differ between dtypes, so the float32 model's parameters are rounded.
-    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model))
+    parameters = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model, nnx.Param))
     nnx.update(narrow, parameters)
     out = forward(narrow, tokens)
     assert out.dtype == jnp.float32
@@ -213,7 +215,7 @@ def test_positions_are_those_given(model, tokens, logits):
 
 
 def test_untied_head(config, tokens):
-    model = Llama(dataclasses.replace(config, tied_embeddings=False), rngs=nnx.Rngs(0))
+    model = Transformer(dataclasses.replace(config, tied_embeddings=False), rngs=nnx.Rngs(0))
     before = forward(model, tokens)
     model.head[...] = 2 * model.head[...]
     np.testing.assert_allclose(forward(model, tokens), 2 * before, atol=ATOL)
