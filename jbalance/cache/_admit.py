@@ -41,7 +41,7 @@ class Report(NamedTuple):
     demoted: jax.Array  # held ones that fell to a lower level
     evicted: jax.Array  # held ones that left
     rejected: jax.Array  # new ones that did not enter
-    dropped: jax.Array  # new ones whose unit is not one of these, or given twice
+    dropped: jax.Array  # new ones not finite, or whose unit is not one of these or given twice
     shortfall: jax.Array  # pages; above 0 the arena is as before
 
 
@@ -64,8 +64,8 @@ def admit(
 
     Which tokens are held afterwards, and at which levels, is `_price.price_of` over the tokens of these
     units and the new ones; the free pages bound it too. What does not change keeps its bytes; what
-    falls is decoded and encoded anew; what leaves or does not enter joins the centroids. Other units
-    keep theirs. Donate the arena: its bytes are then changed in place.
+    falls is decoded and encoded anew; what leaves or does not enter joins the centroids; what is not
+    finite does neither. Other units keep theirs. Donate the arena: its bytes are then changed in place.
 
     Args:
       arena: before; its bits must descend.
@@ -160,6 +160,7 @@ def _candidates(first_unit, num_units, units, k, v, code, num_tokens):
     row = jnp.full(num_units + 1, rows).at[at].min(np.arange(rows))[:num_units]
     chosen = mine & (row[jnp.minimum(at, num_units - 1)] == np.arange(rows))
     valid = (np.arange(size) < there[:, None]) & chosen[:, None]
+    valid &= jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     dropped = jnp.sum(there, dtype=jnp.int32) - jnp.sum(valid, dtype=jnp.int32)
     unit = jnp.where(chosen, local, num_units)
     return Candidates(row.astype(jnp.int32), unit, k, v, code, valid, None), dropped

@@ -51,7 +51,8 @@ class KVCache:
     key_mean: jax.Array  # [U, D] bfloat16, subtracted from the keys in both
     recent_keys: jax.Array  # [U, R, D] bfloat16
     recent_values: jax.Array  # [U, R, D] bfloat16
-    recent_energy: jax.Array  # [U, R] float32, attention² by later queries of the group, summed
+    # [U, R] float32, attention² by later queries of the group, summed; -1: not finite, not there
+    recent_energy: jax.Array
     recent_start: jax.Array  # [B] int32, place of the oldest token
     recent_count: jax.Array  # [B] int32, below R between steps
     slots: jax.Array  # [L, K] int32, which of a request's n units a head is; -1 if not here

@@ -68,7 +68,8 @@ def prefill(
 
     Raises:
       ValueError: shapes that do not fit, lengths outside 0..S, an allowance below the floor, concrete
-        values that are not finite (traced ones: see `step`).
+        values that are not finite. Traced ones: y of their prompt may be NaN, and a unit whose key or
+        value it is does not keep the token.
     """
     q, k, v = _checked(cache, q, k, v)
     requests, size = q.shape[:2]
@@ -261,10 +262,11 @@ def admit(
 
 
 def mean_key(k: jax.Array, number: jax.Array | int) -> jax.Array:
-    """[K, D]: the mean of keys [K, S, D] without the sinks and the padding behind `number`."""
+    """[K, D]: the mean of keys [K, S, D] that are finite, without the sinks and the padding."""
     token = np.arange(k.shape[1])
-    counted = ((token >= NUM_SINKS) & (token < number))[:, None]
-    return jnp.sum(jnp.where(counted, k, 0), axis=1) / jnp.maximum(jnp.sum(counted), 1)
+    finite = jnp.all(jnp.isfinite(k), axis=-1, keepdims=True)
+    counted = finite & ((token >= NUM_SINKS) & (token < number))[:, None]
+    return jnp.sum(jnp.where(counted, k, 0), axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)
 
 
 def prompt_codes(w: jax.Array, number: jax.Array | int, fresh: jax.Array) -> jax.Array:

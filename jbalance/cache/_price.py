@@ -52,14 +52,15 @@ def encode_worth(w: jax.Array) -> jax.Array:
       w: [...] float, >= 0.
 
     Returns:
-      [...] uint8.
+      [...] uint8; traced NaN has the lowest.
 
     Raises:
       ValueError: worth that is negative or not finite.
     """
     w = checks.non_negative("w", w)
     code = jnp.round(_PER_OCTAVE * jnp.log2(jnp.asarray(w, jnp.float32))) + _OF_ONE
-    return jnp.clip(code, LOWEST, HIGHEST).astype(jnp.uint8)
+    code = jnp.where(jnp.isnan(code), LOWEST, jnp.clip(code, LOWEST, HIGHEST))
+    return code.astype(jnp.uint8)
 
 
 def decode_worth(code: jax.Array) -> jax.Array:

@@ -58,8 +58,8 @@ def step(
 
     Raises:
       ValueError: shapes that do not fit, an allowance below the floor, concrete values that are not
-        finite. Traced ones are the caller's to avoid, or `checkify`'s to find: a key that is not finite
-        stays as long as its token.
+        finite. Of traced ones `checkify` tells; y of such a token is NaN, and a unit whose key or value
+        it is does not keep it: what others see is as if it had not been.
     """
     q, k, v = _checked(cache, q, k, v, context)
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
@@ -112,11 +112,12 @@ def attend_token(
     requests = cache.num_requests
     q = q.reshape(requests, cache.num_kv_heads, -1, cache.head_dim)
     units = jax.vmap(lambda b: cache.units(b, layer))(jnp.arange(requests))
-    old = [x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values)]
+    buffers = cache.recent_keys, cache.recent_values, cache.recent_energy
+    old = [x.at[units].get(mode="clip") for x in buffers]
     place = (cache.recent_start + cache.recent_count) % cache.recent_tokens
 
     def one_request(row):
-        request, q, k, v, keys, values, place = row
+        request, q, k, v, keys, values, energy, place = row
         keys, values = (
             x.at[:, place].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v))
         )
@@ -130,10 +131,12 @@ def attend_token(
                 held = merge(held, recent_attention(context, 0, layer, q, position, limits))
         age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
         count = cache.recent_count[request]
-        seen = (age < count) & _in_window(cache, request, position, limits)
-        y, attention = _attend_recent(q, keys, values, seen | (age == count), held, limits)
+        near = True if position is None else _in_window(cache, request, position[0], limits)
+        before = (age < count) & near & (energy >= 0)
+        seen = (before | (age == count))[:, None]
+        y, attention = _attend_recent(q, keys, values, seen, held, limits)
         gained = jnp.sum(jnp.square(attention), axis=1)
-        return y, jnp.where((age < count) & active[request], gained, 0)
+        return y, jnp.where(before & active[request] & jnp.isfinite(gained), gained, 0)
 
     rows = jnp.arange(requests), q, jnp.asarray(k), jnp.asarray(v), *old, place
     y, gained = lax.map(one_request, rows)
@@ -142,19 +145,21 @@ def attend_token(
     # Read before anything is written, or XLA keeps a copy of all buffers to read from later.
     y, gained, cache = lax.optimization_barrier((y, gained, cache))
     at = units, place[:, None]
-    energy = cache.recent_energy.at[units].add(gained, mode="drop").at[at].set(0, mode="drop")
+    energy = cache.recent_energy.at[units].add(gained, mode="drop")
+    k, v = (jnp.asarray(x).astype(cache.recent_keys.dtype) for x in (k, v))
+    finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     cache = dataclasses.replace(
         cache,
-        recent_keys=_put(cache.recent_keys, at, k),
-        recent_values=_put(cache.recent_values, at, v),
-        recent_energy=energy,
+        recent_keys=_put(cache.recent_keys, at, jnp.where(finite[..., None], k, 0)),
+        recent_values=_put(cache.recent_values, at, jnp.where(finite[..., None], v, 0)),
+        recent_energy=energy.at[at].set(jnp.where(finite, 0.0, -1.0), mode="drop"),
     )
     return y.reshape(requests, -1, cache.head_dim), cache
 
 
 def _put(buffer, at, new):
     """New tokens [B, K, D] in their places of the recent buffers."""
-    return buffer.at[at].set(jnp.asarray(new).astype(buffer.dtype), mode="drop")
+    return buffer.at[at].set(new, mode="drop")
 
 
 def held_attention(
@@ -207,6 +212,7 @@ def recent_attention(
     keys, values = (x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values))
     age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
     valid = (age < cache.recent_count[request]) & (units < cache.key_mean.shape[0])[:, None]
+    valid &= cache.recent_energy.at[units].get(mode="clip") >= 0
     valid = valid[:, None] & _in_window(cache, request, position, limits)
     return _dense(q, keys, values, valid, limits)[0]
 
@@ -305,9 +311,12 @@ def _flush(cache, request, allowance_pages):
         lax.dynamic_slice_in_dim(x, first, n)
         for x in (cache.recent_keys, cache.recent_values, cache.recent_energy, cache.key_mean)
     )
-    w = decoded_worth(energy[:, place], cache.recent_count[request] - 1 - age)
+    energy = energy[:, place]
+    there = energy >= 0
+    w = decoded_worth(jnp.maximum(energy, 0), cache.recent_count[request] - 1 - age)
     units = first + np.arange(n)
     k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
+    k = jnp.where(there[..., None], k, jnp.nan)  # which `admit` leaves out
     v, code = v[:, place], _price.encode_worth(w)
     time, ages = None, None
     if cache.clock is not None:
@@ -329,7 +338,7 @@ def _flush(cache, request, allowance_pages):
 
     def lose(centroids):
         w = _price.decode_worth(code)
-        lasting = jnp.ones(w.shape, bool)
+        lasting = there
         if ages is not None:
             lasting &= (ages.window == NO_WINDOW)[:, None]
         return _centroids.absorb(centroids, units, k, v, w, lasting)

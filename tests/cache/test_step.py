@@ -200,7 +200,7 @@ def run(held, calls, present, floors, num_tokens=60, of_others=1.0):
     first = np.asarray(y[:, -1])
     there = (held.arena.count, held.centroids.count)
     there = sum(np.asarray(x).reshape(requests, -1).sum(axis=1) for x in there)
-    np.testing.assert_array_equal(there, UNITS * S * active)
+    np.testing.assert_array_equal(there, UNITS * S * (active & np.isfinite(factor[:, 0, 0])))
     for _ in range(num_tokens):
         allowed = shares(held, weights, active, floors_pages=floors)
         new = [x[:, B - requests :] * factor for x in drawn(rng)]
@@ -353,3 +353,40 @@ def test_values_that_are_not_finite_are_refused_before_they_stay():
         given[name] = np.full(shape, np.nan, np.float32)
         with pytest.raises(ValueError, match=rf"\|{name}\| is nan"):
             cache.step(create(), 0, **given)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])  # the last is more than bfloat16 holds
+def test_a_traced_token_that_is_not_finite_is_as_if_it_had_not_been(name, value):
+    """One in a prompt and one of a step, in one unit: neither stays, and the others attend as before."""
+    rng, held = np.random.default_rng(0), create()
+    new = dict(zip("qkv", drawn(rng, size=S), strict=True))
+    prompt = {key: x.copy() for key, x in new.items()}
+    if value != 3.4e38:
+        prompt[name][0, 0, 9, 0, 3] = value
+    _, held = both.prefill(held, *prompt.values(), np.array([S, 0]), MANY)
+    lost = int(name != "q")
+    at_once = lost * int(value != 3.4e38)
+    np.testing.assert_array_equal(held.arena.count[:UNITS].sum(axis=1), [S - at_once, S, S, S])
+    keys, values = ([list(x[0, 0])] for x in (new["k"], new["v"]))
+    gone = {9} if at_once else set()
+    for t in range(2 * R):
+        token = dict(zip("qkv", drawn(rng), strict=True))
+        given = {key: x.copy() for key, x in token.items()}
+        if t == 3:
+            given[name][0, 0, 0, 3] = value
+            gone |= {S + 3} if lost else set()
+        keys[0].append(rounded(token["k"])[0, 0])
+        values[0].append(rounded(token["v"])[0, 0])
+        y, held = both.step(held, *given.values(), MANY, FIRST, ORDER)
+        if t == 3:
+            assert not np.isfinite(y[0, 0, :G]).all() or value == 3.4e38
+            continue
+        stay = [i for i in range(S + t + 1) if i not in gone]
+        want, _ = attention(token["q"][0, 0], *(np.stack(x[0])[stay] for x in (keys, values)))
+        np.testing.assert_allclose(y[0, 0, :G], want[:G], atol=0.04)
+    assert held.recent_count[0] < R
+    kept = held.arena.count[:UNITS].sum(axis=1) + int(held.recent_count[0])
+    np.testing.assert_array_equal(kept, S + 2 * R - np.array([lost + at_once, 0, 0, 0]))
+    for x in jax.tree.leaves(held):
+        assert not np.issubdtype(x.dtype, np.floating) or np.isfinite(x).all()
