@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +58,28 @@ def run(
             raise
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
+
+
+def memory(option: str, text: str) -> list[int]:
+    """Bytes of each device, of an option such as "4MiB,2MiB".
+
+    Raises:
+      ValueError: that names the option.
+    """
+    from jbalance.resources import parse_bytes
+
+    try:
+        return [parse_bytes(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def simulated_devices(number: int) -> None:
+    """So many devices on a CPU; a caller that has used JAX already keeps its own."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", number)
 
 
 def keep_programs() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import guard
+from experiments.harness import cli, guard
 from experiments.harness.lines import plain
 
 _LAST_LINES = 8  # of a process that failed
@@ -144,9 +144,7 @@ def join(options: argparse.Namespace, num_devices: int) -> None:
         raise ValueError(f"--device-memory has {num_devices} entries, but there are {have}")
     if own:
         jax.config.update("jax_platforms", "cpu")
-    # Simulated devices where there is no accelerator. A caller that has used JAX already keeps its own.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", each)
+    cli.simulated_devices(each)
     if options.processes == 1:
         return
     guard.beat()

@@ -29,7 +29,7 @@ class Quality(NamedTuple):
 
 def decoder_of(model: Transformer) -> Model:
     """The model as the library decodes it."""
-    return adapters.decoder(model, model.attention_spec)
+    return adapters.decoder(model, model.attention_specs)
 
 
 def log_probs(model: Model, context: Context, devices, tokens: np.ndarray) -> jax.Array:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from experiments.models import gguf, packaged, safetensors
 from experiments.models.chat import Chat
 from experiments.models.config import TransformerConfig
-from experiments.models.hf_tokenizer import hf_chat
+from experiments.models.hf_tokenizer import hf_chat, read_tokenizer
 from experiments.models.transformer import Transformer
 
 PACKAGED = {"smollm2": packaged.smollm2_path, "gemma3-270m": packaged.gemma3_path}
@@ -38,7 +38,11 @@ class Loaded:
 
 
 def load(
-    source: str | Path, *, dtype: Any = jnp.float32, max_positions: int | None = None
+    source: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    max_positions: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Loaded:
     """Reads a model from the disk.
 
@@ -47,6 +51,7 @@ def load(
       dtype: of the parameters.
       max_positions: the longest context; None for that of training. More is asked for here or refused;
         rotary embeddings of the kinds "dynamic" and "longrope" choose their frequencies by it.
+      tokenizer: a tokenizer.json or a directory with one, in the place of the model's own.
 
     Raises:
       ValueError: there is no such model, or it is damaged, or computes what is not implemented: the
@@ -65,9 +70,26 @@ def load(
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"no config.json in {path}: it is no directory of a model")
-        config, model, tokenizer = safetensors.load_hf_directory(
+        config, model, own = safetensors.load_hf_directory(
             path, dtype=dtype, max_positions=max_positions
         )
-        chat = None if tokenizer is None else hf_chat(path, tokenizer, config.vocab_size)
-        return Loaded(path, config, model, tokenizer, chat)
-    return Loaded(path, *gguf.load_gguf_chat(path, dtype=dtype, max_positions=max_positions))
+        chat = None if own is None else hf_chat(path, own, config.vocab_size)
+        found = Loaded(path, config, model, own, chat)
+    else:
+        parts = gguf.load_gguf_chat(path, dtype=dtype, max_positions=max_positions)
+        found = Loaded(path, *parts)
+    return found if tokenizer is None else _with_tokenizer(found, Path(tokenizer))
+
+
+def _with_tokenizer(found: Loaded, path: Path) -> Loaded:
+    """The model with another's tokenizer and chat template."""
+    directory, vocab_size = path if path.is_dir() else path.parent, found.config.vocab_size
+    own = None
+    if path.is_dir() or path.name == "tokenizer.json":
+        own = read_tokenizer(directory, vocab_size)
+    if own is None:
+        raise ValueError(
+            f"there is no tokenizer at {str(path)!r}: give a tokenizer.json, or a directory with one"
+        )
+    chat = hf_chat(directory, own, vocab_size)
+    return dataclasses.replace(found, tokenizer=own, chat=chat)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ def join(
     sampling: Sampling | None = None,
     weight: float = 1.0,
     capacity: int | None = None,
+    on_layer: Callable[[int], object] | None = None,
 ) -> State:
     """A prompt enters the free place of a request, which chooses its first token.
 
@@ -48,6 +50,7 @@ def join(
       sampling: how its tokens are chosen; None is greedy.
       weight: its share of the memory among all requests, > 0.
       capacity: of prompts, for which the program is compiled once; None for that of S.
+      on_layer: called with each layer that a first prompt has been through, to show progress.
 
     Raises:
       ValueError: a place that is taken, an empty prompt, a weight that is not positive.
@@ -68,7 +71,7 @@ def join(
     )
     state = shared(state)
     if state.contexts is None:
-        caches, logits = _prefill(model, state, request, prompt, capacity)
+        caches, logits = _prefill(model, state, request, prompt, capacity, on_layer)
     else:
         caches, logits = extend.tokens_of(
             model,
@@ -99,14 +102,17 @@ def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
     return _chosen(state, caches, request, logits, first + len(new))
 
 
-def _prefill(model, state, request, prompt, capacity):
+def _prefill(model, state, request, prompt, capacity, on_layer):
     """A request's first prompt, layer by layer."""
     caches = state.caches
     x = jnp.zeros(0)
-    for layer, (x, held) in enumerate(prefill.layers_of(model, prompt, capacity)):  # noqa: B007
+    for layer, (x, held) in enumerate(prefill.layers_of(model, prompt, capacity)):
         caches = over.admit(
             state.devices, caches, request, layer, held, len(prompt), state.allowances
         )
+        if on_layer is not None:
+            jax.block_until_ready(x)
+            on_layer(layer)
     return caches, prefill.logits_at(model, x, len(prompt) - 1)
 
 

@@ -30,7 +30,7 @@ def test_a_part_of_the_tiles():
     tiles = Tiles(block_q=8, block_k=4)
 
     def logits_of(model, fraction):
-        spec = model.attention_spec
+        spec = model.attention_specs
         return adapters.forward(adapters.decoder(model, spec), ids, fraction=fraction, tiles=tiles)
 
     want = np.asarray(model(ids))

@@ -18,7 +18,7 @@ def sharp():
 
 @pytest.fixture(scope="session")
 def decoder(sharp):
-    return adapters.decoder(sharp, sharp.attention_spec)
+    return adapters.decoder(sharp, sharp.attention_specs)
 
 
 @pytest.fixture(scope="session")

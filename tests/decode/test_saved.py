@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_no_part_and_names_the_file(tmp_path, monkeypatch):
 def test_another_model_is_named(sharp, folder):
     config = {f.name: getattr(sharp.config, f.name) for f in dataclasses.fields(sharp.config)}
     other = small_llama(**config | {"embed_dim": 24})
-    other = adapters.decoder(other, other.attention_spec)
+    other = adapters.decoder(other, other.attention_specs)
     with pytest.raises(ValueError, match="is of another model"):
         decode.restore(folder[0], other, [66_000])
 

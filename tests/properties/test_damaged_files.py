@@ -197,7 +197,7 @@ def test_damaged_cases(folder, data):
 
 @pytest.fixture(scope="module")
 def state(folder, model):
-    decoder = adapters.decoder(model, model.attention_spec)
+    decoder = adapters.decoder(model, model.attention_specs)
     path = folder / "state"
     empty = decode.create(decoder, [40_000, 26_000], num_requests=2, recent_tokens=16)
     decode.save(path, decoder, empty, notes={"tokens": [3, 4], "new_tokens": 9})

@@ -1,0 +1,110 @@
+"""Answer a question about a text with a model of yours, within the memory that each device gives.
+
+python -m experiments.generate --text FILE --question "..." --memory 8MiB
+python -m experiments.generate --model DIR --text FILE --question "..." --memory 64MiB,32MiB
+
+The text and the question enter the model's chat template, their keys and values the cache, each token at
+the precision that it is worth; the answer comes on standard output, token by token, until the model ends
+its turn. With several sizes there are as many devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+
+from experiments.harness import cli
+from experiments.models import options as models
+
+
+def job(options: argparse.Namespace) -> None:
+    memory = cli.memory("--memory", options.memory)
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: at least 1")
+    if not options.question.strip():
+        raise ValueError("--question is empty: ask something")
+
+    from experiments.harness import texts
+
+    text = texts.read_file(options.text) if options.text else ""
+    cli.simulated_devices(len(memory))
+
+    import numpy as np
+
+    from experiments.harness import progress
+    from experiments.models import chat_prompt
+    from jbalance import adapters, decode
+    from jbalance.decode import Sampling
+
+    sampling = Sampling(options.temperature, seed=options.seed)
+    print(f"loading {options.model}", file=sys.stderr)
+    found = models.loaded(options)
+    assert found.chat is not None
+    prompt = np.array(chat_prompt(found.chat, options.question, text), np.int32)
+    size = len(prompt) + options.max_new_tokens
+    models.check_positions(found, size, "the prompt and --max-new-tokens")
+    decoder = adapters.decoder(found.model, found.model.attention_specs)
+    state = decode.create(decoder, memory)
+    with progress.bar(f"reading {len(prompt)} tokens", decoder.num_layers) as advance:
+        state = decode.join(
+            decoder, state, 0, prompt, sampling=sampling, on_layer=lambda layer: advance()
+        )
+    start, written, ids = time.perf_counter(), Written(found.chat.tokenizer), []
+    while True:
+        token = int(state.tokens[0])
+        if token in found.chat.end_ids:
+            break
+        ids.append(token)
+        written.show(ids)
+        if len(ids) == options.max_new_tokens:
+            break
+        _, state = decode.step(decoder, state)
+    written.end(ids)
+    rate = max(len(ids) - 1, 1) / (time.perf_counter() - start)
+    held = ", ".join(f"{n:,} of {b:,}" for n, b in zip(state.nbytes, memory, strict=True))
+    print(
+        f"{len(prompt)} tokens read, {len(ids)} written at {rate:.1f} a second; cache: {held} bytes, "
+        f"a dense one of 16 bits would take {decoder.dense_bytes(len(prompt) + len(ids)):,}",
+        file=sys.stderr,
+    )
+
+
+class Written:
+    """Text on standard output that grows with its tokens, a character at a time when it is whole."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.done = tokenizer, 0
+
+    def show(self, ids: Iterable[int]) -> None:
+        """All but a character of which bytes are missing."""
+        self._write(self.tokenizer.decode(list(ids)).rstrip("\ufffd"))
+
+    def end(self, ids: Iterable[int]) -> None:
+        """All of it."""
+        self._write(self.tokenizer.decode(list(ids)) + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text[self.done :])
+        sys.stdout.flush()
+        self.done = max(self.done, len(text))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit code."""
+    parser = cli.parser("experiments.generate", __doc__)
+    models.add_options(parser)
+    parser.add_argument("--text", help="a UTF-8 text file that the question is about")
+    parser.add_argument("--question", required=True)
+    parser.add_argument(
+        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    return cli.run(parser, job, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

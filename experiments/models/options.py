@@ -1,0 +1,48 @@
+"""Which model a command uses: its options, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # JAX is imported by the jobs
+    from experiments.models.load import Loaded
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --tokenizer and --max-positions."""
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        help="a GGUF file, a Hugging Face directory, or smollm2 or gemma3-270m; default: smollm2",
+    )
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json, or a directory with one; default: the model's own"
+    )
+    parser.add_argument(
+        "--max-positions", type=int, help="positions, if more than the model was trained for"
+    )
+
+
+def loaded(options: argparse.Namespace) -> Loaded:
+    """The model of `add_options`.
+
+    Raises:
+      ValueError: those of `load`, or it has no tokenizer and none is given.
+    """
+    from experiments.models.load import load
+
+    found = load(options.model, tokenizer=options.tokenizer, max_positions=options.max_positions)
+    if found.tokenizer is None:
+        raise ValueError(f"--model {options.model!r} has no tokenizer: give --tokenizer")
+    return found
+
+
+def check_positions(model: Loaded, number: int, what: str) -> None:
+    """ValueError for more positions than the model has."""
+    most = model.config.max_positions
+    if number > most:
+        raise ValueError(
+            f"{what} take {number} positions: {model.where.name} was trained for {most}; give less, or "
+            f"ask for more with --max-positions {number}"
+        )
