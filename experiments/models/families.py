@@ -124,8 +124,7 @@ def read_config(
       ValueError: another model, settings that are missing or wrong, or change what the model computes
         and are not implemented.
     """
-    raw.get("model_type")
-    if raw.values["model_type"] not in FAMILIES:
+    if raw.text("model_type") not in FAMILIES:
         raise raw.wrong(
             "model_type", f"that of a causal decoder which is implemented: {', '.join(FAMILIES)}"
         )
