@@ -71,8 +71,8 @@ CONFIGS = {
     "local base": ("gemma3", {"rope_local_base_freq": -1.0}, ["rope_local_base_freq=-1.0"]),
     "an odd part rotates": (
         "phi3 long",
-        {"partial_rotary_factor": 0.5},
-        ["partial_rotary_factor=0.5"],
+        {"partial_rotary_factor": 0.4},
+        ["partial_rotary_factor=0.4"],
     ),
     "more than all rotates": ("phi3", {"partial_rotary_factor": 1.5}, ["at most 1"]),
     "a part of a Qwen": (
@@ -83,7 +83,7 @@ CONFIGS = {
     "factors of other heads": (
         "phi3 long",
         {"partial_rotary_factor": 1.0},
-        ["short_factors and long_factors have 2 entries", "3 pairs"],
+        ["short_factors and long_factors have 2 entries", "4 pairs"],
     ),
     "no long factors": (
         "phi3 long",
@@ -148,8 +148,8 @@ CONFIGS = {
         {"num_hidden_layers": 10**9},
         ["num_hidden_layers", "0..10000"],
     ),
-    "other fused sizes": ("phi3", {"num_key_value_heads": 2}, ["qkv_proj", "[48, 24]", "[72, 24]"]),
-    "other heads": ("gemma3", {"num_key_value_heads": 4}, ["k_proj", "[32, 24]", "[16, 24]"]),
+    "other fused sizes": ("phi3", {"num_key_value_heads": 2}, ["qkv_proj", "[64, 32]", "[96, 32]"]),
+    "other heads": ("gemma3", {"num_key_value_heads": 4}, ["k_proj", "[32, 32]", "[16, 32]"]),
     "heads that do not divide": (
         "qwen3",
         {"num_key_value_heads": 3},
@@ -228,24 +228,24 @@ TENSORS = {
         "qwen3",
         "model.layers.0.self_attn.q_norm.weight",
         np.ones(8),
-        ["[12]"],
+        ["[16]"],
     ),
     "a norm that is no number": (
         "gemma3",
         "model.norm.weight",
-        np.full(24, np.nan),
+        np.full(32, np.nan),
         ["not finite"],
     ),
     "experts transposed": (
         "mixtral",
         "model.layers.0.block_sparse_moe.experts.1.w2.weight",
-        np.ones((40, 24)),
-        ["[24, 40]", "[40, 24]"],
+        np.ones((40, 32)),
+        ["[32, 40]", "[40, 32]"],
     ),
     "weights of eight bits": (
         "qwen2",
         "model.layers.0.mlp.up_proj.weight",
-        np.ones((40, 24), ml_dtypes.float8_e4m3fn),
+        np.ones((40, 32), ml_dtypes.float8_e4m3fn),
         ["F8_E4M3", "scale"],
     ),
 }
@@ -309,12 +309,12 @@ GGUF = {
         ["gemma3.attention.scale=0.5"],
     ),
     "a window of a Qwen": ("qwen2", {"qwen2.attention.sliding_window": 4}, ["sliding_window=4"]),
-    "a part of a Qwen": ("qwen3", {"qwen3.rope.dimension_count": 4}, ["dimension_count=4", "12"]),
+    "a part of a Qwen": ("qwen3", {"qwen3.rope.dimension_count": 4}, ["dimension_count=4", "16"]),
     "an odd part of a Phi": ("phi3", {"phi3.rope.dimension_count": 3}, ["rotated_features=3"]),
     "factors of other heads": (
         "phi3 long",
         {"phi3.rope.dimension_count": 6},
-        ["2 entries", "3 pairs"],
+        ["rope_factors_long.weight", "2 numbers", "3 pairs"],
     ),
     "no original length": (
         "phi3 long",

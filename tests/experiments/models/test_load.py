@@ -44,6 +44,8 @@ def test_positions_beyond_training_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"max_positions=64, got T=60, steps=8"):
         greedy(load(tmp_path).model, prompt, 8)
     assert greedy(load(tmp_path, max_positions=68).model, prompt, 8).shape == (1, 8)
+    with pytest.raises(ValueError, match=r"65 tokens are more than max_positions=64: load"):
+        load(tmp_path).model(np.full((1, 65), 5))
     with pytest.raises(ValueError, match="max_positions is 0"):
         load(tmp_path, max_positions=0)
 
@@ -66,7 +68,7 @@ def test_long_factors_are_those_of_contexts_beyond_the_original(tmp_path):
         (original + 1, [1.25, 4]),
     ):
         table = load(tmp_path, max_positions=positions).config.frequencies
-        want = [*(1000.0 ** -np.array([0, 0.5]) / factors), 0]
+        want = [*(1000.0 ** -np.array([0, 0.5]) / factors), 0, 0]
         np.testing.assert_allclose(table, [want] * 4, rtol=1e-6)
 
 
