@@ -1,4 +1,4 @@
-"""Families of decoders: how the config.json of each is read, and what it calls its tensors."""
+"""Families of decoders: how the config.json of each is read."""
 
 from __future__ import annotations
 
@@ -7,52 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.models.config import TransformerConfig
+from experiments.models.hf_names import GEMMA_NAMES, MIXTRAL_NAMES, PHI_FUSED, QWEN_EXPERT_NAMES
 from experiments.models.rope_settings import rope_options
 from experiments.models.settings import MOST, Settings
 
 MOST_LAYERS = 10_000
-LAYER = "model.layers.{}."
-TENSOR_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attention_norm": LAYER + "input_layernorm.weight",
-    "query": LAYER + "self_attn.q_proj.weight",
-    "key": LAYER + "self_attn.k_proj.weight",
-    "value": LAYER + "self_attn.v_proj.weight",
-    "query_bias": LAYER + "self_attn.q_proj.bias",
-    "key_bias": LAYER + "self_attn.k_proj.bias",
-    "value_bias": LAYER + "self_attn.v_proj.bias",
-    "query_norm": LAYER + "self_attn.q_norm.weight",
-    "key_norm": LAYER + "self_attn.k_norm.weight",
-    "output": LAYER + "self_attn.o_proj.weight",
-    "mlp_norm": LAYER + "post_attention_layernorm.weight",
-    "gate": LAYER + "mlp.gate_proj.weight",
-    "up": LAYER + "mlp.up_proj.weight",
-    "down": LAYER + "mlp.down_proj.weight",
-}
-GEMMA_NAMES = {
-    "post_attention_norm": LAYER + "post_attention_layernorm.weight",
-    "mlp_norm": LAYER + "pre_feedforward_layernorm.weight",
-    "post_mlp_norm": LAYER + "post_feedforward_layernorm.weight",
-}
-MIXTRAL_NAMES = {
-    "router": LAYER + "block_sparse_moe.gate.weight",
-    "gate": LAYER + "block_sparse_moe.experts.{}.w1.weight",
-    "up": LAYER + "block_sparse_moe.experts.{}.w3.weight",
-    "down": LAYER + "block_sparse_moe.experts.{}.w2.weight",
-}
-QWEN_EXPERT_NAMES = {
-    "router": LAYER + "mlp.gate.weight",
-    "gate": LAYER + "mlp.experts.{}.gate_proj.weight",
-    "up": LAYER + "mlp.experts.{}.up_proj.weight",
-    "down": LAYER + "mlp.experts.{}.down_proj.weight",
-}
-# Fused along their rows, in this order.
-PHI_FUSED = {
-    LAYER + "self_attn.qkv_proj.weight": ("query", "key", "value"),
-    LAYER + "mlp.gate_up_proj.weight": ("gate", "up"),
-}
 SILU = ("silu", "swish")
 GELU = ("gelu_pytorch_tanh",)
 # Keys that change what other models compute, and what they are where they change nothing; the first
@@ -93,7 +52,7 @@ class Family:
       options: (settings, number of layers) -> fields of `TransformerConfig` besides the sizes.
       defaults: what a key is where the file lacks it.
       fixed: as `FIXED`, for this family.
-      names: tensors that have other names than in `TENSOR_NAMES`.
+      names: tensors that have other names than in `hf_names.TENSOR_NAMES`.
       fused: tensor -> the parameters whose rows it holds.
       norm_offset: added to the weights of all norms.
       has_local_rope: whether layers with windows have a rotary base of their own.
@@ -124,8 +83,7 @@ def read_config(
       ValueError: another model, settings that are missing or wrong, or change what the model computes
         and are not implemented.
     """
-    raw.get("model_type")
-    if raw.values["model_type"] not in FAMILIES:
+    if raw.text("model_type") not in FAMILIES:
         raise raw.wrong(
             "model_type", f"that of a causal decoder which is implemented: {', '.join(FAMILIES)}"
         )
@@ -194,6 +152,7 @@ def _smollm3(raw: Settings, layers: int) -> dict[str, Any]:
         rotated = raw.several("no_rope_layers", int)
         if len(rotated) != layers or not set(rotated) <= {0, 1}:
             raise raw.wrong("no_rope_layers", f"1 or 0 for each of {layers} layers")
+    raw.has("max_window_layers")  # which is of no use here
     is_used = raw.flag("use_sliding_window", False) and raw.has("sliding_window")
     types = [SLIDING if is_used and not x else FULL for x in rotated]
     windows = _windows(raw, layers, types, may_differ=is_used)
@@ -321,7 +280,8 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         _one_window,
         defaults={"original_max_position_embeddings": 4096},
-        fixed=NO_EXPERTS,
+        fixed=NO_EXPERTS
+        | {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)},
         fused=PHI_FUSED,
         has_partial_rope=True,
     ),

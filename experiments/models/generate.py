@@ -47,7 +47,8 @@ def greedy(
     if steps < 1 or prompt + steps > config.max_positions:
         raise ValueError(
             f"steps must be at least 1 and T + steps at most max_positions={config.max_positions}, "
-            f"got T={prompt}, steps={steps}"
+            f"got T={prompt}, steps={steps}; load the model with max_positions for longer contexts than "
+            f"those of its training"
         )
     return _greedy(*nnx.split(model), jnp.asarray(tokens), jnp.asarray(lengths), steps)
 

@@ -116,6 +116,12 @@ def read_config(
         rotated = keys.whole(own("rope.dimension_count"), 2, head_dim, head_dim)
     else:
         keys.only(own("rope.dimension_count"), head_dim)
+    for name, numbers in factors.items():
+        if 2 * len(numbers) != rotated:
+            raise ValueError(
+                f"{keys.where}: tensor {name!r} has {len(numbers)} numbers: it must have one for each "
+                f"of the {rotated // 2} pairs of features that rotate"
+            )
     sizes = {
         "vocab_size": vocab_size,
         "num_layers": keys.whole(own("block_count"), 0, MOST_LAYERS),

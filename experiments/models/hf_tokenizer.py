@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return None
-    _check(path, json_object(path), vocab_size)
+    raw = json_object(path)
+    added = raw.get("added_tokens")
+    if isinstance(added, list):
+        raw["added_tokens"] = [x for x in added if not _is_of_images(x, vocab_size)]
+    _check(path, raw, vocab_size)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(json.dumps(raw))
     except BaseException as error:  # a panic of the package is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -39,6 +44,15 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     tokenizer.no_padding()
     _check_ends(directory / "tokenizer_config.json", tokenizer)
     return tokenizer
+
+
+def _is_of_images(token: Any, vocab_size: int) -> bool:
+    """Whether it is Gemma 3's token of images, which is behind the vocabulary of its models of text."""
+    return (
+        isinstance(token, dict)
+        and token.get("content") == "<image_soft_token>"
+        and token.get("id") == vocab_size
+    )
 
 
 def hf_chat(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> Chat:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from experiments.models.config import TransformerConfig
-from experiments.models.families import TENSOR_NAMES, Family, read_config
+from experiments.models.families import Family, read_config
+from experiments.models.hf_names import TENSOR_NAMES
 from experiments.models.hf_tokenizer import read_tokenizer
 from experiments.models.settings import Settings, json_object
 from experiments.models.transformer import Transformer

@@ -257,7 +257,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: embedded tokens [B, T, E].
-          positions: [T] or [B, T]; None counts from 0.
+          positions: [T] or [B, T]; None counts from 0, up to the config's `max_positions`.
           attention: see `Attention`.
           state: pytree whose leaves have a leading axis L, of which each attention gets its slice.
 
@@ -265,7 +265,13 @@ class Transformer(nnx.Module):
           (residual stream after the last layer [B, T, E], the layer_states that the attention
           returned, stacked on a leading axis L; their structure may differ from the given one).
         """
-        positions = jnp.arange(x.shape[1]) if positions is None else positions
+        if positions is None:
+            if x.shape[1] > self.config.max_positions:
+                raise ValueError(
+                    f"{x.shape[1]} tokens are more than max_positions={self.config.max_positions}: load "
+                    f"the model with max_positions for longer contexts than those of its training"
+                )
+            positions = jnp.arange(x.shape[1])
         graphdef, parameters = nnx.split(self.layers)
         is_plain = self.config.scores_plainly
         if not is_plain:

@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from experiments.models import Transformer, TransformerConfig
-from experiments.models.families import TENSOR_NAMES as HF_NAMES
 from experiments.models.gguf_config import TENSOR_NAMES as GGUF_NAMES
+from experiments.models.hf_names import TENSOR_NAMES as HF_NAMES
 
 
 def hf_config(config: TransformerConfig, **changes: Any) -> dict[str, Any]:

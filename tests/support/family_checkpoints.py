@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-VOCAB, WIDTH, HIDDEN, PROMPT, STEPS = 67, 24, 40, 28, 12
+VOCAB, WIDTH, HIDDEN, PROMPT, STEPS = 67, 32, 40, 28, 12
 RECORDED = (0, 3, 11, 20, 27, 33, 38)  # positions whose logits are kept
 GEMMA = ("gemma2", "gemma3_text")
 
@@ -80,7 +80,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.25, 4.0]}
 CASES = {
-    "llama2": case("llama", num_key_value_heads=4, head_dim=6),
+    "llama2": case("llama", num_key_value_heads=4),
     "llama3": case(
         "llama", rope_scaling=LLAMA3, tie_word_embeddings=True, stored="bfloat16", shards=3
     ),
@@ -93,19 +93,18 @@ CASES = {
         grows=True,
     ),
     "llama yarn": case("llama", rope_scaling=YARN | {"beta_fast": 8.0, "attention_factor": 1.3}),
-    "mistral": case("mistral", sliding_window=5, head_dim=10, num_key_value_heads=1),
+    "mistral": case("mistral", sliding_window=5, head_dim=16, num_key_value_heads=1),
     "mistral without window": case("mistral", sliding_window=None, stored="bfloat16", shards=2),
-    "qwen2": case("qwen2", head_dim=6, tie_word_embeddings=True, use_sliding_window=False),
+    "qwen2": case("qwen2", tie_word_embeddings=True, use_sliding_window=False),
     "qwen2 windows": case(
         "qwen2",
-        head_dim=6,
         use_sliding_window=True,
         sliding_window=6,
         max_window_layers=2,
         rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
         stored="bfloat16",
     ),
-    "qwen3": case("qwen3", head_dim=12, tie_word_embeddings=True),
+    "qwen3": case("qwen3", head_dim=16, tie_word_embeddings=True),
     "qwen3 windows": case(
         "qwen3",
         use_sliding_window=True,
@@ -153,30 +152,27 @@ CASES = {
         tie_word_embeddings=True,
         stored="bfloat16",
     ),
-    "phi3": case("phi3", head_dim=6, sliding_window=6, num_key_value_heads=4),
+    "phi3": case("phi3", sliding_window=6, num_key_value_heads=4),
     "phi3 long": case(
         "phi3",
-        head_dim=6,
         rope_scaling=LONG,
         original_max_position_embeddings=16,
-        partial_rotary_factor=0.67,
+        partial_rotary_factor=0.5,
         sliding_window=None,
         tie_word_embeddings=True,
     ),
     "phi3 short": case(
         "phi3",
-        head_dim=6,
         rope_scaling=LONG,
         original_max_position_embeddings=48,
-        partial_rotary_factor=0.67,
+        partial_rotary_factor=0.5,
         max_positions=48,
         stored="bfloat16",
         shards=2,
     ),
-    "smollm3": case("smollm3", head_dim=6, tie_word_embeddings=True, rope_scaling=YARN),
+    "smollm3": case("smollm3", tie_word_embeddings=True, rope_scaling=YARN),
     "smollm3 windows": case(
         "smollm3",
-        head_dim=6,
         no_rope_layers=[0, 1, 1, 0],
         use_sliding_window=True,
         sliding_window=5,

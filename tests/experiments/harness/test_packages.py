@@ -9,6 +9,7 @@ import pytest
 
 from experiments.harness import files, packages, texts
 from experiments.harness.packages import Archive, Member
+from experiments.models import packaged
 from experiments.text_classification import data
 from tests.support.together import ROOT
 
@@ -109,8 +110,10 @@ def test_every_fetch_is_pinned():
         *data.FILES.values(),
         data.INNER,
         *(m for x in texts.TEXTS.values() for m in x.values()),
+        packaged.GEMMA3,
+        *packaged.GEMMA3_PARTS.values(),
     ]
-    for pinned in (*texts.TEXTS, data.VADER, *members):
+    for pinned in (*texts.TEXTS, data.VADER, *packaged.GEMMA3_PARTS, *members):
         assert re.fullmatch("[0-9a-f]{64}", pinned.sha256)
     assert "--hash=sha256:" in (ROOT / "experiments" / "weights.txt").read_text()
     installs = [

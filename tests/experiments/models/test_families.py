@@ -13,7 +13,7 @@ from flax import nnx
 
 from experiments.models import greedy, load_gguf, load_hf_directory
 from tests.experiments.models.conftest import GOLDEN
-from tests.support.family_checkpoints import CASES, STEPS, recorded_positions
+from tests.support.family_checkpoints import CASES, LLAMA3, LONG, STEPS, recorded_positions
 from tests.support.family_files import ARCHITECTURES, write_family, write_family_gguf
 
 MOST_KL = 1e-9
@@ -92,3 +92,83 @@ def test_a_setting_that_is_not_honored_would_be_seen(tmp_path, recorded, name):
     _, model, _ = load_hf_directory(tmp_path)
     logits = logits_of(model, recorded[f"{name}.tokens"])[recorded_positions(name)]
     assert worst_kl(recorded[f"{name}.logits"].astype(np.float64), logits) > 30 * MOST_KL
+
+
+FULL, LOCAL = "full_attention", "sliding_attention"
+# What newer writers put into one object, and older ones beside it.
+NEWER = {
+    "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 1000.0}},
+    "gemma3": {
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 50_000.0},
+            LOCAL: {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "layer_types": [LOCAL, LOCAL, FULL, LOCAL],
+        "rope_local_base_freq": ...,
+        "sliding_window_pattern": ...,
+    },
+    "phi3 long": {
+        "rope_parameters": LONG
+        | {
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+        "partial_rotary_factor": ...,
+        "original_max_position_embeddings": ...,
+    },
+    "mistral": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_writers_say_the_same(tmp_path, name):
+    path = write_family(tmp_path, name) / "config.json"
+    older = load_hf_directory(tmp_path)[0]
+    changed = CASES[name].config | {"rope_theta": ..., "rope_scaling": ...} | NEWER[name]
+    path.write_text(json.dumps({key: x for key, x in changed.items() if x is not ...}))
+    assert load_hf_directory(tmp_path)[0] == older
+
+
+# Keys of the files that these families' makers publish, beside those of the checkpoints here.
+PUBLISHED = {
+    "llama3": {"pretraining_tp": 1, "mlp_bias": False, "attention_bias": False},
+    "mistral without window": {"attention_dropout": 0.0, "torch_dtype": "bfloat16"},
+    "qwen2": {"sliding_window": 131072, "max_window_layers": 70, "use_mrope": False},
+    "qwen3": {"sliding_window": None, "max_window_layers": 28, "use_sliding_window": False},
+    "gemma2": {
+        "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3": {
+        "_sliding_window_pattern": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    "phi3 long": {
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "embd_pdrop": 0.0,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "resid_pdrop": 0.0,
+    },
+    "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "use_sliding_window": False},
+    "mixtral": {"output_router_logits": False, "router_aux_loss_coef": 0.02},
+    "qwen3 experts": {
+        "decoder_sparse_step": 1,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "sliding_window": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_published_files_are_known(tmp_path, name):
+    path = write_family(tmp_path, name) / "config.json"
+    config = load_hf_directory(tmp_path)[0]
+    path.write_text(json.dumps(CASES[name].config | PUBLISHED[name]))
+    assert load_hf_directory(tmp_path)[0] == config
