@@ -88,7 +88,7 @@ def balancer(
     shares_of = _rule(rule, blended, axis_name)
 
     def init(num_units: int) -> BalanceState:
-        checks.static_int("num_units", num_units, 1)
+        num_units = checks.static_int("num_units", num_units, 1)
         shape = (num_units, CURVE_BINS) if shares_of.of_curves else (num_units,)
         return BalanceState(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
 
@@ -102,9 +102,13 @@ def balancer(
         checks.rank("w", w, 1 + shares_of.of_curves, "[U, M]" if shares_of.of_curves else "[U]")
         w = checks.non_negative("w", w)
         checks.same_length("w", w, "state.average", state.average)
+        w = jnp.asarray(w, jnp.float32)
         step = state.step + 1
-        average = decay * state.average + (1 - decay) * jnp.asarray(w, jnp.float32)
-        known = average / (1 - jnp.float32(decay) ** step)
+        # What is no importance makes this step invalid, but not those to come: it counts as before.
+        valid = (w >= 0) & jnp.isfinite(w)
+        before = state.average / jnp.where(state.step > 0, 1 - jnp.float32(decay) ** state.step, 1)
+        average = decay * state.average + (1 - decay) * jnp.where(valid, w, before)
+        known = jnp.where(valid, average / (1 - jnp.float32(decay) ** step), w)
         known, alpha = shares_of.run(known, budget, feedback)
         allocation = whole(alpha, budget, floor, cap, device_of, axis_name=axis_name)
         return Balance(known, alpha, allocation), BalanceState(average, step)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import checkify
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_MAX, FLOAT32_TINY = (float(getattr(np.finfo(np.float32), x)) for x in ("max", "tiny"))
 
 
 def is_concrete(*xs: Any) -> bool:
@@ -97,6 +97,9 @@ def _host(name: str, x: Any, want: str) -> np.ndarray:
         raise ValueError(
             f"{name} has rows of different lengths: it must be numbers, {want}"
         ) from None
+    if out.dtype == np.float64 and not hasattr(x, "dtype"):  # as NumPy reads [0, 2**63]
+        given = np.asarray(x, object)
+        out = given if all(type(i) is int for i in given.flat) else out
     whole = out.dtype.kind == "O" and all(type(i) is int for i in out.flat)  # Python's, of any size
     if not (whole or _is_real(out.dtype)):
         raise ValueError(
@@ -179,12 +182,15 @@ def non_negative(name: str, x: Any) -> Any:
 
 
 def positive(name: str, x: Any) -> Any:
-    """`x` in float32; ValueError if it holds NaN, infinity, zero there or a negative number."""
+    """`x` in float32; ValueError if it holds NaN, infinity, a negative number, or zero there.
+
+    XLA takes numbers below the smallest normal one, 1.2e-38, for zero.
+    """
     return _float32(
         name,
         x,
         "finite and > 0",
-        lambda np_, x: ~(np_.isfinite(x) & (x > 0)),
+        lambda np_, x: ~(np_.isfinite(x) & (x >= FLOAT32_TINY)),
         f"{name} must be finite and > 0",
     )
 
@@ -253,6 +259,15 @@ def static_int(
     if number < least or (most is not None and number > most):
         raise ValueError(f"{name} is {number}: {hint or 'it must be ' + want}")
     return number
+
+
+def static_fields(container: Any, *names: str, least: int = 1) -> None:
+    """Make fields of a new frozen dataclass Python's whole numbers; ValueError below `least`.
+
+    NumPy's numbers of few bits, or without a sign, would wrap in what is computed with them.
+    """
+    for name in names:
+        object.__setattr__(container, name, static_int(name, getattr(container, name), least))
 
 
 def static_float(

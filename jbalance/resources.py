@@ -105,8 +105,7 @@ class AttentionDims:
     head_dim: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            checks.static_int(field.name, getattr(self, field.name), 1)
+        checks.static_fields(self, *(field.name for field in dataclasses.fields(self)))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads is {self.num_heads}: it must be a multiple of num_kv_heads = "

@@ -39,14 +39,14 @@ def proportional(
       axis_name: mesh axis that the units are split over.
 
     Returns:
-      alpha [U] float32.
+      alpha [U] float32; NaN for a traced w that is negative or not finite.
 
     Raises:
       ValueError: w empty, not [U], negative or NaN.
     """
     _check(w)
     w = jnp.asarray(checks.non_negative("w", w))
-    w = _only(where, w, 0.0)
+    w = _only(where, jnp.where((w >= 0) & jnp.isfinite(w), w, jnp.nan), 0.0)
     w, _ = search.normalize(w, _max(lax.stop_gradient(w), axis_name))
     w = _only(where, w, 0.0)
     return w / search.psum(jnp.sum(w), axis_name)

@@ -81,7 +81,7 @@ def divide(
     active = jnp.asarray(active, bool)
     w = jnp.where(active, w, 0)
     # All of no importance count alike, but only those that are there.
-    w = jnp.where(jnp.sum(w) > 0, w, active.astype(jnp.float32))
+    w = jnp.where(jnp.all(w == 0), active.astype(jnp.float32), w)
     some = jnp.any(active)
     cap = jnp.where(some, active.astype(jnp.float32), 1)
     floor = jnp.where(active, checks.in_range("floor", floor, 0, 1), 0)

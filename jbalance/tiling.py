@@ -51,8 +51,7 @@ class Tiling:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_queries", "num_keys", "block_q", "block_k"):
-            checks.static_int(name, getattr(self, name), 1)
+        checks.static_fields(self, "num_queries", "num_keys", "block_q", "block_k")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -122,3 +122,16 @@ def test_calls_outside_jit_compile_once_too(name):
     for budget in range(71, 80):
         update(W.repeat(6) + budget, jnp.array([budget, 60, 70]))
     assert solver._cache_size() == before
+
+
+def test_one_step_of_no_importance_is_invalid_and_the_next_is_as_if_it_were_the_average():
+    balance = jb.balancer(decay=0.5)
+    update = jax.jit(lambda w, state: balance.update(w, state, 60))
+    w = jnp.array([1.0, 2.0, 3.0])
+    _, state = update(w, balance.init(3))
+    for bad in (jnp.nan, jnp.inf, -1.0):
+        out, after = update(w.at[1].set(bad), state)
+        assert out.allocation.status == jb.Status.INVALID
+        out, _ = update(w, after)
+        assert out.allocation.status == jb.Status.OK
+        np.testing.assert_array_equal(out.allocation.amount, [10, 20, 30])

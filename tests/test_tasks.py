@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jbalance as jb
-from jbalance import tasks
+from jbalance import shares, tasks
 from jbalance.types import Status
 
 N, G = 4, 2
@@ -153,3 +153,10 @@ def test_what_is_in_use_does_not_wrap():
     )
     assert out.status == Status.INFEASIBLE
     np.testing.assert_array_equal(out.cache, np.full((1, 5), 4 * 10**8))
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, -1.0])
+def test_no_importance_is_not_the_same_for_all(bad):
+    w = np.array([0, 0, 0, bad], np.float32)
+    assert divided(w, np.ones(N, bool), CAPACITY, DEMAND, USED).status == Status.INVALID
+    assert np.isnan(jax.jit(shares.proportional)(w)).all()

@@ -37,8 +37,7 @@ class Tiles:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        checks.static_int("block_q", self.block_q, 1)
-        checks.static_int("block_k", self.block_k, 1)
+        checks.static_fields(self, "block_q", "block_k", "rows")
         checks.static_int("rows", self.rows, 1, self.block_q)
 
     def tiling(self, num_queries: int, num_keys: int, causal: bool | None) -> Tiling:

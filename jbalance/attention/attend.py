@@ -89,7 +89,11 @@ def attend(
     )
     _check_arrays(q, k, v, plan)
     _check_biases(q, k, bias, relative_bias)
-    segment_ids, task_shares = _check_masks(q, k, window, soft_cap, segment_ids, task_shares)
+    if window is not None:
+        window = checks.static_int("window", window, 1, hint="it must be at least 1 key, or None")
+    if soft_cap is not None:
+        soft_cap = checks.static_float("soft_cap", soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
+    segment_ids, task_shares = _check_masks(q, k, segment_ids, task_shares)
     if scale is not None:
         scale = checks.static_float("scale", scale)
     if offset is not None:
@@ -208,9 +212,11 @@ def _check_arrays(q, k, v, plan):
         )
     checks.rank("plan.blocks", plan.blocks, 4, "[B|1, H|1, I, C]")
     shape = (q.shape[0], q.shape[2], plan.num_query_blocks)
-    if plan.blocks.shape[:3] != plan.count.shape or not _fits(plan.count.shape, shape, 2):
+    checks.rank("plan.count", plan.count, 3, "[B|1, H|1, I]")
+    lists, count = np.shape(plan.blocks), np.shape(plan.count)
+    if lists[:3] != count or not _fits(count, shape, 2):
         raise ValueError(
-            f"plan has blocks {plan.blocks.shape} and count {plan.count.shape}: they must be "
+            f"plan has blocks {lists} and count {count}: they must be "
             f"[B|1, H|1, I, C] and [B|1, H|1, I] with (B, H, I) = {shape}"
         )
 
@@ -234,12 +240,8 @@ def _check_biases(q, k, bias, relative_bias):
         )
 
 
-def _check_masks(q, k, window, soft_cap, segment_ids, task_shares):
-    """segment_ids in int32 and task_shares; ValueError unless these, the window and the cap fit."""
-    if window is not None:
-        checks.static_int("window", window, 1, hint="it must be at least 1 key, or None")
-    if soft_cap is not None:
-        checks.static_float("soft_cap", soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
+def _check_masks(q, k, segment_ids, task_shares):
+    """segment_ids in int32 and task_shares in float32; ValueError unless these fit."""
     if segment_ids is not None:
         if not isinstance(segment_ids, tuple | list):
             raise ValueError(f"segment_ids is {segment_ids!r}: it must be the pair of ids")

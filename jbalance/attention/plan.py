@@ -54,7 +54,7 @@ class TilePlan:
     @property
     def capacity(self) -> int:
         """C, the most key blocks that a query block can have."""
-        return self.blocks.shape[-1]
+        return np.shape(self.blocks)[-1]
 
     @property
     def num_tiles(self) -> jax.Array:
@@ -143,8 +143,11 @@ def in_order(plan: TilePlan) -> TilePlan:
         outside 0..C. Traced, blocks outside 0..J-1 are left out.
     """
     capacity, blocks = plan.capacity, plan.num_key_blocks
-    if checks.is_concrete(plan.blocks, plan.count):
-        _check_lists(np.asarray(plan.blocks), np.asarray(plan.count), blocks)
+    count = jnp.asarray(checks.int_in_range("plan.count", plan.count, 0, capacity))
+    lists = jnp.asarray(checks.int_in_range("plan.blocks", plan.blocks, 0, blocks - 1))
+    plan = dataclasses.replace(plan, blocks=lists, count=count)
+    if checks.is_concrete(lists, count):
+        _check_ascending(np.asarray(lists), np.asarray(count))
         return plan
     if capacity == 0:
         return plan
@@ -162,18 +165,13 @@ def in_order(plan: TilePlan) -> TilePlan:
         return jnp.minimum(ordered, blocks - 1).astype(jnp.int32), number
 
     fits = jnp.all(valid) & jnp.all(count == plan.count)
-    lists, number = jax.lax.cond(
-        fits, lambda: (plan.blocks.astype(jnp.int32), count.astype(jnp.int32)), repaired
-    )
+    lists, number = jax.lax.cond(fits, lambda: (plan.blocks, count), repaired)
     return dataclasses.replace(plan, blocks=lists, count=number)
 
 
-def _check_lists(lists, count, blocks):
-    """ValueError unless concrete lists are ascending and within the tiles."""
-    capacity = lists.shape[-1]
-    checks.int_in_range("plan.count", count, 0, capacity)
-    checks.int_in_range("plan.blocks", lists, 0, blocks - 1)
-    listed = np.arange(1, capacity) < count[..., None]
+def _check_ascending(lists, count):
+    """ValueError unless concrete lists are ascending."""
+    listed = np.arange(1, lists.shape[-1]) < count[..., None]
     falling = listed & (np.diff(lists, axis=-1) <= 0)
     if falling.any():
         at = tuple(int(i) for i in np.argwhere(falling)[0][:-1])

@@ -185,8 +185,9 @@ def create(
         what would fit.
     """
     sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "num_requests": num_requests}
-    for name, x in (sizes | {"head_dim": head_dim}).items():
-        checks.static_int(name, x, 1)
+    num_layers, num_kv_heads, num_requests, head_dim = (
+        checks.static_int(name, x, 1) for name, x in (sizes | {"head_dim": head_dim}).items()
+    )
     budget_bytes = checks.static_int("budget_bytes", budget_bytes, 0, None)
     slots = _checked_slots(slots, num_layers, num_kv_heads)
     units = num_requests * (int(slots.max()) + 1)

@@ -68,8 +68,7 @@ def codes_bytes(head_dim: int, bits: int) -> int:
     Raises:
       ValueError: unsupported `head_dim` or `bits`, with those that are supported.
     """
-    _check(head_dim, bits)
-    return head_dim * bits // 8 + 2
+    return head_dim * _check(head_dim, bits) // 8 + 2
 
 
 @in_32_bits
@@ -96,7 +95,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     """
     checks.unsplit(x=x)
     x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
-    _check(np.shape(x)[-1], bits, "x's last axis")
+    bits = _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)
     codes = _quantize(jnp.asarray(x), bits)
     if checks.is_concrete(codes.norm) and not np.all(np.asarray(codes.norm) < NORM_MAX):
@@ -124,7 +123,7 @@ def dequantize(codes: Codes, head_dim: int, bits: int) -> jax.Array:
     """
     checks.instance("codes", codes, Codes)
     head_dim = checks.static_int("head_dim", head_dim, 1)
-    _check(head_dim, bits)
+    bits = _check(head_dim, bits)
     width = head_dim * bits // 8
     if codes.packed.dtype != jnp.uint8 or codes.packed.shape[-1:] != (width,):
         raise ValueError(
@@ -303,10 +302,13 @@ def _value(whole, head_dim, bits):
 
 
 def _check(head_dim, bits, name="head_dim"):
-    """ValueError unless bits and head_dim are supported."""
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"bits is {bits!r}: it must be one of {', '.join(map(str, BITS))}")
+    """`bits`; ValueError unless these and head_dim are supported."""
+    hint = f"it must be one of {', '.join(map(str, BITS))}"
+    bits = checks.static_int("bits", bits, 1, max(BITS), hint)
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}: {hint}")
     rotation(head_dim, name)
+    return bits
 
 
 def _residue(a, prime):

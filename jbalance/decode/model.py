@@ -48,10 +48,9 @@ class AttentionSpec:
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            checks.static_int(name, getattr(self, name), 1)
+        checks.static_fields(self, "num_heads", "num_kv_heads", "head_dim")
         if self.window is not None:
-            checks.static_int("window", self.window, 1)
+            checks.static_fields(self, "window")
         if self.scale is not None:
             checks.static_float("scale", self.scale)
         if self.soft_cap is not None:

@@ -40,8 +40,8 @@ class Reserve:
     recent_tokens = 16
 
     def __post_init__(self) -> None:
-        checks.static_int("num_requests", self.num_requests, 1)
-        checks.static_int("new_tokens", self.new_tokens)
+        checks.static_fields(self, "num_requests")
+        checks.static_fields(self, "new_tokens", least=0)
 
     def page_bytes(self, head_dim: int, *, timed: bool = False) -> int:
         """Of the requests' pages: eight tokens at 8 bits; `timed` for a model with windows."""

@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 
+# That labels are taken to mean by themselves: names of classes in their place would fill the memory.
+_MOST_CLASSES = 2**20
 Samples = tuple[Any, jax.Array, int]
 
 
@@ -19,7 +21,7 @@ def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
 
     Features of the host stay there as int64 or float64 until they are moved and scaled: timestamps
     differ by less than float32 can tell.
-    C is read from y where it has a value; under jit it is a shape, so the caller must say it.
+    C is read from y where it has a value, up to 2^20; under jit it is a shape, and must be said.
     """
     checks.rank("x", x, 2, "[B, N]")
     checks.rank("y", y, 1, "[B]")
@@ -32,8 +34,7 @@ def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
     if num_classes is None:
         if not checks.is_concrete(y):
             raise ValueError("num_classes is None but y is traced: give the number of classes")
-        largest = int(np.max(checks.index_below("y", y, checks.INT32_MAX)))
-        num_classes = largest + 1
+        num_classes = int(np.max(checks.index_below("y", y, _MOST_CLASSES))) + 1
     num_classes = checks.static_int("num_classes", num_classes, 1)
     y = checks.index_below("y", y, num_classes)
     return x, jnp.asarray(y, jnp.int32), num_classes

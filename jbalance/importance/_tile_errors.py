@@ -84,8 +84,8 @@ def errors(q: jax.Array, v: jax.Array, summary: Summary, tiling: Tiling, rows: i
 
 def checked(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k and v as arrays; ValueError for shapes and numbers that do not fit."""
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """q, k and v as arrays, and rows; ValueError for shapes and numbers that do not fit."""
     checks.unsplit(q=q, k=k, v=v)
     checks.instance("tiling", tiling, Tiling)
     q, k, v = (
@@ -110,8 +110,7 @@ def checked(
         raise ValueError(
             f"tiling is {tiling}: q and k have {q.shape[1]} queries and {k.shape[1]} keys"
         )
-    checks.static_int("rows", rows, 1, tiling.block_q)
-    return q, k, v
+    return q, k, v, checks.static_int("rows", rows, 1, tiling.block_q)
 
 
 def padded(x: jax.Array, multiple: int) -> jax.Array:

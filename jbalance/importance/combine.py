@@ -38,12 +38,12 @@ def _by_rank(w: jax.Array) -> jax.Array:
 _NORMALIZERS = {"sum": _by_sum, "max": _by_max, "rank": _by_rank}
 
 
-def _normalized(w: ArrayLike, normalize: str) -> jax.Array:
+def _normalized(name: str, w: ArrayLike, normalize: str) -> jax.Array:
     """Scores [..., S] of different scales in one currency, row by row."""
     rows = checks.choice("normalize", normalize, _NORMALIZERS)
-    checks.rank("w", w, _ROWS, "[..., S]")
-    checks.non_empty("w", w)
-    return rows(jnp.asarray(checks.non_negative("w", w)))
+    checks.rank(name, w, _ROWS, "[..., S]")
+    checks.non_empty(name, w)
+    return rows(jnp.asarray(checks.non_negative(name, w)))
 
 
 def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") -> jax.Array:
@@ -68,7 +68,7 @@ def combine(scores: ArrayLike, weights: ArrayLike, *, normalize: str = "sum") ->
     checks.same_length("weights", weights, "scores", scores)
     weights = checks.non_negative("weights", weights)
     weights = jnp.asarray(weights, jnp.float32)
-    normalized = _normalized(scores, normalize)
+    normalized = _normalized("scores", scores, normalize)
     return jnp.einsum("m,m...->...", weights, normalized, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -105,7 +105,7 @@ def combined(
 
     def scored(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         terms = [
-            weight * _normalized(scorers[name](q, k, v), by_name.get(name, "sum"))
+            weight * _normalized("w", scorers[name](q, k, v), by_name.get(name, "sum"))
             for name, weight in weights.items()
         ]
         return jnp.stack(terms).sum(axis=0)

@@ -37,8 +37,10 @@ def protected(w: ArrayLike, *, num_sinks: int = 4, num_recent: int = 32) -> jax.
     """
     w = checks.finite("w", w)
     w = jnp.asarray(w, jnp.float32)
-    for name, number in (("num_sinks", num_sinks), ("num_recent", num_recent)):
+    num_sinks, num_recent = (
         checks.static_int(name, number, 0, w.shape[-1])
+        for name, number in (("num_sinks", num_sinks), ("num_recent", num_recent))
+    )
     if num_sinks + num_recent > w.shape[-1]:
         raise ValueError(
             f"num_sinks + num_recent is {num_sinks + num_recent}: "

@@ -70,8 +70,10 @@ def reconstruction(
         raise ValueError(
             f"q has {q.shape[0]} queries: every one of the {size} tokens needs its own, or give start"
         )
-    for name, value in (("reach", reach), ("num_sinks", num_sinks)):
+    reach, num_sinks = (
         checks.static_int(name, value, 0, size - 1)
+        for name, value in (("reach", reach), ("num_sinks", num_sinks))
+    )
     samples = checks.static_int("samples", samples, 1)
     frequencies = _rotary.check(frequencies, q.shape[-1])
     number = size

@@ -49,7 +49,7 @@ def tile_error(
     Raises:
       ValueError: shapes that do not fit, or numbers outside their range.
     """
-    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    q, k, v, rows = _tile_errors.checked(q, k, v, tiling, rows)
     block_k = tiling.block_k
     together = max(1, min(_TILE_KEYS // block_k, tiling.shape[1]))
     keys = _Keys(_tile_errors.padded(k, block_k * together), together, block_k)

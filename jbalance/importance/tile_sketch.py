@@ -39,7 +39,7 @@ def tile_sketch(
 
     Args, Returns, Raises: those of `tile_error`.
     """
-    q, k, v = _tile_errors.checked(q, k, v, tiling, rows)
+    q, k, v, rows = _tile_errors.checked(q, k, v, tiling, rows)
     sketch = _Sketch.of(k.astype(jnp.float32), tiling.block_k)
     return _tile_errors.errors(q, v, sketch, tiling, rows)
 

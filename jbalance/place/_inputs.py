@@ -12,14 +12,13 @@ from jbalance.types import Status
 ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 
-def check_loads(loads: ArrayLike, num_devices: int) -> ArrayLike:
-    """Loads [U] in float32; ValueError unless they are finite and >= 0 and there is a device."""
+def check_loads(loads: ArrayLike, num_devices: int) -> tuple[ArrayLike, int]:
+    """Loads [U] in float32 and the number; ValueError unless they are >= 0 and there is a device."""
     checks.unsplit(loads=loads)
     checks.rank("loads", loads, 1, "[U]")
     checks.non_empty("loads", loads)
     loads = checks.non_negative("loads", loads)
-    checks.static_int("num_devices", num_devices, 1)
-    return loads
+    return loads, checks.static_int("num_devices", num_devices, 1)
 
 
 def check_capacity(
@@ -33,12 +32,12 @@ def check_capacity(
     return checks.positive(name, capacity)
 
 
-def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> None:
-    """ValueError unless all units fit, max_count on a device."""
+def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> int | None:
+    """`max_count`; ValueError unless all units fit, so many on a device."""
     if max_count is None:
-        return
+        return None
     least = -(-num_units // num_devices)
-    checks.static_int(
+    return checks.static_int(
         "max_count",
         max_count,
         least,
@@ -47,15 +46,16 @@ def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> 
     )
 
 
-def check_slots(num_slots: int, num_units: int, num_devices: int) -> None:
-    """ValueError unless every unit has a slot and no unit needs two on one device."""
+def check_slots(num_slots: int, num_units: int, num_devices: int) -> int:
+    """`num_slots`; ValueError unless every unit has a slot and no unit needs two on one device."""
     hint = f"{num_units} units need one slot each"
-    checks.static_int("num_slots", num_slots, num_units, hint=hint)
+    num_slots = checks.static_int("num_slots", num_slots, num_units, hint=hint)
     if num_slots > num_units * num_devices:
         raise ValueError(
             f"num_slots is {num_slots}: {num_units} units on {num_devices} devices, one copy of each "
             f"on a device, fill {num_units * num_devices} at most"
         )
+    return num_slots
 
 
 def check_memory(
@@ -73,9 +73,9 @@ def check_memory(
     return memory, check_capacity(room, num_devices, "memory_capacity")
 
 
-def check_swaps(swaps: int) -> None:
-    """ValueError unless swaps is whole and >= 0."""
-    checks.static_int("swaps", swaps)
+def check_swaps(swaps: int) -> int:
+    """`swaps`; ValueError unless it is whole and >= 0."""
+    return checks.static_int("swaps", swaps)
 
 
 def scale_of(loads: jax.Array, capacity: jax.Array) -> jax.Array:

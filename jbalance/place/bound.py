@@ -61,12 +61,12 @@ def bound(
       ValueError: loads or capacity as for `pack`; slots fewer than units or more than copies on
         distinct devices; `group_of` without num_nodes, or nodes that do not divide the devices.
     """
-    loads = check_loads(loads, num_devices)
+    loads, num_devices = check_loads(loads, num_devices)
     capacity = check_capacity(capacity, num_devices)
     num_units = np.shape(loads)[0]
-    check_max_count(max_count, num_units, num_devices)
+    max_count = check_max_count(max_count, num_units, num_devices)
     if num_slots is not None:
-        check_slots(num_slots, num_units, num_devices)
+        num_slots = check_slots(num_slots, num_units, num_devices)
     if group_of is not None:
         checks.rank("group_of", group_of, 1, "[U]")
         checks.same_length("group_of", group_of, "loads", loads)

@@ -47,7 +47,7 @@ def contiguous(
 
     Reference: Pinar and Aykanat, J. Parallel Distrib. Comput. 64 (2004).
     """
-    loads = check_loads(loads, num_devices)
+    loads, num_devices = check_loads(loads, num_devices)
     capacity = check_capacity(capacity, num_devices)
     memory, memory_capacity = check_memory(memory, memory_capacity, loads, num_devices)
     if num_devices > np.shape(loads)[0]:

@@ -66,26 +66,25 @@ def rebalance(
       ValueError: as `pack`, and sizes that are not whole, a device_of outside of the devices, cost
         or threshold negative.
     """
-    loads = check_loads(loads, num_devices)
+    loads, num_devices = check_loads(loads, num_devices)
     checks.rank("device_of", device_of, 1, "[U]")
     checks.same_length("device_of", device_of, "loads", loads)
     device_of = checks.index_below("device_of", device_of, num_devices)
     capacity = check_capacity(capacity, num_devices)
-    check_max_count(max_count, np.shape(loads)[0], num_devices)
+    max_count = check_max_count(max_count, np.shape(loads)[0], num_devices)
     memory_capacity = check_capacity(memory_capacity, num_devices, "memory_capacity")
-    size, cost, threshold = _check_drift(loads, size, cost, threshold, swaps)
+    size, cost, threshold = _check_drift(loads, size, cost, threshold)
     args = (device_of, loads, size, capacity, memory_capacity, cost, threshold)
-    return _rebalance(*args, num_devices, max_count, swaps)
+    return _rebalance(*args, num_devices, max_count, check_swaps(swaps))
 
 
-def _check_drift(loads, size, cost, threshold, swaps):
+def _check_drift(loads, size, cost, threshold):
     """Size in int32, cost and threshold in float32; ValueError for what does not fit."""
     checks.rank("size", size, 1, "[U]")
     checks.same_length("size", size, "loads", loads)
     size = checks.whole("size", size)
     for name, x in (("cost", cost), ("threshold", threshold)):
         checks.rank(name, x, 0, "[]")
-    check_swaps(swaps)
     return size, checks.non_negative("cost", cost), checks.non_negative("threshold", threshold)
 
 

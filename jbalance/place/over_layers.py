@@ -72,8 +72,7 @@ def over_layers(
     References: Graham, SIAM J. Applied Math. 17 (1969); Glover, ORSA J. Computing 1 (1989).
     """
     given = _check(loads, memory, memory_capacity, speed)
-    check_swaps(swaps)
-    return _over_layers(*given, swaps)
+    return _over_layers(*given, check_swaps(swaps))
 
 
 def over_layers_bound(

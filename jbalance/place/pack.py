@@ -69,11 +69,11 @@ def pack(
 
     References: Graham, SIAM J. Applied Math. 17 (1969); Glover, ORSA J. Computing 1 (1989).
     """
-    loads = check_loads(loads, num_devices)
+    loads, num_devices = check_loads(loads, num_devices)
     capacity = check_capacity(capacity, num_devices)
-    check_max_count(max_count, np.shape(loads)[0], num_devices)
+    max_count = check_max_count(max_count, np.shape(loads)[0], num_devices)
     memory, memory_capacity = check_memory(memory, memory_capacity, loads, num_devices)
-    check_swaps(swaps)
+    swaps = check_swaps(swaps)
     return _pack(loads, capacity, memory, memory_capacity, num_devices, max_count, swaps)
 
 
@@ -205,5 +205,5 @@ def placement(loads, capacity, limits, memory, room, device_of, terms) -> Placem
         relative_load=relative,
         bound=least.value,
         term=least.term,
-        status=status(over, loads, limits, memory, room),
+        status=status(over, loads, limits, memory, room, relative),
     )

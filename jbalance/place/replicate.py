@@ -45,9 +45,9 @@ def replicate(loads: ArrayLike, num_devices: int, num_slots: int, *, swaps: int 
     longest first (arXiv:2412.19437, section 3.4; it may put two copies on one device); Graham
     (1969); Glover (1989).
     """
-    loads = check_loads(loads, num_devices)
-    check_slots(num_slots, np.shape(loads)[0], num_devices)
-    check_swaps(swaps)
+    loads, num_devices = check_loads(loads, num_devices)
+    num_slots = check_slots(num_slots, np.shape(loads)[0], num_devices)
+    swaps = check_swaps(swaps)
     return _replicate(loads, num_devices, num_slots, swaps)
 
 

@@ -29,8 +29,8 @@ def padding(num_units: int, num_devices: int) -> Padding:
     Raises:
       ValueError: a number below 1.
     """
-    checks.static_int("num_units", num_units, 1)
-    checks.static_int("num_devices", num_devices, 1)
+    num_units = checks.static_int("num_units", num_units, 1)
+    num_devices = checks.static_int("num_devices", num_devices, 1)
     size = -(-num_units // num_devices) * num_devices
     return Padding(size, 1 - num_units / size)
 

@@ -116,20 +116,21 @@ def test_layers_are_told_apart_by_their_calls_and_prompts_by_their_lengths():
             x += self.layer9(x, is_causal=True)
             return x + self.layer10(x, is_causal=True)
 
-    model, x, lengths = Named(nnx.Rngs(0)), inputs(40), np.array([30, 17])
-    plain = nnx.jit(lambda model, x: model(x))
-    turns = [jnp.concatenate([x[b, :n], x[b, ::-1][:10]]) for b, n in enumerate(lengths)]
-    want = [plain(model, turn[None])[0] for turn in turns]
+    size, lengths = 20, np.array([15, 9])
+    model, x = Named(nnx.Rngs(0)), inputs(2 * size + 2)
+    x, later = x[:, :size], x[:, size:]
+    turns = [jnp.concatenate([x[b, :n], later[b], x[b, n:]]) for b, n in enumerate(lengths)]
+    want = nnx.jit(lambda model, x: model(x))(model, jnp.stack(turns))
     cache = adapters.NnxCache(model, AMPLE, B)
     call = nnx.jit(lambda model, cache, x: model(x))
     cache.reset(lengths)
     first = call(model, cache, x)
-    second = call(model, cache, jnp.stack([x[b, ::-1][:8] for b in range(B)]))
+    second = call(model, cache, later[:, :size])  # of one size: one program
     for b, n in enumerate(lengths):
         assert close(first[b, :n], want[b][:n])
-        assert close(second[b], want[b][n : n + 8])
-    for t in (8, 9):
-        one = call(model, cache, jnp.stack([x[b, ::-1][t : t + 1] for b in range(B)]))
+        assert close(second[b], want[b][n : n + size])
+    for t in (size, size + 1):
+        one = call(model, cache, later[:, t : t + 1])
         for b, n in enumerate(lengths):
             assert close(one[b, 0], want[b][n + t])
 

@@ -2,9 +2,7 @@
 lowered for the accelerators that these tests do not have."""
 
 import functools
-import importlib
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,18 @@ from jax.sharding import AxisType
 
 from jbalance import attention
 from jbalance.attention import EMPTY, tiles_gpu, tiles_tpu
-from tests.support.attention_cases import Case, assert_near, loss, problem
+from tests.support.attention_cases import (
+    DISPATCH,
+    KERNELS,
+    Case,
+    assert_near,
+    interpreted_kernels,
+    loss,
+    problem,
+)
 
-KERNELS = {"gpu": tiles_gpu, "tpu": tiles_tpu}
 CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
-DISPATCH = importlib.import_module("jbalance.attention.attend")
 
 CASES = {
     "causal, a plan for each head": Case(options=(("causal", True),)),
@@ -44,16 +48,7 @@ both = pytest.mark.parametrize("kernel", KERNELS)
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels as back ends that run on a CPU, and take blocks that only hardware refuses."""
-    table = {
-        name: types.SimpleNamespace(
-            PLATFORM=None,
-            unsupported=lambda operands, where, rules: None,
-            forward=functools.partial(kernel.forward, interpret=True),
-            backward=functools.partial(kernel.backward, interpret=True),
-        )
-        for name, kernel in KERNELS.items()
-    }
-    monkeypatch.setattr(DISPATCH, "_TILED", table)
+    monkeypatch.setattr(DISPATCH, "_TILED", interpreted_kernels())
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Hostile numbers for every aggregator, share rule and scorer: finite and sensible, or an error.
+"""Hostile numbers for every aggregator, share rule, scorer and loop: finite and sensible, or an error.
 
 Zero, negative, equal, opposed, huge, tiny and NaN, of one shape, so that every program compiles once and
 an example is drawn for all of them.
@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jbalance import importance, multitask, shares
+from jbalance import Status, balancer, importance, multitask, shares, tasks
+from jbalance.attention import Tiling
 
 K, N, B, F = 3, 4, 6, 3
 AGGREGATORS = {
@@ -167,3 +168,84 @@ def test_token_scorers_refuse_or_stay_finite(name, value):
     else:
         with pytest.raises(ValueError, match=r"the largest \|k\| is|k has dtype"):
             call()
+
+
+TILING = Tiling(T, S, 2, 3)
+TILES = {"tile_error": importance.tile_error, "tile_sketch": importance.tile_sketch}
+
+
+@functools.cache
+def tile_scored(name):
+    scorer = TILES[name]
+    return jax.jit(lambda q, k, v: scorer(q[None], k[None], v[None], TILING, rows=2))
+
+
+@given(q=entries(T, 2, D), k=entries(S, 1, D), v=entries(S, 1, D))
+def test_tile_scores_are_finite(q, k, v):
+    for name in TILES:
+        score = np.asarray(tile_scored(name)(q, k, v))
+        assert np.isfinite(score).all()
+        assert (score >= 0).all()
+
+
+BALANCE = balancer(prior=np.arange(6.0), beta=0.5, eta=0.3, floor=1)
+amounts = arrays(np.float32, 6, elements=st.one_of(positive, st.just(3.4e38), bad))
+
+
+@functools.cache
+def balanced():
+    """Whole amounts of three updates, and the status of each; compiled once."""
+
+    def run(w, feedback):
+        def step(state, given):
+            out, state = BALANCE.update(given[0], state, 60, feedback=given[1])
+            return state, (out.allocation.amount, out.allocation.status)
+
+        return jax.lax.scan(step, BALANCE.init(6), (w, feedback))[1]
+
+    return jax.jit(run)
+
+
+@given(first=amounts, second=amounts, feedback=amounts)
+def test_the_balancer_meets_its_budget_or_says_invalid(first, second, feedback):
+    sane = np.arange(6, dtype=np.float32)
+    amount, status = balanced()(np.stack([first, second, sane]), np.stack([feedback, sane, sane]))
+    amount = np.asarray(amount, int)
+    met = (amount.sum(axis=1) == 60) & (amount >= 1).all(axis=1)
+    assert (met | (np.asarray(status) != Status.OK)).all()
+    bad_now = ~np.isfinite(np.stack([first, second, sane])).all(axis=1)
+    assert (np.asarray(status)[bad_now] == Status.INVALID).all()
+
+
+@functools.cache
+def divided():
+    def run(w, active, demand, used):
+        return tasks.divide(
+            w,
+            active,
+            batch=32,
+            tokens=999,
+            capacity=np.array([40, 7]),
+            demand=demand,
+            used=used,
+            floor=0.05,
+        )
+
+    return jax.jit(run)
+
+
+blocks = arrays(np.int32, (2, 6), elements=st.one_of(st.integers(0, 9), st.just(2**31 - 1)))
+
+
+@given(w=amounts, active=arrays(bool, 6), demand=blocks, used=blocks)
+def test_tasks_get_all_of_a_step_or_the_status_says_why(w, active, demand, used):
+    out = jax.tree.map(np.asarray, divided()(w, active, demand, used))
+    assert (out.status == Status.INVALID) == (not np.isfinite(w[active]).all())
+    if out.status != Status.INVALID:
+        np.testing.assert_allclose(out.alpha.sum(), float(active.any()), rtol=1e-5)
+        assert (out.alpha[active] >= 0.05 * (1 - 1e-5)).all()
+        assert out.examples.sum() == 32 * active.any()
+        assert out.tokens.sum() == 999 * active.any()
+        assert (out.cache.astype(int).sum(axis=1) <= [40, 7]).all()
+        assert not out.cache[:, ~active].any()
+        assert not out.examples[~active].any()

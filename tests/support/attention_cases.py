@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import types
 from typing import Any
 
 import jax
@@ -10,6 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import attention
+from jbalance.attention import tiles_gpu, tiles_tpu
+
+KERNELS = {"gpu": tiles_gpu, "tpu": tiles_tpu}
+DISPATCH = importlib.import_module(
+    "jbalance.attention.attend"
+)  # the module; the name is a function's
+
+
+def interpreted_kernels() -> dict[str, Any]:
+    """The kernels as back ends that run on a CPU, and take blocks that only hardware refuses."""
+    return {
+        name: types.SimpleNamespace(
+            PLATFORM=None,
+            unsupported=lambda operands, where, rules: None,
+            forward=functools.partial(kernel.forward, interpret=True),
+            backward=functools.partial(kernel.backward, interpret=True),
+        )
+        for name, kernel in KERNELS.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
