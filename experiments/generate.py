@@ -41,8 +41,8 @@ def job(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, seed=options.seed)
     print(f"loading {options.model}", file=sys.stderr)
     found = models.loaded(options)
-    assert found.chat is not None
-    prompt = np.array(chat_prompt(found.chat, options.question, text), np.int32)
+    chat = found.spoken
+    prompt = np.array(chat_prompt(chat, options.question, text), np.int32)
     size = len(prompt) + options.max_new_tokens
     models.check_positions(found, size, "the prompt and --max-new-tokens")
     decoder = adapters.decoder(found.model, found.model.attention_specs)
@@ -51,10 +51,10 @@ def job(options: argparse.Namespace) -> None:
         state = decode.join(
             decoder, state, 0, prompt, sampling=sampling, on_layer=lambda layer: advance()
         )
-    start, written, ids = time.perf_counter(), Written(found.chat.tokenizer), []
+    start, written, ids = time.perf_counter(), Written(chat.tokenizer), []
     while True:
         token = int(state.tokens[0])
-        if token in found.chat.end_ids:
+        if token in chat.end_ids:
             break
         ids.append(token)
         written.show(ids)

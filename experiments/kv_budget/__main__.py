@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.harness import cli, files, guard, processes
+from experiments.models import options as models
 
 MODULE = "experiments.kv_budget"
 # JAX is imported by the jobs: a guard does without.
@@ -50,12 +51,11 @@ def _many(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, command: str) -> None:
-    memory = tuple(_memory(part) for part in options.device_memory.split(","))
+    memory = tuple(cli.memory("--device-memory", options.device_memory))
     processes.join(options, len(memory))
 
     from experiments.harness import progress
     from experiments.kv_budget import report, run
-    from experiments.models import load_gguf, smollm2_path
 
     policies = options.policies.split(",") if options.policies else run.DEFAULT_POLICIES
     path = Path(options.out)
@@ -67,7 +67,6 @@ def _run(options: argparse.Namespace, command: str) -> None:
         memory_bytes=memory,
         text_name=options.text or options.source,
         text=_text(options),
-        question=options.question,
         context_tokens=options.context_tokens,
         continuation_tokens=options.continuation_tokens,
         new_tokens=options.new_tokens,
@@ -77,7 +76,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     if options.save is not None:
         files.check_writable(Path(options.save) / "manifest.json")
     steps = run.steps_of(settings)
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = models.loaded(options)
     with progress.display() as bar:
         task = bar.add_task("starting", total=steps)
 
@@ -85,7 +84,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
             bar.update(task, description=what)
             bar.advance(task)
 
-        result = run.run(settings, model, tokenizer, step)
+        result = run.run(settings, found, step)
     digest = processes.agree(run.outcome(result))
     print(f"digest of the tokens and figures: {digest}")
     if options.process_id:
@@ -97,13 +96,13 @@ def _run(options: argparse.Namespace, command: str) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    memory = [_memory(part) for part in options.device_memory.split(",")]
+    memory = cli.memory("--device-memory", options.device_memory)
     processes.join(options, len(memory))
 
     from experiments.kv_budget import resume
-    from experiments.models import load_gguf, smollm2_path
 
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = models.loaded(options)
+    model, tokenizer = found.model, found.spoken.tokenizer
     result = resume.resume(Path(options.state), model, memory)
     digest = processes.agree(result)
     result["text"] = tokenizer.decode(result["tokens"])
@@ -115,14 +114,16 @@ def _resume(options: argparse.Namespace) -> None:
 def _stream(options: argparse.Namespace) -> None:
     from experiments.harness import progress, texts
     from experiments.kv_budget import stream
-    from experiments.models import load_gguf, smollm2_path
 
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens is {options.new_tokens}: at least 1")
-    memory = _memory(options.device_memory)
+    memory = cli.memory("--device-memory", options.device_memory)
+    if len(memory) > 1:
+        raise ValueError(f"--device-memory has {len(memory)} entries: a long decode has one device")
     text = _text(options)
     keep = files.json_writer(options.json)
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = models.loaded(options)
+    model, tokenizer = found.model, found.spoken.tokenizer
     context = texts.encode(tokenizer, text)[: options.context_tokens]
     if len(context) < options.context_tokens:
         raise ValueError(
@@ -133,7 +134,7 @@ def _stream(options: argparse.Namespace) -> None:
         result = stream.stream(
             model,
             context,
-            memory_bytes=memory,
+            memory_bytes=memory[0],
             new_tokens=options.new_tokens,
             step=lambda n: bar.advance(task, n),
         )
@@ -149,19 +150,9 @@ def _text(options: argparse.Namespace) -> str:
     return texts.read_file(options.text) if options.text else texts.text_of(options.source)
 
 
-def _memory(text: str) -> int:
-    from jbalance.resources import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ValueError(f"--device-memory: {error}") from None
-
-
 def _score(options: argparse.Namespace) -> None:
     from experiments.harness import progress
     from experiments.kv_budget import policies, score
-    from experiments.models import load_gguf, smollm2_path
 
     names = options.policy.split(",")
     for name in names:
@@ -173,7 +164,7 @@ def _score(options: argparse.Namespace) -> None:
             f"--budget is {options.budget!r}: fractions of the full cache, such as 0.25,0.1"
         ) from None
     keep = files.json_writer(options.json)
-    _, model, _ = load_gguf(smollm2_path())
+    model = models.loaded(options).model
     cases = score.read_cases(options.cases, model.config.vocab_size)
     with progress.display() as bar:
         total = sum(len(x) for name, x in cases.items() if name.endswith("_ctx"))
@@ -191,11 +182,11 @@ def _score(options: argparse.Namespace) -> None:
 
 def _cases(options: argparse.Namespace) -> None:
     from experiments.kv_budget import data, evaluate
-    from experiments.models import load_gguf, smollm2_path
 
     out = Path(options.out)
     files.check_writable(out)
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = models.loaded(options)
+    model, tokenizer = found.model, found.spoken.tokenizer
     arrays = data.case_arrays(
         tokenizer,
         options.texts.split(","),
@@ -215,11 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")
     run.add_argument("--text", help="a UTF-8 text file; default: a text from a package")
     run.add_argument("--source", default="lcet10", help="which text from a package, without --text")
-    run.add_argument("--question", help="asked after the context; default: for the pass key")
     run.add_argument("--context-tokens", type=int, default=1280)
     run.add_argument("--continuation-tokens", type=int, default=128, help="tokens to predict")
     run.add_argument(
-        "--new-tokens", type=int, default=24, help="tokens to decode after the question"
+        "--new-tokens", type=int, default=24, help="tokens to decode after the pass key's question"
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
@@ -252,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--budget", required=True, help="fractions, separated by commas")
     score.add_argument("--policy", required=True, help="names, separated by commas")
     score.add_argument("--json", required=True, help="file for the results")
+    for job in (run, resume, stream, cases, score):
+        models.add_options(job)
     return parser
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models import causal_attention
+from experiments.models.attention import PLAIN, attention_weights, causal_attention
 from experiments.models.transformer import Transformer
 from jbalance import importance
 from jbalance.importance.token_worth import NUM_SINKS
@@ -40,7 +40,7 @@ def counts(num_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({*FEW_TOKENS, *rest.tolist()}))
 
 
-def scorers(frequencies: np.ndarray) -> dict[str, TokenScorer]:
+def scorers(frequencies: jax.Array) -> dict[str, TokenScorer]:
     """The token scorers by name, and their combination."""
     table = dict(importance.TOKEN_SCORERS)
     for name, scorer in (
@@ -83,12 +83,13 @@ def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> M
 @functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))
 def _prefill(graph, state, tokens, names, counts) -> Measured:
     model = nnx.merge(graph, state)
-    frequencies = np.asarray(model.attention_spec.frequencies, np.float32)
-    table = scorers(frequencies)
 
-    def attention(q, k, v, _):
-        y, _ = causal_attention(q, k, v)
+    def attention(q, k, v, frequencies, scoring=PLAIN):
+        y, _ = causal_attention(q, k, v, scoring=scoring)
         q, k, v = q[0], k[0], v[0]
+        if scoring.scale is not None:
+            q = q * (scoring.scale * q.shape[-1] ** 0.5)
+        table = scorers(frequencies)
         w, error = {}, {}
         for name in names:
             if name in WORTHS:
@@ -101,7 +102,8 @@ def _prefill(graph, state, tokens, names, counts) -> Measured:
             error[name] = importance.output_error(last, k, v, w[name], counts, num_local=NUM_RECENT)
         return y, Measured(k, v, w, error)
 
-    return model.hidden(tokens[None], None, attention)[1]
+    frequencies = jnp.asarray([spec.frequencies for spec in model.attention_specs], jnp.float32)
+    return model.hidden(tokens[None], None, attention, frequencies)[1]
 
 
 def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:
@@ -119,18 +121,18 @@ def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:
 def _repeat_piece(graph, state, tokens, k, v) -> jax.Array:
     model, size = nnx.merge(graph, state), k.shape[1]
 
-    def attention(q, new_k, new_v, context):
+    def attention(q, new_k, new_v, context, scoring=PLAIN):
         keys, values = (
             jnp.concatenate([x, new[0]]) for x, new in zip(context, (new_k, new_v), strict=True)
         )
-        y, energy = _attend_after(q[0], keys, values)
+        y, energy = _attend_after(q[0], keys, values, scoring)
         return y[None], energy[:, :size]
 
     positions = size + jnp.arange(tokens.shape[0])
     return model.hidden(tokens[None], positions, attention, (k, v))[1]
 
 
-def _attend_after(q, k, v) -> tuple[jax.Array, jax.Array]:
+def _attend_after(q, k, v, scoring=PLAIN) -> tuple[jax.Array, jax.Array]:
     """The last queries [T, H, D] of the keys' sequence [S, K, D], causally: y [T, H, D], energy [K, S].
 
     The energy is `importance.attention_energy`, from the same logits as y.
@@ -140,15 +142,14 @@ def _attend_after(q, k, v) -> tuple[jax.Array, jax.Array]:
     k, v = jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0)
     blocks = -(-size // REPEAT_BLOCK)
     q = jnp.pad(q, ((0, blocks * REPEAT_BLOCK - size), (0, 0), (0, 0)))
-    q = q.reshape(blocks, REPEAT_BLOCK, kv_heads, -1, head_dim) * head_dim**-0.5
+    q = q.reshape(blocks, REPEAT_BLOCK, kv_heads, -1, head_dim)
     first = k.shape[1] - size + jnp.arange(blocks) * REPEAT_BLOCK
 
     def block(energy, at):
         first, q = at
         position = first + jnp.arange(REPEAT_BLOCK)[:, None]
         logits = jnp.einsum("tkgd,ksd->kgts", q, k)
-        logits = jnp.where(jnp.arange(k.shape[1]) <= position, logits, -jnp.inf)
-        weights = jax.nn.softmax(logits)
+        weights = attention_weights(logits, position - jnp.arange(k.shape[1]), scoring, head_dim)
         squared = (jnp.where(position < k.shape[1], weights, 0) ** 2).reshape(
             kv_heads, -1, k.shape[1]
         )

@@ -16,6 +16,7 @@ import numpy as np
 from experiments.kv_budget import measure
 from experiments.kv_budget.measure import Measured
 from jbalance import allocate, checks, shares
+from jbalance.cache import _cache
 from jbalance.cache._layout import token_bytes
 from jbalance.decode import plan as planning
 from jbalance.decode.context import Context, first_prompt_codes, write
@@ -168,13 +169,64 @@ def scorers_of(policies: list[Policy]) -> tuple[str, ...]:
 
 
 def make_plan(
-    policy: Policy, measured: Measured, budgets_bytes: list[int], reserve: Reserve | None = None
+    policy: Policy,
+    measured: Measured,
+    budgets_bytes: list[int],
+    reserve: Reserve | None = None,
+    windows: tuple[int | None, ...] | None = None,
 ) -> Plan:
     """The plan of a policy within the budgets; of `everything` over them, spread evenly.
+
+    Where layers have windows, the budgets are for the other layers, and the tokens of the windows are
+    held besides, at the policy's finest precision: policies differ in what they do beyond windows.
 
     Raises:
       ValueError: a budget too small for what its units need at least.
     """
+    if windows is not None:
+        return _beside_windows(policy, measured, budgets_bytes, windows)
+    return _plan(policy, measured, budgets_bytes, reserve, windows)
+
+
+def _beside_windows(policy, measured, budgets_bytes, windows) -> Plan:
+    """A plan of one device's layers without a window, and the windows of the others."""
+    (budget,) = budgets_bytes
+    whole = np.flatnonzero([w is None for w in windows])
+    if not whole.size:
+        raise ValueError("all layers have windows: there is nothing to choose beyond them")
+    part = jax.tree.map(lambda x: x[whole], measured)
+    plan = _plan(policy, part, [budget], None, (None,) * whole.size)
+    layers, heads, size = next(iter(measured.w.values())).shape
+    level = np.full((layers, heads, size), len(plan.bits), np.int8)
+    level[whole] = plan.level
+    for i, window in enumerate(windows):
+        if window is not None:
+            level[i, :, max(size + 1 - window, 0) :] = 0
+    room = plan.room
+    beside = (
+        room.pages_of(level.reshape(-1, size)).sum()
+        - room.pages_of(plan.level.reshape(-1, size)).sum()
+    )
+    room = room._replace(
+        num_pages=room.num_pages + beside, device_of=np.zeros(layers * heads, np.int32)
+    )
+    return Plan(level, room, plan.price, None, windows)
+
+
+def window_bytes(plan: Plan) -> int:
+    """Of a plan's windows: their pages, and what their units have besides."""
+    if plan.windows is None:
+        return 0
+    local = [i for i, w in enumerate(plan.windows) if w is not None]
+    level = plan.level[local].reshape(-1, plan.level.shape[2])
+    pages = plan.room.pages_of(level).sum() * (plan.room.page_bytes + 4)
+    unit = _cache.unit_bytes(plan.room.head_dim, 0) + 8 * len(plan.bits) + 8
+    return int(pages + unit * len(level))
+
+
+def _plan(policy, measured, budgets_bytes, reserve, windows) -> Plan:
+    """`make_plan` of layers without windows; the arena holds positions if others have some."""
+    timed = windows is not None
     w = measured.w[policy.scorer]
     layers, heads, tokens = w.shape
     error = measured.error.get(policy.scorer)
@@ -184,12 +236,13 @@ def make_plan(
         None if error is None else np.asarray(error).reshape(units, -1),
     )
     head_dim = measured.k.shape[-1]
-    page_bytes = token_bytes(head_dim, 16) * WIDE_PAGE_TOKENS if policy.bits == (16,) else None
+    wide = token_bytes(head_dim, 16, timed=timed) * WIDE_PAGE_TOKENS
+    page_bytes = wide if policy.bits == (16,) else None
     if policy.rule is everything:
         groups = len(budgets_bytes)
         device_of = (np.arange(units) * groups // units).astype(np.int32)
         need = -(-tokens // WIDE_PAGE_TOKENS) * np.bincount(device_of, minlength=groups)
-        room = Room(need, int(page_bytes or 0), device_of, head_dim, policy.bits)
+        room = Room(need, int(page_bytes or 0), device_of, head_dim, policy.bits, timed)
         return Plan(np.zeros(w.shape, np.int8), room, None, None)
     return planning.fit(
         lambda room: policy.rule(scores, room),
@@ -199,6 +252,7 @@ def make_plan(
         bits=policy.bits,
         reserve=reserve,
         page_bytes=page_bytes,
+        windows=windows,
     )
 
 

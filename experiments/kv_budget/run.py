@@ -16,7 +16,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.harness import processes
-from experiments.harness.texts import encode
 from experiments.kv_budget import data, evaluate, measure
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.policies import (
@@ -27,7 +26,7 @@ from experiments.kv_budget.policies import (
     policy_of,
     scorers_of,
 )
-from experiments.models import Transformer
+from experiments.models import Loaded, Transformer
 from jbalance import decode
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
@@ -51,7 +50,6 @@ class Settings:
     memory_bytes: tuple[int, ...]
     text_name: str
     text: str
-    question: str | None
     context_tokens: int
     continuation_tokens: int
     new_tokens: int
@@ -62,15 +60,12 @@ class Settings:
         """ValueError for what can be seen without the model."""
         for name in self.policies:
             policy_of(name)
-        least = 3 if self.question is not None else data.PASSKEY_DIGITS
-        if self.new_tokens < least:
+        if self.new_tokens < data.PASSKEY_DIGITS:
             raise ValueError(
-                f"--new-tokens is {self.new_tokens}: at least {least}, for the answer and to time it"
+                f"--new-tokens is {self.new_tokens}: at least {data.PASSKEY_DIGITS}, for the pass key"
             )
         if self.continuation_tokens < 1:
             raise ValueError(f"--continuation-tokens is {self.continuation_tokens}: at least 1")
-        if self.question == "":
-            raise ValueError("--question is empty: leave it out to ask for the pass key")
         if self.save is not None:
             check_folder(Path(self.save))
         measure.check_length("--context-tokens: the context", self.context_tokens)
@@ -80,13 +75,13 @@ class Settings:
 class Job:
     """What all policies share."""
 
+    name: str
     model: Transformer
     decoder: Model
     devices: list[jax.Device]
     tokenizer: Tokenizer
     case: Case
     query: np.ndarray
-    passkey: bool
     full: jax.Array  # [T, V] log-probabilities of the full cache
     budgets: list[int]
     new_tokens: int
@@ -97,15 +92,19 @@ class Job:
         return Reserve(1, len(self.query) + self.new_tokens)
 
 
-def run(
-    settings: Settings, model: Transformer, tokenizer: Tokenizer, step: Callable[[str], Any]
-) -> dict[str, Any]:
-    """The report of one run, as `report.write` takes it.
+def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[str, Any]:
+    """The report of one run with a model, as `report.write` takes it.
 
     Raises:
       ValueError: a text too short, a budget too small, an unknown policy, too few devices.
     """
     policies = [policy_of(name) for name in settings.policies]
+    model, tokenizer = found.model, found.spoken.tokenizer
+    if model.config.windows is not None:
+        raise ValueError(
+            "the model's layers have windows: `score` compares policies on them, and `python -m "
+            "experiments.generate` decodes"
+        )
     devices = devices_for(len(settings.memory_bytes))
     budgets = device_budgets(devices, 1.0, settings.memory_bytes)
     case = data.cut(
@@ -114,20 +113,17 @@ def run(
         context_tokens=settings.context_tokens,
         continuation_tokens=settings.continuation_tokens,
     )
-    query = case.query
-    if settings.question is not None:
-        query = encode(tokenizer, settings.question)
     step("prefill and scores")
     measured = jax.block_until_ready(measure.prefill(model, case.context, scorers_of(policies)))
     step("reference: the full cache")
     job = Job(
+        found.where.stem,
         model,
         evaluate.decoder_of(model),
         devices,
         tokenizer,
         case,
-        query,
-        settings.question is None,
+        case.query,
         evaluate.reference(model, case.context, case.continuation[:-1]),
         budgets,
         settings.new_tokens,
@@ -218,7 +214,7 @@ def _policy_row(
         "policy": policy.name,
         **quality._asdict(),
         "perplexity": float(np.exp(quality.nll)),
-        "passkey_exact": bool((found == job.case.answer).all()) if job.passkey else None,
+        "passkey_exact": bool((found == job.case.answer).all()),
         "answer_tokens": generated.tokens.tolist(),
         "answer_text": job.tokenizer.decode(generated.tokens.tolist()),
         "plan_s": seconds,
@@ -292,7 +288,7 @@ def _header(settings: Settings, job: Job) -> dict[str, Any]:
     return {
         "command": settings.command,
         "model": {
-            "name": "SmolLM2-135M-Instruct",
+            "name": job.name,
             "num_layers": config.num_layers,
             "num_heads": config.num_heads,
             "num_kv_heads": config.num_kv_heads,
@@ -311,9 +307,7 @@ def _header(settings: Settings, job: Job) -> dict[str, Any]:
             "answer": job.tokenizer.decode(case.answer.tolist()).strip(),
             "start": start,
             "stop": stop,
-        }
-        if job.passkey
-        else None,
+        },
         "machine": {"platform": platform.machine(), "cores": os.cpu_count() or 1},
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from experiments.kv_budget.policies import (
     pack,
     policy_of,
     scorers_of,
+    window_bytes,
 )
 from experiments.models import Transformer
-from jbalance.resources import kv_entry_bytes
 
 
 def read_cases(path: str, vocab_size: int) -> dict[str, np.ndarray]:
@@ -76,7 +77,7 @@ def score(
       model: the decoder.
       cases: of `read_cases`.
       policies: names.
-      budgets: fractions of the full cache's bytes at 16 bits.
+      budgets: fractions of the full cache's bytes at 16 bits, of layers without a window.
       step: called after every context with the results of those that are done.
 
     Raises:
@@ -122,15 +123,16 @@ def _results(table: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, 
 
 def _score_context(decoder, measured, policies: list[Policy], budgets, full, given):
     """Rows of one context: quality against `full`, or whether the pass key is found if that is None."""
-    layers, size, heads, head_dim = measured.k.shape
-    full_bytes = layers * heads * size * kv_entry_bytes(head_dim)
+    size, windows = measured.k.shape[1], decoder.windows
+    whole = [spec for spec in decoder.attention if spec.window is None]
+    full_bytes = dataclasses.replace(decoder, attention=tuple(whole)).dense_bytes(size)
     devices = jax.devices()[:1]
     for policy in policies:
         for budget in budgets:
             budget_bytes = int(budget * full_bytes)
-            plan = make_plan(policy, measured, [budget_bytes])
+            plan = make_plan(policy, measured, [budget_bytes], windows=windows)
             context = pack(policy, measured, plan, devices)
-            resident = sum(context.nbytes)
+            resident = sum(context.nbytes) - window_bytes(plan)
             if resident > budget_bytes and policy.rule is not everything:
                 raise RuntimeError(f"{policy.name} holds {resident} of {budget_bytes} bytes")
             if full is not None:

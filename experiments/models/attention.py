@@ -32,7 +32,7 @@ class Scoring(NamedTuple):
 PLAIN = Scoring()
 
 
-def _weights(logits: Array, distance: Array, scoring: Scoring, head_dim: int) -> Array:
+def attention_weights(logits: Array, distance: Array, scoring: Scoring, head_dim: int) -> Array:
     """Softmax of float32 q k [..., T, S] over the keys at distances 0 to window - 1 [..., T, S]."""
     logits = logits * (head_dim**-0.5 if scoring.scale is None else scoring.scale)
     if scoring.soft_cap is not None:
@@ -82,7 +82,7 @@ def _attend_block(
     (k, v), (start, q) = keys_values, queries
     logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
     distance = start + jnp.arange(q.shape[3])[:, None] - jnp.arange(k.shape[2])
-    weights = _weights(logits, distance, scoring, q.shape[-1])
+    weights = attention_weights(logits, distance, scoring, q.shape[-1])
     return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v)
 
 
@@ -110,7 +110,7 @@ def decode_attention(positions: Array) -> Callable[..., tuple[Array, tuple[Array
         grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[-1])
         logits = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
         distance = (positions[:, None] - jnp.arange(keys.shape[1]))[:, None, None]
-        weights = _weights(logits, distance, scoring, q.shape[-1])
+        weights = attention_weights(logits, distance, scoring, q.shape[-1])
         y = jnp.einsum("bkgs,bskd->bkgd", weights.astype(values.dtype), values)
         return y.reshape(q.shape), (keys, values)
 

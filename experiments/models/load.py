@@ -36,6 +36,17 @@ class Loaded:
     tokenizer: Tokenizer | None
     chat: Chat | None
 
+    @property
+    def spoken(self) -> Chat:
+        """Its chat, with its tokenizer.
+
+        Raises:
+          ValueError: it has none.
+        """
+        if self.chat is None:
+            raise ValueError(f"{self.where} has no tokenizer: give one with --tokenizer")
+        return self.chat
+
 
 def load(
     source: str | Path,

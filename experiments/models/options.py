@@ -25,17 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def loaded(options: argparse.Namespace) -> Loaded:
-    """The model of `add_options`.
-
-    Raises:
-      ValueError: those of `load`, or it has no tokenizer and none is given.
-    """
+    """The model of `add_options`; ValueError: those of `load`."""
     from experiments.models.load import load
 
-    found = load(options.model, tokenizer=options.tokenizer, max_positions=options.max_positions)
-    if found.tokenizer is None:
-        raise ValueError(f"--model {options.model!r} has no tokenizer: give --tokenizer")
-    return found
+    return load(options.model, tokenizer=options.tokenizer, max_positions=options.max_positions)
 
 
 def check_positions(model: Loaded, number: int, what: str) -> None:

@@ -87,9 +87,13 @@ def create(
             timed = model.windows is not None
             page_bytes = context.reserve.page_bytes(model.head_dim, timed=timed)
             recent_tokens = recent_tokens or context.reserve.recent_tokens
-    caches = [
-        jax.device_put(
-            _cache.create(
+    caches: list[KVCache | None] = []
+    for d, (budget, device) in enumerate(zip(budgets, devices, strict=True)):
+        if not is_local(device):
+            caches.append(None)
+            continue
+        try:
+            cache = _cache.create(
                 budget,
                 *shape,
                 model.head_dim,
@@ -98,13 +102,10 @@ def create(
                 page_bytes=page_bytes,
                 recent_tokens=recent_tokens,
                 windows=model.windows,
-            ),
-            device,
-        )
-        if is_local(device)
-        else None
-        for d, (budget, device) in enumerate(zip(budgets, devices, strict=True))
-    ]
+            )
+        except ValueError as error:
+            raise ValueError(f"budgets_bytes[{d}]: {error}") from None
+        caches.append(jax.device_put(cache, device))
     zeros = np.zeros(num_requests, np.int32)
     return around(
         caches,

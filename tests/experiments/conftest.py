@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.models import load_gguf, smollm2_path
+from experiments.models import load
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2_loaded():
+    """SmolLM2 with its tokenizer and chat template."""
+    return load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_loaded):
     """(config, model, tokenizer)"""
-    return load_gguf(smollm2_path())
+    found = smollm2_loaded
+    return found.config, found.model, found.tokenizer
 
 
 @pytest.fixture
-def loaded_once(smollm2, monkeypatch):
+def loaded_once(smollm2_loaded, monkeypatch):
     """The commands get the model that is there already."""
-    monkeypatch.setattr("experiments.models.load_gguf", lambda path: smollm2)
+    monkeypatch.setattr("experiments.models.options.loaded", lambda options: smollm2_loaded)

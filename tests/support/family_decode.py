@@ -41,11 +41,11 @@ def _logits(model, tokens):
     return model(tokens)
 
 
-def regret(model: Transformer, prompt: np.ndarray, found: np.ndarray) -> float:
-    """How far below the most likely token the worst of those found is, in deviations of the logits."""
+def regrets(model: Transformer, prompt: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """How far below the most likely token each of those found is, in deviations of the logits."""
     tokens = np.zeros(MOST, np.int32)
     size = len(prompt) + len(found)
     tokens[:size] = np.concatenate([prompt, found])
     logits = np.asarray(_logits(model, jnp.asarray(tokens[None])))[0, len(prompt) - 1 : size - 1]
     lost = logits.max(axis=1) - logits[np.arange(len(found)), found]
-    return float(lost.max() / logits.std())
+    return lost / logits.std()
