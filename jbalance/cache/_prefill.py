@@ -135,6 +135,7 @@ def _checked(cache, q, k, v):
     """q, k and v as arrays; ValueError for shapes that do not fit."""
     checks.instance("cache", cache, KVCache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
+    checks.unsplit(q=q, k=k, v=v)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, "[B, S, H or K, D]"))
         for name, x in (("q", q), ("k", k), ("v", v))
