@@ -82,6 +82,7 @@ def water_fill(
 
 def _checked(w, budget, floor, cap, segment_of, segment_floor, segment_cap):
     """The arguments in float32 and int32; ValueError for what does not fit."""
+    checks.unsplit_otherwise(w=w, floor=floor, cap=cap, segment_of=segment_of)
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
     w = checks.non_negative("w", w)

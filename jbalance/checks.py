@@ -367,3 +367,13 @@ def unsplit(**arrays: Any) -> None:
                 f"{name} is split over explicit mesh axes, {jax.typeof(x).sharding.spec}: use the "
                 f"function of this name in jbalance.sharded, or put it together by jax.sharding.reshard"
             )
+
+
+def unsplit_otherwise(**arrays: Any) -> None:
+    """`unsplit`, unless the vectors among the arrays are all split alike."""
+    vectors = [
+        jax.typeof(x).sharding.spec for x in arrays.values() if isinstance(x, jax.Array) and x.ndim
+    ]
+    hosts = any(np.ndim(x) and not isinstance(x, jax.Array) for x in arrays.values())
+    if hosts or len(set(map(tuple, vectors))) > 1:
+        unsplit(**arrays)

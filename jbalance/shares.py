@@ -123,6 +123,7 @@ def constrained(
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both")
     if group_floor is not None:
+        checks.unsplit(alpha=alpha, group_of=group_of)
         checks.rank("group_floor", group_floor, 1, "[P]")
         group_floor = checks.in_range("group_floor", group_floor, 0, 1)
         group_of = checks.index_below("group_of", group_of, np.shape(group_floor)[0])

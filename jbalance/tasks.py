@@ -62,6 +62,7 @@ def divide(
     Raises:
       ValueError: shapes or ranges as above; floors of the active tasks above 1.
     """
+    checks.unsplit(w=w, active=active, capacity=capacity, demand=demand, used=used)
     checks.rank("w", w, 1, "[N]")
     w = checks.non_negative("w", w)
     active = checks.booleans("active", active, np.shape(w), "[N]")

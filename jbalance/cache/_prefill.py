@@ -143,6 +143,7 @@ def _checked(cache, q, k, v):
     checks.instance("cache", cache, KVCache)
     check_without_windows(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
+    checks.unsplit(q=q, k=k, v=v)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, "[B, S, H or K, D]"))
         for name, x in (("q", q), ("k", k), ("v", v))

@@ -67,6 +67,7 @@ def check_memory(
         raise ValueError(f"{missing} is None, but {given} is given: give both or neither")
     if memory is None:
         return None, None
+    checks.unsplit(memory=memory)
     checks.rank("memory", memory, 1, "[U]")
     checks.same_length("memory", memory, "loads", loads)
     memory = checks.non_negative("memory", memory)

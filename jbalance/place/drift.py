@@ -67,6 +67,7 @@ def rebalance(
         or threshold negative.
     """
     loads, num_devices = check_loads(loads, num_devices)
+    checks.unsplit(device_of=device_of, size=size)
     checks.rank("device_of", device_of, 1, "[U]")
     checks.same_length("device_of", device_of, "loads", loads)
     device_of = checks.index_below("device_of", device_of, num_devices)

@@ -84,7 +84,8 @@ def cross_entropy(logits, tokens):
 def linen_losses(attention_fn, dropout):
     model, mask = Linen(attention_fn, dropout), padded_causal_mask()
     key = jax.random.key(0)
-    parameters = model.init({"params": key, "dropout": key}, jnp.zeros((B, T), int), mask)
+    keys = {"params": key, "dropout": key}
+    parameters = jax.jit(model.init)(keys, jnp.zeros((B, T), int), mask)
     optimiser = OPTIMISER
     state, losses = optimiser.init(parameters), []
 

@@ -39,10 +39,11 @@ SHAPES = {
     "q": ((U, U, 2, 8), 3),
     "k": ((U, U, 2, 8), 3),
     "v": ((U, U, 2, 8), 3),
+    **dict.fromkeys(("q1", "k1", "v1"), ((U, 2, 8), 3)),
     "score": ((U, 2, 2, 2), 9),
     "some": ((U,), 2),
 }
-FLOATS = ("w", "x", "memory", "values", "q", "k", "v", "score")
+FLOATS = ("w", "x", "memory", "values", "q", "k", "v", "q1", "k1", "v1", "score")
 
 
 def _whole(w, floor, room, of, budgets):
@@ -50,12 +51,12 @@ def _whole(w, floor, room, of, budgets):
 
 
 def _ladder(values, costs, of, budgets):
-    out = allocate.ladder(values, jnp.cumsum(costs + 1, axis=1), 100 + budgets, of)
+    out = allocate.ladder(values, costs, 100 + budgets, of)
     return out.level, out.spent
 
 
-def _step(q, k, v):
-    return cache.step(CACHE, 0, q[:, 0], k[:, 0], v[:, 0])[0]
+def _step(q1, k1, v1):
+    return cache.step(CACHE, 0, q1, k1, v1)[0]
 
 
 def _attend(q, k, v):
@@ -87,12 +88,12 @@ CALLS = {
     "combine": lambda values: importance.combine(values, np.ones(U)),
     "anova": lambda x, of: importance.anova(x, of, num_classes=G),
     "mutual_information": lambda x, of: importance.mutual_information(x, of, num_classes=G),
-    "token_worth": lambda q, k, v: importance.token_worth(q[0], k[0], v[0], frequencies=None),
-    "expected_attention": lambda q, k, v: importance.expected_attention(
-        q[0], k[0], v[0], future=4, frequencies=None, num_sinks=1
+    "token_worth": lambda q1, k1, v1: importance.token_worth(q1, k1, v1, frequencies=None),
+    "expected_attention": lambda q1, k1, v1: importance.expected_attention(
+        q1, k1, v1, future=4, frequencies=None, num_sinks=1
     ),
     "tile_error": lambda q, k, v: importance.tile_error(q, k, v, TILING, rows=2),
-    "choose": lambda score: attention.to_mask(attention.choose(score, 4, TILING)),
+    "choose": lambda score: attention.to_mask(attention.choose(score, 8, TILING)),
     "attend": _attend,
     "step": _step,
     "by_group": lambda w, of: audit.by_group(w, of, G),
@@ -138,6 +139,7 @@ def drawn(name, seed):
     for operand in NAMES[name]:
         shape, below = SHAPES[operand]
         x = rng.integers(0, below, shape) * rng.integers(0, 2, shape if seed % 2 else ())
+        x = np.cumsum(x + 1, axis=1) if operand == "costs" else x
         out.append(x.astype(np.float32 if operand in FLOATS else np.int32))
     return out
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbalance import allocate, attention, importance, place, shares
+from jbalance import allocate, attention, audit, importance, place, shares
 from jbalance.attention import Tiling
 
 W = np.arange(1, 9, dtype=np.float32)
 Q = np.linspace(-1, 1, 4 * 8 * 2 * 8).astype(np.float32).reshape(4, 8, 2, 8)
+OF = np.arange(8) % 2
 TILING = Tiling(8, 8, 4, 4)
 CALLS = {
     "whole": (lambda w: allocate.whole(w, 20).amount, W),
@@ -20,6 +21,9 @@ CALLS = {
     "water_fill": (lambda w: allocate.water_fill(w, 20.0).amount, W),
     "softmax": (shares.softmax, W),
     "pack": (lambda w: place.pack(w, 2).device_of, W),
+    "water_fill, other bounds": (lambda w: allocate.water_fill(w, 20.0, cap=W + 9).amount, W),
+    "by_group": (lambda w: audit.by_group(w, OF, 2).parity, W),
+    "anova": (lambda w: importance.anova(w[:, None], OF, num_classes=2), W),
     "worth_curve": (importance.worth_curve, W),
     "token_worth": (lambda q: importance.token_worth(q, q, q, frequencies=None), Q[0]),
     "attend": (lambda q: attention.attend(q, q, q, attention.dense(TILING), causal=True).y, Q),
