@@ -127,7 +127,9 @@ def test_concrete_lists_are_refused_or_as_they_say(blocks, count, kinds):
     ).all()
     for at in np.ndindex(*lists[:3]):
         valid = valid and (np.diff(blocks[at][: max(0, count[at])].astype(int)) > 0).all()
-    if "int8" in kinds and (abs(blocks.astype(float)).max() > 99 or abs(count).max() > 99):
+    if "int8" in kinds and (
+        abs(blocks.astype(float)).max() > 99 or abs(count.astype(float)).max() > 99
+    ):
         return
     plan = plan_of(typed(blocks, kinds[0]), typed(count, kinds[1]))
     try:
