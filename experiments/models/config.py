@@ -80,9 +80,13 @@ class TransformerConfig:
             _check_whole(name, getattr(self, name), 1)
         for name in ("num_experts", "experts_per_token"):
             _check_whole(name, getattr(self, name), 0)
-        for name in ("rope_base", "norm_eps", "embedding_scale"):
+        for name in ("norm_eps", "embedding_scale"):
             _check_positive(name, getattr(self, name))
-        for name in ("local_rope_base", "scale", "attention_soft_cap", "logits_soft_cap"):
+        for name in ("rope_base", "local_rope_base"):
+            base = getattr(self, name)
+            if base is not None and not 1 <= base < np.inf:
+                raise ValueError(f"{name} must be a finite number from 1 on, got {base}")
+        for name in ("scale", "attention_soft_cap", "logits_soft_cap"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:

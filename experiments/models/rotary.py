@@ -112,7 +112,7 @@ def frequencies(
         frequency = _blend(frequency, scaling.factor, np.clip((turns - low) / (high - low), 0, 1))
     elif scaling.kind == "dynamic":
         stretch = max(positions / scaling.original_positions, 1.0)
-        more = (scaling.factor * stretch - (scaling.factor - 1)) ** (rotated / (rotated - 2))
+        more = (1 + scaling.factor * (stretch - 1)) ** (rotated / (rotated - 2))
         frequency = (base * more) ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     elif scaling.kind == "yarn":
         frequency = _blend(frequency, scaling.factor, _kept_by_yarn(rotated, base, scaling))

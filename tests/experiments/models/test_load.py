@@ -9,7 +9,8 @@ import pytest
 
 from experiments.harness import files, packages
 from experiments.harness.packages import Archive, Member
-from experiments.models import greedy, load, packaged, smollm2_path
+from experiments.models import RopeScaling, greedy, load, packaged, smollm2_path
+from experiments.models.rotary import frequencies
 from tests.support.family_checkpoints import CASES
 from tests.support.family_files import write_family, write_family_gguf
 from tests.support.together import ROOT
@@ -57,6 +58,12 @@ def test_dynamic_frequencies_are_those_of_the_longest_context(tmp_path):
         config = load(tmp_path, max_positions=positions).config
         want = base ** -(np.arange(4) / 4)
         np.testing.assert_allclose(config.frequencies, [want] * 4, rtol=1e-6)
+
+
+def test_dynamic_frequencies_stay_finite_whatever_the_factor():
+    huge = RopeScaling("dynamic", 1e38, original_positions=16)
+    np.testing.assert_array_equal(frequencies(8, 1000.0, huge, 16), frequencies(8, 1000.0))
+    assert np.isfinite(frequencies(8, 1000.0, huge, 2**31 - 1)).all()
 
 
 def test_long_factors_are_those_of_contexts_beyond_the_original(tmp_path):

@@ -170,6 +170,8 @@ REFUSED = {
     "more experts": ({"experts_per_token": 1}, "experts_per_token=1 must lie in 1..num_experts=0"),
     "a negative cap": ({"attention_soft_cap": -1.0}, "attention_soft_cap must be a finite number"),
     "an infinite scale": ({"scale": np.inf}, "scale must be a finite number above 0"),
+    "a base below 1": ({"rope_base": 0.5}, "rope_base must be a finite number from 1 on, got 0.5"),
+    "a local base of 0": ({"local_rope_base": 0.0}, "local_rope_base must be a finite number"),
     "an activation": ({"activation": "relu"}, "activation='relu' must be one of"),
 }
 
