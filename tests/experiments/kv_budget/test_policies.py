@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from experiments.kv_budget import evaluate, measure
-from experiments.kv_budget.policies import POLICIES, make_plan, pack, policy_of
+from experiments.kv_budget.policies import POLICIES, make_plan, pack, policy_of, window_bytes
 from experiments.models import Transformer, prefill_attention
 from jbalance.cache import _price
 from jbalance.decode import Reserve
@@ -201,3 +201,22 @@ def test_bad_input_is_named(measured, call, names):
 def test_a_context_shorter_than_the_window_is_named(small_model):
     with pytest.raises(ValueError, match="context has 100 tokens: at least 129"):
         measure.prefill(small_model, np.zeros(100, np.int32), ("combined",))
+
+
+@pytest.mark.parametrize("name", ["ladder", "uniform-bits", "sinks-recent"])
+def test_windows_are_held_besides_the_budget(measured, name):
+    """The budget is for the layers without; a window's tokens all stay, no older one does."""
+    windows, budget, size = (None, 16, None, 300), 16_000, 200
+    policy = policy_of(name)
+    plan = make_plan(policy, measured, [budget], windows=windows)
+    context = pack(policy, measured, plan, jax.devices()[:1])
+    np.testing.assert_array_equal(plan.kept[1].sum(axis=-1), 15)  # a query sees itself, too
+    np.testing.assert_array_equal(plan.level[1, :, -15:], 0)
+    np.testing.assert_array_equal(plan.level[3], 0)
+    assert 0 < plan.kept[[0, 2]].sum() <= 2 * 3 * size
+    arena = context.caches[0].arena
+    assert int(arena.count.sum()) == plan.kept.sum()
+    beside = window_bytes(plan)
+    assert 0.7 * budget < context.nbytes[0] - beside <= budget
+    pages = np.asarray(arena.pages).reshape(4, -1).sum(axis=1)
+    assert 0 <= beside - (arena.page_bytes + 4) * pages[[1, 3]].sum() < 6 * 400
