@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_WINDOW = (
-    1 << 14
-) - 1  # half of what positions tell apart: a token may be seen late by another
+# A quarter of what positions tell apart: tokens stay a while after they have left their window.
+MOST_WINDOW = (1 << 14) - 1
 NO_WINDOW = 2**31 - 1
 
 
