@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.harness import cli, files
 from experiments.kv_budget import data, evaluate
-from experiments.models import load_gguf, smollm2_path
+from experiments.models import options as models
 from jbalance import decode, importance
 from jbalance.decode import extend, prefill
 
@@ -88,7 +88,8 @@ def _kl(model, decoder, state, device, seen, follow) -> float:
 
 def job(options: argparse.Namespace) -> None:
     keep = files.json_writer(options.json)
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = models.loaded(options)
+    model, tokenizer = found.model, found.spoken.tokenizer
     cases = data.case_arrays(
         tokenizer,
         TEXTS,
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("experiments.kv_budget.worths", __doc__)
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--contexts", type=int, default=4, help="of each kind, from both texts")
+    models.add_options(parser)
     return cli.run(parser, job, arguments)
 
 

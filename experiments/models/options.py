@@ -24,6 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def smollm2() -> Loaded:
+    """The model that `make venv` installs."""
+    from experiments.models.load import load
+
+    return load("smollm2")
+
+
 def loaded(options: argparse.Namespace) -> Loaded:
     """The model of `add_options`; ValueError: those of `load`."""
     from experiments.models.load import load

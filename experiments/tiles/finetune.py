@@ -30,7 +30,8 @@ from rich.table import Table
 from experiments.benchmarks import _report
 from experiments.harness import cli, files, optimisers
 from experiments.harness.texts import encode, text_of
-from experiments.models import Transformer, load_gguf, smollm2_path
+from experiments.models import Loaded, Transformer
+from experiments.models import options as models
 from experiments.tiles import finetuning
 from experiments.tiles.policies import BLOCK_Q, POLICIES
 from jbalance import attention, checks
@@ -52,17 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--density", type=float, default=0.5, help="part of the causal tiles")
     parser.add_argument("--policies", default="dense,ladder", help="names, with commas")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
+    models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
 
 def _job(options: argparse.Namespace) -> None:
     keep = files.json_writer(options.json)
+    loaded = functools.partial(models.loaded, options)
     if options.job == "speed":
-        rows = speed(options.density)
+        rows = speed(options.density, loaded)
         keep(rows)
     else:
         names = options.texts.split(","), options.policies.split(",")
-        rows = train(*names, options.tokens, options.steps, options.density, keep)
+        rows = train(*names, options.tokens, options.steps, options.density, keep, loaded)
     _print(rows)
 
 
@@ -73,6 +76,7 @@ def train(
     steps: int,
     density: float,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    loaded: Callable[[], Loaded] = models.smollm2,
 ) -> list[dict[str, Any]]:
     """One row for each policy; `keep` gets what there is after each.
 
@@ -87,7 +91,8 @@ def train(
         raise ValueError(f"--tokens is {tokens}: a multiple of {BLOCK_Q}, at least {4 * BLOCK_Q}")
     if steps < CHECKED:
         raise ValueError(f"--steps is {steps}: at least {CHECKED}")
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = loaded()
+    model, tokenizer = found.model, found.spoken.tokenizer
     graph, start, *fixed = nnx.split(model, nnx.Param, ...)
     own, held = finetuning.pieces(tokenizer, texts, tokens)
     pieces = [jnp.asarray(ids) for parts in held.values() for ids in parts[:HELD_OUT_PIECES]]
@@ -155,9 +160,10 @@ def _train_one(
     }
 
 
-def speed(density: float) -> list[dict[str, Any]]:
+def speed(density: float, loaded: Callable[[], Loaded] = models.smollm2) -> list[dict[str, Any]]:
     """Steps per second of a truncated model over a long text, as ratios to dense in one run."""
-    config, model, tokenizer = load_gguf(smollm2_path())
+    found = loaded()
+    config, model, tokenizer = found.config, found.model, found.spoken.tokenizer
     graph, layers, *rest = nnx.split(
         truncated(model, SPEED_LAYERS), nnx.All(nnx.PathContains("layers"), nnx.Param), ...
     )

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.harness import cli, files, texts
-from experiments.models import load_gguf, smollm2_path
+from experiments.models import Loaded
+from experiments.models import options as models
 from experiments.tiles.policies import BLOCK_K, BLOCK_Q
 from jbalance import adapters
 from jbalance.adapters import TileBalancer, TileBudget
@@ -70,12 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--density", default="0.5,0.3", help="parts of the causal tiles")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
+    models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
 
 def _job(options: argparse.Namespace) -> None:
     keep = files.json_writer(options.json)
-    rows = run(options.tokens, [float(x) for x in options.density.split(",")], keep)
+    loaded = functools.partial(models.loaded, options)
+    rows = run(options.tokens, [float(x) for x in options.density.split(",")], keep, loaded)
     _print(rows)
 
 
@@ -83,6 +86,7 @@ def run(
     tokens: int,
     densities: list[float],
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    loaded: Callable[[], Loaded] = models.smollm2,
 ) -> list[dict[str, Any]]:
     """One row for each density and rule; `keep` gets what there is after each.
 
@@ -95,7 +99,8 @@ def run(
             raise ValueError(f"--density is {density}: a part of the causal tiles, in (0, 0.7]")
     if tokens < 8 * BLOCK_Q or tokens % BLOCK_Q:
         raise ValueError(f"--tokens is {tokens}: a multiple of {BLOCK_Q}, at least {8 * BLOCK_Q}")
-    config, model, tokenizer = load_gguf(smollm2_path())
+    found = loaded()
+    config, model, tokenizer = found.config, found.model, found.spoken.tokenizer
     graph, state = nnx.split(model)
     layers = config.num_layers
     all_tiles = TileBudget(

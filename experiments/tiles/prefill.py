@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 
 from experiments.harness import cli, files, texts
 from experiments.kv_budget import data
-from experiments.models import load_gguf, smollm2_path
+from experiments.models import Loaded
+from experiments.models import options as models
 from experiments.tiles.policies import BLOCK_Q, POLICIES, tiling
 from jbalance import attention, checks
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--density", default="0.5,0.25", help="parts of the causal tiles")
     parser.add_argument("--policies", default="window,uniform,ladder", help="names, with commas")
     parser.add_argument("--json", metavar="OUT", help="file for the results")
+    models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
 
@@ -52,6 +54,7 @@ def _job(options: argparse.Namespace) -> None:
         [float(x) for x in options.density.split(",")],
         options.policies.split(","),
         keep,
+        functools.partial(models.loaded, options),
     )
     _print(rows)
 
@@ -62,6 +65,7 @@ def run(
     densities: list[float],
     policies: list[str],
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    loaded: Callable[[], Loaded] = models.smollm2,
 ) -> list[dict[str, Any]]:
     """One row for each text, policy and density; `keep` gets what there is after each.
 
@@ -76,7 +80,8 @@ def run(
             raise ValueError(f"--density is {density}: a part of the causal tiles, in (0, 1]")
     if tokens < 8 * BLOCK_Q or tokens % BLOCK_Q:
         raise ValueError(f"--tokens is {tokens}: a multiple of {BLOCK_Q}, at least {8 * BLOCK_Q}")
-    _, model, tokenizer = load_gguf(smollm2_path())
+    found = loaded()
+    model, tokenizer = found.model, found.spoken.tokenizer
     graph, state = nnx.split(model)
     rows = []
     for i, name in enumerate(texts):
