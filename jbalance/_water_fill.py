@@ -16,6 +16,7 @@ from jbalance.types import Binding, Fill, Status
 
 # Weight of units that are at their caps whatever the level, the open ones' being 1.
 _FULL = 2.0**100
+_LAST = 2.0**-60  # of the largest weight: what the weightless of a segment count
 _MISSED = 1e-4  # relative: sums that are further off their budget are no rounding
 _ROUNDING = 1e-6  # relative: floors whose float32 sum meets the budget are not above it
 
@@ -35,10 +36,11 @@ def water_fill(
 
     The one water level mu with sum b_i = budget is found by a search on its bits (METHOD section 4).
     Segments (groups of units, devices) may have a floor and a cap on their sum: one that would fall
-    below its floor is lifted to the level that reaches it, one that would exceed its cap is held
-    down, and the rest share what remains at the common level. A unit of zero weight gets its floor,
-    unless all weights are zero: then all count alike. A weight below 2^-90 of the largest counts as
-    zero, until all larger ones are at their caps. Differentiable in w, budget, floor and cap.
+    below its floor is lifted to the level that reaches it, one that would exceed its cap is held down,
+    and the rest share what remains at the common level. A unit of zero weight gets its floor, unless all
+    weights are zero, or all of a segment that has a floor: then all count alike. A weight below 2^-90 of
+    the largest counts as zero, until all larger ones are at their caps. Differentiable in w, budget,
+    floor and cap.
 
     Args:
       w: [U] importance, >= 0.
@@ -159,6 +161,10 @@ def _solve(w, budget, floor, cap, segment_of, segment_floor, segment_cap, num_se
     )
     w, exponent = search.normalize(w, top)
     w = jnp.minimum(w, _FULL)
+    if segment_of is not None:
+        # Units of a segment without any weight count alike where the segment must have something.
+        weightless = search.per_unit((sums(fixed) == 0) & (seg_floor > 0), segment_of)
+        w = jnp.where(weightless, _LAST, w)
     problem = (w, budget, floor, cap, seg_floor, seg_cap)
     level, low, high = _levels(jax.tree.map(lax.stop_gradient, problem), sums, segment_of)
     out = _exact(problem, level, low, high, sums, segment_of)

@@ -374,6 +374,9 @@ def unsplit_otherwise(**arrays: Any) -> None:
     vectors = [
         jax.typeof(x).sharding.spec for x in arrays.values() if isinstance(x, jax.Array) and x.ndim
     ]
-    hosts = any(np.ndim(x) and not isinstance(x, jax.Array) for x in arrays.values())
+    hosts = any(
+        isinstance(x, list | tuple) or (isinstance(x, np.ndarray) and x.ndim > 0)
+        for x in arrays.values()
+    )
     if hosts or len(set(map(tuple, vectors))) > 1:
         unsplit(**arrays)

@@ -118,6 +118,7 @@ def constrained(
         under jit, where they are no tracers); a group floor above what its units' caps allow.
     """
     _check(alpha, "alpha")
+    alpha = checks.non_negative("alpha", alpha)
     floor, cap = checks.in_range("floor", floor, 0, 1), checks.in_range("cap", cap, 0, 1)
     if (group_of is None) != (group_floor is None):
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]

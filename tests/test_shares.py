@@ -88,6 +88,20 @@ def test_no_group_is_below_its_floor(w, phi):
         np.testing.assert_allclose(inside, w[group_of == g] * got[group_of == g].sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "groups", "want"),
+    [
+        ([1, 0, 0], [0, 1, 1], [0.7, 0.15, 0.15]),
+        ([0, 0, 1], [0, 0, 1], [0.1, 0.1, 0.8]),
+        ([0, 0, 1], [0, 1, 1], [0.2, 0, 0.8]),
+        ([0, 0, 0], [0, 1, 1], [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_a_group_without_weight_gets_its_floor_evenly(alpha, groups, want):
+    got = shares.constrained(alpha, group_of=groups, group_floor=[0.2, 0.3])
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 GROUPED = jax.jit(lambda a, of, phi: shares.constrained(a, group_of=of, group_floor=phi))
 
 

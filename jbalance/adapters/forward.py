@@ -60,6 +60,7 @@ def forward(
 def _attend(q, k, v, spec: AttentionSpec, fraction, tiles: Tiles) -> jax.Array:
     """Causal attention of one layer, the queries scaled."""
     if fraction is not None and spec.window is None:
+        _check_fraction(fraction, tiles.tiling(q.shape[1], q.shape[1], True))
         budget = TileBudget.of(fraction)
         given = {} if spec.soft_cap is None else {"soft_cap": spec.soft_cap}
         return attend_within(budget, q, k, v, tiles, is_causal=True, **given)[0]
@@ -77,3 +78,15 @@ def _attend(q, k, v, spec: AttentionSpec, fraction, tiles: Tiles) -> jax.Array:
         soft_cap=spec.soft_cap,
         backend=tiles.backend,
     ).y
+
+
+def _check_fraction(fraction: float, tiling: Tiling) -> None:
+    """ValueError for fewer tiles than every query must have."""
+    visible, always = attention.candidates(tiling)
+    least, most = int(always.sum()), int(visible.sum())
+    if round(fraction * most) < least:
+        raise ValueError(
+            f"fraction is {fraction:g}: of {tiling.num_queries} tokens in tiles of {tiling.block_q} by "
+            f"{tiling.block_k} every query needs its own and the first, {least / most:.3g} of all; give "
+            f"more, or tiles= of smaller blocks"
+        )

@@ -97,5 +97,6 @@ def test_what_is_not_reached_is_named():
     with pytest.raises(ValueError, match=r"ForeignBlock has no method qkv, finish.* give qkv="):
         adapters.decoder(model, spec, layers="blocks", **rest)
     decoder = adapters.decoder(model, spec, layers="blocks", **FUNCTIONS)
-    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
-        adapters.forward(decoder, TOKENS, fraction=1.5)
+    for fraction, tiles in ((1.5, None), (0.5, Tiles(64, 16))):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+            adapters.forward(decoder, TOKENS, fraction=fraction, tiles=tiles)

@@ -280,6 +280,8 @@ def test_all_writers_write_whole_files():
         "harness/files.py": ways,
         "benchmarks/_peers.py": ("np.savez",),  # into a temporary folder
         "harness/_archive.py": (".write_bytes(",),  # into another
+        "harness/packages.py": (".write_text(",),  # and another
+        "peers/record_families.py": ways,
         "peers/record_logits.py": ways,  # in an environment without this package's
     }
     found = []
