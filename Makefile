@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
-.PHONY: run test test-all lint ruff mypy pytest pytest-all venv peers bench clean
+.PHONY: run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -30,7 +30,7 @@ pytest: venv
 
 # Compiled as for users: all optimizations, and no flag of XLA's.
 pytest-all: venv
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest -m "slow or not slow" --junitxml out/tests.xml
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest -m "slow or not slow or others" --junitxml out/tests.xml
 
 venv: $(VENV)/.installed
 
@@ -50,6 +50,15 @@ experiments/peers/.venv/.installed: experiments/peers/requirements.txt
 	experiments/peers/.venv/bin/pip install --quiet $(WHEELS) --requirement $<
 	touch $@
 
+# Packages with models of their own, each alone with what its models import: docs/how_to/other_models.md
+# runs there.
+others: experiments/others/.venv/.installed
+
+experiments/others/.venv/.installed: experiments/others/requirements.txt
+	$(PYTHON) -m venv experiments/others/.venv
+	experiments/others/.venv/bin/pip install --quiet $(WHEELS) --no-deps --requirement $<
+	touch $@
+
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
@@ -60,4 +69,4 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 
 clean:
-	rm -rf $(VENV) experiments/peers/.venv .cache out data build dist *.egg-info
+	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv .cache out data build dist *.egg-info

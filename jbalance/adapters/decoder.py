@@ -1,4 +1,4 @@
-"""A Flax nnx model as a `decode.Model`: four functions, and the parameters of each layer.
+"""A Flax model, nnx or linen, as a `decode.Model`: four functions, and the parameters of each layer.
 
 This is how the library reaches a model's attention, whoever wrote the model: `qkv` hands over queries,
 keys and values where the model has them, and `finish` takes the output where the model goes on.
@@ -6,14 +6,17 @@ keys and values where the model has them, and `finish` takes the output where th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from jbalance.decode.model import AttentionSpec, Model, check_model
+from jbalance.importance import _rotary
 
 _METHODS = {"model": ("embed", "logits"), "layer": ("qkv", "finish")}
 
@@ -25,16 +28,16 @@ class _Method:
     kept, since every call of a program asks for it.
     """
 
-    def __init__(self, graph: nnx.GraphDef, tree: Any, function: Callable[..., Any] | str) -> None:
-        self.key = graph, tree, function
-        self.hash = hash(self.key)
+    def __init__(self, static: Any, tree: Any, function: Callable[..., Any] | str) -> None:
+        self.key = static, tree, function
+        try:
+            self.hash = hash(self.key)
+        except TypeError:  # a module holds a configuration that can only be compared
+            self.hash = hash((tree, function))
 
     def __call__(self, arrays: Any, *args: jax.Array) -> Any:
-        graph, tree, function = self.key
-        module = nnx.merge(graph, jax.tree.unflatten(tree, arrays))
-        if isinstance(function, str):
-            return getattr(module, function)(*args)
-        return function(module, *args)
+        static, tree, function = self.key
+        return _call(function, _merged(static, jax.tree.unflatten(tree, arrays)), *args)
 
     def __hash__(self) -> int:
         return self.hash
@@ -43,17 +46,41 @@ class _Method:
         return self is other or (isinstance(other, _Method) and self.key == other.key)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rotated:
+    """`qkv` followed by the rotary embedding of queries and keys."""
+
+    qkv: Callable[..., Any] | str
+    frequencies: tuple[float, ...] | None
+
+    def __call__(self, layer: Any, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        q, k, v = _call(self.qkv, layer, x, positions)
+        if self.frequencies is None:
+            return q, k, v
+        angle = positions[..., None, None] * jnp.asarray(self.frequencies, jnp.float32)
+        q, k = (_rotary.turn(z.astype(jnp.float32), angle).astype(z.dtype) for z in (q, k))
+        return q, k, v
+
+
+def _call(function: Callable[..., Any] | str, module: Any, *args: jax.Array) -> Any:
+    """A function of a module, or its method of that name."""
+    return (
+        getattr(module, function)(*args) if isinstance(function, str) else function(module, *args)
+    )
+
+
 def decoder(
-    model: nnx.Module,
+    model: nnx.Module | linen.Module,
     attention: AttentionSpec | Sequence[AttentionSpec],
     *,
     layers: str = "layers",
+    rotate: bool = False,
     embed: Callable[..., jax.Array] | None = None,
     qkv: Callable[..., tuple[jax.Array, ...]] | None = None,
     finish: Callable[..., jax.Array] | None = None,
     logits: Callable[..., jax.Array] | None = None,
 ) -> Model:
-    """The decoder of an nnx model that computes everything but attention in four functions.
+    """The decoder of a Flax model that computes everything but attention in four functions.
 
     They are methods of the model and its layers, or functions that are given here for a model whose code
     is another's: `embed(model, tokens, positions)`, `qkv(layer, x, positions)` gives q [B, T, H, D], k
@@ -61,10 +88,13 @@ def decoder(
     attention's output y [B, T, H, D], and `logits(model, x)`.
 
     Args:
-      model: with the layers in a list, or stacked in one module whose parameters have a first axis of L,
-        which are copied once.
+      model: with the layers in a list; in nnx also stacked in one module whose parameters have a first
+        axis of L, which are copied once. A linen model with its variables, `model.bind(variables)`,
+        whose layers `setup` makes.
       attention: of all layers, or of each.
       layers: name of the attribute that holds them.
+      rotate: whether `qkv` leaves the rotary embedding out, which is then applied to q and k here, with
+        each layer's `AttentionSpec.frequencies` (half-split convention).
       embed: None for the model's method `embed(tokens, positions)`.
       qkv: None for the layers' method `qkv(x, positions)`.
       finish: None for the layers' method `finish(x, y)`.
@@ -74,9 +104,13 @@ def decoder(
       `Model`, which shares the other parameters.
 
     Raises:
-      ValueError: functions that are neither given nor methods, or a number of `attention` that is not
-        that of the layers.
+      ValueError: functions that are neither given nor methods, a linen model that is not bound, or a
+        number of `attention` that is not that of the layers.
     """
+    if isinstance(model, linen.Module) and model.scope is None:
+        raise ValueError(
+            f"model is a linen {type(model).__name__} without variables: give model.bind(variables)"
+        )
     held = getattr(model, layers, None)
     if held is None:
         raise ValueError(
@@ -85,7 +119,7 @@ def decoder(
     parts = _layers(held, layers)
     given = {"embed": embed, "qkv": qkv, "finish": finish, "logits": logits}
     of = {name: name if x is None else x for name, x in given.items()}
-    for thing, what in ((model, "model"), (nnx.merge(*parts[0]), "layer")):
+    for thing, what in ((model, "model"), (_merged(*parts[0]), "layer")):
         missing = [
             name
             for name in _METHODS[what]
@@ -96,18 +130,19 @@ def decoder(
                 f"{what} {type(thing).__name__} has no method {', '.join(missing)}: write it, or give "
                 f"{missing[0]}= as a function of the {what}"
             )
-    graph, state = nnx.split(model)
-    state = jax.tree.map_with_path(lambda path, x: _NOTHING if _is_in(path, layers) else x, state)
     specs = (attention,) * len(parts) if isinstance(attention, AttentionSpec) else tuple(attention)
+    qkv_of = [_Rotated(of["qkv"], spec.frequencies) if rotate else of["qkv"] for spec in specs]
+    static, state = _split(model)
+    state = _without(model, state, layers, parts)
     params, tree = jax.tree.flatten(state)
     out = Model(
         tuple(params),
-        tuple(tuple(jax.tree.leaves(state)) for _, state in parts),
+        tuple(tuple(jax.tree.leaves(own)) for _, own in parts),
         specs,
-        _Method(graph, tree, of["embed"]),
-        _of_layers(parts, of["qkv"]),
-        _of_layers(parts, of["finish"]),
-        _Method(graph, tree, of["logits"]),
+        _Method(static, tree, of["embed"]),
+        _of_layers(parts, qkv_of),
+        _of_layers(parts, [of["finish"]] * len(parts)),
+        _Method(static, tree, of["logits"]),
     )
     check_model(out)
     return out
@@ -116,10 +151,38 @@ def decoder(
 _NOTHING = np.zeros(0, np.float32)  # in the place of the layers' parameters in the model's own
 
 
-def _of_layers(parts, function) -> Any:
-    """One function, or one of each layer where their structures differ."""
-    all_ = tuple(_Method(graph, jax.tree.structure(state), function) for graph, state in parts)
-    return all_[0] if all(x == all_[0] for x in all_) else all_
+def _split(module: Any) -> tuple[Any, Any]:
+    """What of a module is static, and its arrays."""
+    return module.unbind() if isinstance(module, linen.Module) else nnx.split(module)
+
+
+def _merged(static: Any, state: Any) -> Any:
+    """The module again."""
+    return static.bind(state) if isinstance(static, linen.Module) else nnx.merge(static, state)
+
+
+def _of_layers(parts, functions) -> Any:
+    """One function, or one of each layer where their structures differ.
+
+    Equal ones are one object: to compare structures costs more than a small program.
+    """
+    kinds: list[_Method] = []
+    each = []
+    for (static, state), function in zip(parts, functions, strict=False):  # `check_model` counts
+        own = _Method(static, jax.tree.structure(state), function)
+        found = next((x for x in kinds if x == own), own)
+        if found is own:
+            kinds.append(own)
+        each.append(found)
+    return kinds[0] if len(kinds) == 1 else tuple(each)
+
+
+def _without(model, state, layers, parts) -> Any:
+    """The state of a model without its layers' parameters."""
+    if isinstance(model, linen.Module):  # which may call its layers otherwise than the attribute
+        theirs = {id(x) for _, own in parts for x in jax.tree.leaves(own)}
+        return jax.tree.map(lambda x: _NOTHING if id(x) in theirs else x, state)
+    return jax.tree.map_with_path(lambda path, x: _NOTHING if _is_in(path, layers) else x, state)
 
 
 def _is_in(path, name) -> bool:
@@ -128,18 +191,23 @@ def _is_in(path, name) -> bool:
     return getattr(first, "key", getattr(first, "name", None)) == name
 
 
-def _layers(held, name) -> list[tuple[nnx.GraphDef, Any]]:
-    """The structure and the state of each layer."""
+def _layers(held, name) -> list[tuple[Any, Any]]:
+    """What is static of each layer, and its arrays."""
+    if isinstance(held, linen.Module):
+        raise ValueError(
+            f"model.{name} is one linen {type(held).__name__}: a list of layers is needed, without "
+            f"nn.scan; for stacked parameters make a decode.Model, layer by layer"
+        )
     if isinstance(held, nnx.Module) and not isinstance(held, nnx.List):
         sizes = {x.shape[:1] for x in jax.tree.leaves(nnx.state(held))}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(
                 f"model.{name} has parameters with first axes {sorted(sizes)}: a stack of layers has one"
             )
-        graph, state = nnx.split(held)
+        static, state = nnx.split(held)
         number = sizes.pop()[0]
-        return [(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(number)]
-    parts = [nnx.split(layer) for layer in held]
+        return [(static, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(number)]
+    parts = [_split(layer) for layer in held]
     if not parts:
         raise ValueError(f"model.{name} is empty")
     return parts

@@ -25,12 +25,17 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
                 return cross_entropy(model(ids), ids)
 
     The name is changed for the whole process meanwhile, so trace in one thread. A model that has bound
-    the function under a name of its own, or writes its products out, is not reached.
+    the function under a name of its own, or writes its products out, is not reached: `adapters.decoder`
+    is for those.
 
     Args:
       attention_fn: such as `adapters.attention_fn(plan_of)`; it takes `scale` where the model gives one.
+
+    Raises:
+      ValueError: at the end, if nothing was reached: the function was not called by its name meanwhile.
     """
     stock, module = jax.nn.dot_product_attention, cast(Any, jax.nn)
+    reached = False
 
     def dot_product_attention(
         query: jax.Array,
@@ -47,6 +52,8 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
         implementation: Any = None,
         return_residual: bool = False,
     ) -> jax.Array:
+        nonlocal reached
+        reached = True
         del implementation
         if return_residual:
             raise ValueError("return_residual is True: an attention_fn returns the outputs alone")
@@ -66,6 +73,12 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
         yield
     finally:
         module.dot_product_attention = stock
+    if not reached:
+        raise ValueError(
+            "nothing was reached: jax.nn.dot_product_attention was not called by that name. Open the "
+            "patch inside of the jitted function, where the model is traced; a model that writes its "
+            "attention out is reached by adapters.decoder, flax's modules by adapters.set_attention_fn"
+        )
 
 
 def _window(window: int | tuple[int, int] | None, queries: int, keys: int) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from jbalance.attention._slices import (
     read_slice,
     write_slice,
 )
+from jbalance.attention._varying import axes_of
 from jbalance.attention.partial import EMPTY
 
 _NOWHERE = 2**30  # position of a key that is not there
@@ -73,7 +74,7 @@ class Problem:
         cap = rules.soft_cap
         self.logit_scale = rules.scale * LOG2_E if cap is None else rules.scale / cap
         leaves = jax.tree.leaves((operands, where))
-        self.axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+        self.axes = frozenset().union(*(axes_of(x) for x in leaves))
 
     def _count_plain(self):
         """How many tiles at the begin of each list have no masked element; None if unknown.

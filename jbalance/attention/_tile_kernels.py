@@ -92,12 +92,6 @@ def inputs_of(operands: Operands, where: Visibility, widen: Any) -> Inputs:
     return Inputs(widen(q), widen(k), widen(v), bias, where.q_ids, where.k_ids, offset, *lists)
 
 
-def like(x: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """A result that varies over the same mesh axes as x, as `shard_map` needs it."""
-    axes = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
-
-
 def dot(a: jax.Array, b: jax.Array, turned: bool = False) -> jax.Array:
     """a b, or a b^T, in float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT

@@ -14,6 +14,7 @@ from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Visibility
+from jbalance.attention._varying import axes_of
 from jbalance.attention.partial import Partial
 from jbalance.attention.plan import TilePlan, in_order
 
@@ -175,11 +176,11 @@ def _same_type(tree):
 
     Outside of the custom gradient, so that those of operands that devices share are summed.
     """
-    types = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)]
+    types = [axes_of(x) for x in jax.tree.leaves(tree)]
     axes = frozenset().union(*types)
 
     def cast(x):
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        missing = tuple(axes - axes_of(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if axes else tree

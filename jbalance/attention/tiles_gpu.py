@@ -39,11 +39,11 @@ from jbalance.attention._tile_kernels import (
     Saved,
     cut,
     dot,
-    like,
     logits,
     saved_rows,
     unsupported_bias,
 )
+from jbalance.attention._varying import like
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
 

@@ -28,7 +28,8 @@ from jbalance.attention import _tile_kernels
 from jbalance.attention._grid_tpu import LANES, Walk, column_of, laid, lane_width, prepared, row_of
 from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention._slices import pad
-from jbalance.attention._tile_kernels import Inputs, Saved, dot, like
+from jbalance.attention._tile_kernels import Inputs, Saved, dot
+from jbalance.attention._varying import like
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import transposed
 

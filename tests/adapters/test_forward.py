@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from jbalance import adapters
 from jbalance.adapters import Tiles
@@ -87,6 +87,54 @@ def test_functions_beside_the_model_reach_code_that_has_no_methods():
     np.testing.assert_allclose(
         adapters.forward(decoder, TOKENS), model.table.attend(x), rtol=1e-4, atol=1e-4
     )
+
+
+class LinenModel(linen.Module):
+    """As the packages write theirs: blocks of `setup`, no methods for the library."""
+
+    def setup(self):
+        self.table = linen.Embed(11, 16)
+        self.blocks = [LinenBlock() for _ in range(2)]
+
+    def __call__(self, tokens):
+        x = self.table(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.table.attend(x)
+
+
+class LinenBlock(linen.Module):
+    def setup(self):
+        self.q, self.k, self.v, self.o = (linen.Dense(16) for _ in range(4))
+
+    def act(self, x):
+        return jnp.tanh(x)
+
+    def __call__(self, x):
+        q, k, v = (_heads(p(x)) for p in (self.q, self.k, self.v))
+        angle = jnp.arange(x.shape[1])[:, None, None] * jnp.asarray([1.0, 0.5, 0.1, 0.0])
+        q, k = (_turned(z, angle) for z in (q, k))
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return x + self.act(self.o(y.reshape(x.shape)))
+
+
+def _turned(x, angle):
+    """Half-split pairs as complex numbers."""
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(1j * angle)
+    return jnp.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+def test_a_linen_model_is_reached_and_rotated_here():
+    model, spec = LinenModel(), AttentionSpec(2, 2, 8, (1.0, 0.5, 0.1, 0.0))
+    variables = model.init(jax.random.key(0), TOKENS)
+    given = FUNCTIONS | {"layers": "blocks", "rotate": True}
+    decoder = adapters.decoder(model.bind(variables), spec, **given)
+    assert not isinstance(decoder.qkv, tuple), "equal layers share their programs"
+    np.testing.assert_allclose(
+        adapters.forward(decoder, TOKENS), model.apply(variables, TOKENS), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match=r"without variables: give model\.bind"):
+        adapters.decoder(model, spec, **given)
 
 
 def test_what_is_not_reached_is_named():

@@ -86,3 +86,19 @@ def test_a_scale_is_applied_in_float32():
     with adapters.patch_dot_product_attention(adapters.attention_fn()):
         got = jax.nn.dot_product_attention(q, k, k, scale=8.0, is_causal=True)
     np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-6)
+
+
+def test_nothing_reached_is_an_error():
+    stock = jax.nn.dot_product_attention
+    for model in (lambda x: x, lambda x: stock(x, x, x)):  # and one that has bound it before
+        with (
+            pytest.raises(ValueError, match=r"nothing was reached.*adapters\.decoder"),
+            adapters.patch_dot_product_attention(adapters.attention_fn()),
+        ):
+            model(jnp.ones((1, 4, 1, 8)))
+    with (  # the model's own error is not hidden
+        pytest.raises(ZeroDivisionError),
+        adapters.patch_dot_product_attention(adapters.attention_fn()),
+    ):
+        _ = 1 / 0
+    assert jax.nn.dot_product_attention is stock
