@@ -30,7 +30,7 @@ from experiments.harness import texts
 from experiments.kv_budget import measure
 from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
 from jbalance import cache, importance
-from jbalance.cache import KVCache, _codec, _prefill, _step
+from jbalance.cache import KVCache, _codec, _prefill, _settle
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._pages import Arena
 from jbalance.resources import kv_entry_bytes
@@ -308,7 +308,7 @@ def _flush_seconds(context: Context, held: KVCache) -> tuple[float, int]:
             recent_energy=new[2],
             recent_count=jnp.array([recent]),
         )
-        return _step.settle(made, allowance)[0]
+        return _settle.settle(made, allowance)[0]
 
     made, taken = jax.tree.map(jnp.copy, held), []
     news = [jax.block_until_ready(tokens(i * recent)) for i in range(2 * _report.REPETITIONS)]

@@ -18,10 +18,10 @@ from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
+from jbalance.cache._settle import checked_allowance
 from jbalance.cache._sight import Ages
 from jbalance.cache._step import (
     check_without_windows,
-    checked_allowance,
     held_attention,
     recent_attention,
     scaled,

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jbalance.attention import Partial, merge
-from jbalance.cache import KVCache, _cache, _prefill, _step
+from jbalance.cache import KVCache, _prefill, _requests, _settle, _step
 from jbalance.cache._sight import Limits
 from jbalance.cache._step import held_attention, recent_attention
 from jbalance.decode.context import is_local
@@ -149,23 +149,23 @@ def _admit(cache, request, layer, k, v, w, pages, number, start):
 @functools.partial(jax.jit, donate_argnums=0)
 def settle(cache: KVCache, allowance_pages: jax.Array) -> KVCache:
     """Full recent buffers let their older half enter the arena."""
-    return _step.settle(cache, allowance_pages)[0]
+    return _settle.settle(cache, allowance_pages)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def counted(cache: KVCache, active: jax.Array) -> tuple[KVCache, jax.Array]:
     """The token in the recent buffers counts now; and whether a buffer is full."""
-    cache = _step.advanced(cache, active)
+    cache = _settle.advanced(cache, active)
     return cache, jnp.any(cache.recent_count >= cache.recent_tokens)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def shrink(cache: KVCache, request: jax.Array, allowance_pages: jax.Array) -> KVCache:
     """A request's tokens weighed anew within fewer pages."""
-    return _cache.shrink(cache, request, allowance_pages)[0]
+    return _requests.shrink(cache, request, allowance_pages)[0]
 
 
-release = jax.jit(_cache.release, donate_argnums=0)
+release = jax.jit(_requests.release, donate_argnums=0)
 
 
 def total(devices: Sequence[jax.Device], outputs: list[Any]) -> Any:

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import checkify
 
 from jbalance import cache
-from jbalance.cache import _cache, _pages, _prefill, _price
+from jbalance.cache import _pages, _prefill, _price, _requests
 from tests.support.small_cache import (
     FREQUENCIES,
     MANY,
@@ -25,7 +25,7 @@ from tests.support.small_cache import (
 )
 
 prefill = compiled("prompts", jax.jit).prefill
-shrink = jax.jit(_cache.shrink)
+shrink = jax.jit(_requests.shrink)
 UNITS = L * K
 LENGTHS = np.array([S, 13])
 

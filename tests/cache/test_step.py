@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jbalance import cache
-from jbalance.cache import _cache, _step
+from jbalance.cache import _cache, _requests, _settle
 from tests.support.small_cache import (
     ALL,
     BITS,
@@ -114,7 +114,7 @@ def test_the_order_of_the_layers_does_not_matter():
 def test_attention_is_over_what_stays_of_tokens_too():
     rng, held = np.random.default_rng(0), create()
     _, held = both.prefill(held, *drawn(rng, size=S), np.array([S, 0]), MANY)
-    held, report = jax.jit(_cache.shrink)(held, 0, held.floor_pages)
+    held, report = jax.jit(_requests.shrink)(held, 0, held.floor_pages)
     assert held.centroids.count.sum() == report.evicted > 20
     low = np.full(B, held.floor_pages, np.int32)
     q, k, v = drawn(rng)
@@ -148,7 +148,7 @@ def test_what_settled_is_reported():
         _, held = both.step(held, *drawn(rng), MANY, FIRST, ORDER)
     before = held.arena.count.sum()
     held = dataclasses.replace(held, recent_count=held.recent_count + np.array([1, 0]))
-    settle = jax.jit(_step.settle)
+    settle = jax.jit(_settle.settle)
     same, report = settle(held, np.array([held.floor_pages - 1, 0], np.int32))
     np.testing.assert_array_equal(report.shortfall > 0, FIRST)
     np.testing.assert_array_equal(report.rejected, FIRST * UNITS * R // 2)
