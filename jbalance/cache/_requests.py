@@ -14,7 +14,6 @@ from jbalance._bits import in_32_bits
 from jbalance.cache import _admit, _pages
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
-from jbalance.cache._sight import Ages
 
 
 def shrink(
@@ -27,7 +26,7 @@ def shrink(
     time, ages = None, None
     if cache.clock is not None:
         time = jnp.zeros((0, 0), jnp.int32)
-        ages = Ages(cache.clock.window, *(cache.clock.next[request],) * 2)
+        ages = cache.clock.ages(request)
     arena, centroids, report = _admit.admit(
         cache.arena,
         cache.centroids,

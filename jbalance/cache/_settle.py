@@ -13,7 +13,7 @@ from jbalance import checks
 from jbalance.cache import _admit, _centroids, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
-from jbalance.cache._sight import NO_WINDOW, Ages
+from jbalance.cache._sight import NO_WINDOW
 from jbalance.importance.token_worth import decoded_worth
 
 
@@ -90,7 +90,7 @@ def _flush(cache, request, allowance_pages):
     time, ages = None, None
     if cache.clock is not None:
         time = jnp.broadcast_to(cache.clock.recent[request, place], code.shape)
-        ages = Ages(cache.clock.window, *(cache.clock.next[request],) * 2)
+        ages = cache.clock.ages(request)
     arena, centroids, report = _admit.admit(
         cache.arena,
         cache.centroids,

@@ -90,6 +90,10 @@ class Clock:
     next: jax.Array  # [B] int32 position of each request's next token
     recent: jax.Array  # [B, R] int32 positions of the recent tokens
 
+    def ages(self, request: jax.Array | int) -> Ages:
+        """Of a request between two tokens."""
+        return Ages(self.window, self.next[request], self.next[request])
+
 
 def clock_bytes(num_requests: int, units_per_request: int, recent_tokens: int) -> int:
     """Bytes of a `Clock`."""

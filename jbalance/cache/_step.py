@@ -128,11 +128,9 @@ def attend_token(
             held = merge(held, held_attention(context, 0, layer, q, position, limits))
             if context.recent_tokens:
                 held = merge(held, recent_attention(context, 0, layer, q, position, limits))
-        age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
-        count = cache.recent_count[request]
-        near = True if position is None else _in_window(cache, request, position[0], limits)
-        before = (age < count) & near & (energy >= 0)
-        seen = (before | (age == count))[:, None]
+        one = None if position is None else position[:1]  # its queries are of one token
+        before = _recent_seen(cache, request, energy, one, limits)[:, 0]
+        seen = (before | (np.arange(cache.recent_tokens) == place))[:, None]
         y, attention = _attend_recent(q, keys, values, seen, held, limits)
         gained = jnp.sum(jnp.square(attention), axis=1)
         return y, jnp.where(before & active[request] & jnp.isfinite(gained), gained, 0)
@@ -190,12 +188,17 @@ def held_attention(
     return part if limits.soft_cap is not None else part._replace(lse=part.lse + shift)
 
 
-def _in_window(cache, request, position, limits):
-    """Whether a request's recent tokens [R] are in the window of a query at position [...]: [..., R]."""
-    if limits.window is None:
-        return np.ones((), bool)
-    position = position if jnp.ndim(position) == 0 else position[..., None]
-    return position - cache.clock.recent[request] < limits.window
+def _recent_seen(cache, request, energy, position, limits):
+    """Which recent tokens of a request queries at positions [T] see, by their energies [K, R].
+
+    Returns:
+      [K, T, R] bool; T is 1 without a window.
+    """
+    age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
+    seen = ((age < cache.recent_count[request]) & (energy >= 0))[:, None]
+    if limits.window is not None:
+        seen &= position[:, None] - cache.clock.recent[request] < limits.window
+    return seen
 
 
 def recent_attention(
@@ -208,12 +211,11 @@ def recent_attention(
 ) -> Partial:
     """Attention of queries [K, T, D] at positions [T] over a request's recent tokens."""
     units = cache.units(request, layer)
-    keys, values = (x.at[units].get(mode="clip") for x in (cache.recent_keys, cache.recent_values))
-    age = (jnp.arange(cache.recent_tokens) - cache.recent_start[request]) % cache.recent_tokens
-    valid = (age < cache.recent_count[request]) & (units < cache.key_mean.shape[0])[:, None]
-    valid &= cache.recent_energy.at[units].get(mode="clip") >= 0
-    valid = valid[:, None] & _in_window(cache, request, position, limits)
-    return _dense(q, keys, values, valid, limits)[0]
+    buffers = cache.recent_keys, cache.recent_values, cache.recent_energy
+    keys, values, energy = (x.at[units].get(mode="clip") for x in buffers)
+    here = (units < cache.key_mean.shape[0])[:, None, None]
+    seen = here & _recent_seen(cache, request, energy, position, limits)
+    return _dense(q, keys, values, seen, limits)[0]
 
 
 def _attend_recent(q, keys, values, valid, held, limits):
