@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 from jbalance.types import Binding, Fill, Status
 
 # Weight of units that are at their caps whatever the level, the open ones' being 1.
@@ -84,7 +84,7 @@ def water_fill(
 
 def _checked(w, budget, floor, cap, segment_of, segment_floor, segment_cap):
     """The arguments in float32 and int32; ValueError for what does not fit."""
-    checks.unsplit_otherwise(w=w, floor=floor, cap=cap, segment_of=segment_of)
+    _axes.unsplit_otherwise(w=w, floor=floor, cap=cap, segment_of=segment_of)
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
     w = checks.non_negative("w", w)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.types import container
 
 
@@ -48,7 +48,7 @@ def by_group(
       ValueError: shapes that do not fit, negative attention, an error that is not finite, a group that
         there is not.
     """
-    checks.unsplit(attention=attention, group_of=group_of, error=error)
+    _axes.unsplit(attention=attention, group_of=group_of, error=error)
     checks.rank("attention", attention, 1, "[U]")
     attention = checks.non_negative("attention", attention)
     checks.rank("group_of", group_of, 1, "[U]")

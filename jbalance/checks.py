@@ -289,24 +289,6 @@ def static_float(
     return number
 
 
-def device_budgets(
-    name: str, budgets: Any, device_of: Any, units_name: str, units: Any
-) -> tuple[Any, Any]:
-    """Both in int32; ValueError unless `budgets` [] or [G] are whole and `device_of` [U] fits them."""
-    rank(name, budgets, (0, 1), "[] or [G]")
-    non_empty(name, budgets)
-    budgets = whole(name, budgets)
-    if device_of is not None:
-        rank("device_of", device_of, 1, "[U]")
-        same_length("device_of", device_of, units_name, units)
-        device_of = index_below("device_of", device_of, np.size(budgets))
-    elif np.size(budgets) > 1:
-        raise ValueError(
-            f"device_of is None, but {name} has {np.size(budgets)} entries: say which unit is where"
-        )
-    return budgets, device_of
-
-
 def choice(name: str, value: str, table: Any) -> Any:
     """The entry of `table` called `value`; ValueError that lists the names otherwise."""
     try:
@@ -357,26 +339,3 @@ def largest_finite(name: str, x: Any) -> None:
     """`finite` of a large array: only its largest magnitude leaves the device."""
     if np.size(x):
         finite(f"the largest |{name}|", jnp.max(jnp.abs(jnp.asarray(x))))
-
-
-def unsplit(**arrays: Any) -> None:
-    """ValueError for arrays split over explicit mesh axes, whose sums and sorts would cross devices."""
-    for name, x in arrays.items():
-        if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec):
-            raise ValueError(
-                f"{name} is split over explicit mesh axes, {jax.typeof(x).sharding.spec}: use the "
-                f"function of this name in jbalance.sharded, or put it together by jax.sharding.reshard"
-            )
-
-
-def unsplit_otherwise(**arrays: Any) -> None:
-    """`unsplit`, unless the vectors among the arrays are all split alike."""
-    vectors = [
-        jax.typeof(x).sharding.spec for x in arrays.values() if isinstance(x, jax.Array) and x.ndim
-    ]
-    hosts = any(
-        isinstance(x, list | tuple) or (isinstance(x, np.ndarray) and x.ndim > 0)
-        for x in arrays.values()
-    )
-    if hosts or len(set(map(tuple, vectors))) > 1:
-        unsplit(**arrays)

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 from jbalance._water_fill import water_fill
 from jbalance.types import ShareRule, Status
 
@@ -124,7 +124,7 @@ def constrained(
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both")
     if group_floor is not None:
-        checks.unsplit(alpha=alpha, group_of=group_of)
+        _axes.unsplit(alpha=alpha, group_of=group_of)
         checks.rank("group_floor", group_floor, 1, "[P]")
         group_floor = checks.in_range("group_floor", group_floor, 0, 1)
         group_of = checks.index_below("group_of", group_of, np.shape(group_floor)[0])

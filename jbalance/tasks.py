@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbalance import _axes, allocate, checks, resources, shares
 from jbalance import _search as search
-from jbalance import allocate, checks, resources, shares
 from jbalance.types import Resources, Status, container
 
 
@@ -62,7 +62,7 @@ def divide(
     Raises:
       ValueError: shapes or ranges as above; floors of the active tasks above 1.
     """
-    checks.unsplit(w=w, active=active, capacity=capacity, demand=demand, used=used)
+    _axes.unsplit(w=w, active=active, capacity=capacity, demand=demand, used=used)
     checks.rank("w", w, 1, "[N]")
     w = checks.non_negative("w", w)
     active = checks.booleans("active", active, np.shape(w), "[N]")

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EFFORT = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 QUICK = {
     EFFORT: "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": (  # every core has a worker of the tests: one thread compiles a program
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    ),
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }

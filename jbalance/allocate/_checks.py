@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from jbalance import checks
@@ -13,7 +15,7 @@ def whole_inputs(w, budget, floor, cap, device_of):
     checks.rank("w", w, 1, "[U]")
     checks.non_empty("w", w)
     w = checks.non_negative("w", w)
-    budget, device_of = checks.device_budgets("budget", budget, device_of, "w", w)
+    budget, device_of = _device_budgets("budget", budget, device_of, "w", w)
     for name, x in (("floor", floor), ("cap", cap)):
         checks.rank(name, x, (0, 1), "[] or [U]")
         if np.ndim(x):
@@ -60,7 +62,7 @@ def ladder_inputs(values, costs, budgets, device_of, total_budget):
                 f"costs must rise with the level: the step up from costs{list(index)} is "
                 f"{int(steps[index])}, it must be at least 1"
             )
-    budgets, device_of = checks.device_budgets("budgets", budgets, device_of, "values", values)
+    budgets, device_of = _device_budgets("budgets", budgets, device_of, "values", values)
     if total_budget is not None:
         checks.rank("total_budget", total_budget, 0, "[]")
         total_budget = checks.whole("total_budget", total_budget)
@@ -84,3 +86,21 @@ def ladder_feasible(out, values, costs, budgets, device_of, total_budget) -> Non
         f"total_budget is {int(total_budget)}, but level 0 of all units costs {spent.sum()}: "
         f"{spent.sum() - int(total_budget)} is missing"
     )
+
+
+def _device_budgets(
+    name: str, budgets: Any, device_of: Any, units_name: str, units: Any
+) -> tuple[Any, Any]:
+    """Both in int32; ValueError unless `budgets` [] or [G] are whole and `device_of` [U] fits them."""
+    checks.rank(name, budgets, (0, 1), "[] or [G]")
+    checks.non_empty(name, budgets)
+    budgets = checks.whole(name, budgets)
+    if device_of is not None:
+        checks.rank("device_of", device_of, 1, "[U]")
+        checks.same_length("device_of", device_of, units_name, units)
+        device_of = checks.index_below("device_of", device_of, np.size(budgets))
+    elif np.size(budgets) > 1:
+        raise ValueError(
+            f"device_of is None, but {name} has {np.size(budgets)} entries: say which unit is where"
+        )
+    return budgets, device_of

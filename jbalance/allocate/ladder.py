@@ -21,8 +21,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance import _axes
 from jbalance import _search as search
-from jbalance import checks
 from jbalance.allocate import _checks
 from jbalance.allocate._hull import Hull, by_level, hull_of
 from jbalance.types import Allocation, Binding, Status
@@ -72,7 +72,7 @@ def ladder(
 
     Reference: Fox, Operations Research 14 (1966) for equal costs; Shih, J. Oper. Res. Soc. 30 (1979).
     """
-    checks.unsplit(values=values, costs=costs, device_of=device_of)
+    _axes.unsplit(values=values, costs=costs, device_of=device_of)
     values, costs, budgets, device_of, total_budget = _checks.ladder_inputs(
         values, costs, budgets, device_of, total_budget
     )

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 from jbalance._water_fill import water_fill
 from jbalance.allocate import _checks
 from jbalance.types import Binding, IntegerAllocation, Status
@@ -64,7 +64,7 @@ def whole(
 
     Reference: Balinski and Young, Fair Representation (1982); Fox, Operations Research 14 (1966).
     """
-    checks.unsplit(w=w, floor=floor, cap=cap, device_of=device_of)
+    _axes.unsplit(w=w, floor=floor, cap=cap, device_of=device_of)
     solve = checks.choice("method", method, ROUNDINGS)
     w, budget, floor, cap, device_of = _checks.whole_inputs(w, budget, floor, cap, device_of)
     if method == "largest_remainder" and checks.is_concrete(budget):

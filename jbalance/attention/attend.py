@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Visibility
@@ -83,7 +83,7 @@ def attend(
 
     Method: Dao et al., FlashAttention (arXiv:2205.14135), over lists of tiles.
     """
-    checks.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, hint))
         for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS))

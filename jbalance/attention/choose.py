@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import checkify
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import plan as plans
 from jbalance.attention.plan import TilePlan
@@ -89,7 +89,7 @@ def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(score, num_tiles, tiling, floor, where):
     """score, num_tiles and floor as numbers of the device; ValueError for what does not fit."""
-    checks.unsplit(score=score)
+    _axes.unsplit(score=score)
     checks.instance("tiling", tiling, Tiling)
     checks.rank("score", score, 4, "[B, H, I, J]")
     if np.shape(score)[2:] != tiling.shape:

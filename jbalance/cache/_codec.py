@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 
 BITS = (1, 2, 3, 4, 8)
@@ -93,7 +93,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     Raises:
       ValueError: unsupported D, bits or dtype; values that are not finite or too long for the norm.
     """
-    checks.unsplit(x=x)
+    _axes.unsplit(x=x)
     x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
     bits = _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)

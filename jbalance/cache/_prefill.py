@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import checkify
 
-from jbalance import attention, checks
+from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _price
@@ -143,7 +143,7 @@ def _checked(cache, q, k, v):
     checks.instance("cache", cache, KVCache)
     check_without_windows(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
-    checks.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, "[B, S, H or K, D]"))
         for name, x in (("q", q), ("k", k), ("v", v))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
 from jbalance.cache import _centroids
@@ -262,7 +262,7 @@ def _checked(cache, q, k, v, context):
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     if cache.recent_tokens == 0:
         raise ValueError("cache has no recent buffer: it is a context, which is only read")
-    checks.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
         checks.floats(name, x, 3, "[B, H or K, D]") for name, x in (("q", q), ("k", k), ("v", v))
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 
 # That labels are taken to mean by themselves: names of classes in their place would fill the memory.
 _MOST_CLASSES = 2**20
@@ -23,7 +23,7 @@ def samples(x: ArrayLike, y: ArrayLike, num_classes: int | None) -> Samples:
     differ by less than float32 can tell.
     C is read from y where it has a value, up to 2^20; under jit it is a shape, and must be said.
     """
-    checks.unsplit(x=x, y=y)
+    _axes.unsplit(x=x, y=y)
     checks.rank("x", x, 2, "[B, N]")
     checks.rank("y", y, 1, "[B]")
     checks.same_length("y", y, "x", x)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance._exp2 import LOG2_E, exp2
 from jbalance.importance import _tokens
 from jbalance.tiling import Tiling
@@ -86,7 +86,7 @@ def checked(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, tiling: Tiling, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """q, k and v as arrays, and rows; ValueError for shapes and numbers that do not fit."""
-    checks.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v)
     checks.instance("tiling", tiling, Tiling)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, hint))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 
 QUERY_BLOCK_TOKENS = 128
 HIDDEN = -1e30  # logit of what a query cannot see; finite, so that gradients are
@@ -20,7 +20,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [T, H, D], k [S, K, D] and v [S, K, Dv], checked and in float32."""
-    checks.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
         _float32(name, checks.floats(name, x, 3, hint))
         for name, x, hint in (("q", q, "[T, H, D]"), ("k", k, "[S, K, D]"), ("v", v, "[S, K, D]"))

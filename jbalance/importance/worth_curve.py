@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 
 # Half octaves of float32, from 0 to infinity: the exponent and one bit of the fraction.
 CURVE_BINS = 2 * 255
@@ -31,7 +31,7 @@ def worth_curve(value: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     Raises:
       ValueError: values that are negative or NaN, shapes that do not fit.
     """
-    checks.unsplit(value=value)
+    _axes.unsplit(value=value)
     checks.rank("value", value, tuple(range(1, 9)), "[..., N]")
     checks.non_empty("value", value)
     value = checks.non_negative("value", value)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 
 _COLUMNS = 8192
 # Exponents of a gradient's largest entry: between them its square, and that of 2^40 such entries, is a
@@ -39,7 +39,7 @@ def gramian(task_grads: chex.ArrayTree, *, axis_name: str | None = None) -> jax.
       ValueError: no leaves, leaves whose first axes differ, complex or whole numbers, NaN or infinity.
     """
     for leaf in jax.tree.leaves(task_grads):
-        checks.unsplit(task_grads=leaf)
+        _axes.unsplit(task_grads=leaf)
     check_grads(task_grads)
     return gram_of(task_grads, axis_name)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.types import Status
 
 ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
@@ -14,7 +14,7 @@ ROUNDING = 1e-6  # relative: sums of float32 that differ by less are the same
 
 def check_loads(loads: ArrayLike, num_devices: int) -> tuple[ArrayLike, int]:
     """Loads [U] in float32 and the number; ValueError unless they are >= 0 and there is a device."""
-    checks.unsplit(loads=loads)
+    _axes.unsplit(loads=loads)
     checks.rank("loads", loads, 1, "[U]")
     checks.non_empty("loads", loads)
     loads = checks.non_negative("loads", loads)
@@ -67,7 +67,7 @@ def check_memory(
         raise ValueError(f"{missing} is None, but {given} is given: give both or neither")
     if memory is None:
         return None, None
-    checks.unsplit(memory=memory)
+    _axes.unsplit(memory=memory)
     checks.rank("memory", memory, 1, "[U]")
     checks.same_length("memory", memory, "loads", loads)
     memory = checks.non_negative("memory", memory)

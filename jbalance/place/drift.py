@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbalance import _axes, checks
 from jbalance import _search as search
-from jbalance import checks
 from jbalance.place import _copies
 from jbalance.place._exchange import Problem
 from jbalance.place._inputs import (
@@ -67,7 +67,7 @@ def rebalance(
         or threshold negative.
     """
     loads, num_devices = check_loads(loads, num_devices)
-    checks.unsplit(device_of=device_of, size=size)
+    _axes.unsplit(device_of=device_of, size=size)
     checks.rank("device_of", device_of, 1, "[U]")
     checks.same_length("device_of", device_of, "loads", loads)
     device_of = checks.index_below("device_of", device_of, num_devices)

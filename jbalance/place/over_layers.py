@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.place._exchange import Problem, first_least
 from jbalance.place._inputs import (
     ROUNDING,
@@ -89,7 +89,7 @@ def over_layers_bound(
 
 def _check(loads, memory, room, speed):
     """The arguments of either function in float32; ValueError for bad ones."""
-    checks.unsplit(loads=loads, memory=memory)
+    _axes.unsplit(loads=loads, memory=memory)
     checks.rank("loads", loads, 2, "[L, K]")
     checks.non_empty("loads", loads)
     loads = checks.non_negative("loads", loads)
