@@ -11,15 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.harness import files, palette, runs
-from experiments.harness.statistics import paired_interval
+from experiments.harness.statistics import Interval, crossed_interval, paired_interval
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/results.md")
 HEAD = """# Results
 
 Written by `python -m experiments.harness docs` from the files in `docs/results`; do not edit. Means
 over the seeds, and differences of two arms with their paired 95 % interval by Student's t: what shares
-a seed shares its first parameters and the order of its data. A difference whose interval holds zero is
-none that these runs can show (–).
+a seed shares its first parameters and the order of its data. Where runs kept the figure of each held-out
+case, the interval covers the sample of cases as well as that of seeds. A difference whose interval holds
+zero is none that these runs can show (–).
 """
 
 
@@ -98,11 +99,10 @@ def differences(report: Mapping[str, Any]) -> list[str]:
     for ours, theirs in report.get("compare", []):
         cells = []
         for name in names:
-            of_ours, of_theirs = (runs.figures_of(report, arm, name) for arm in (ours, theirs))
-            if len(of_ours) != len(of_theirs) or len(of_ours) < 2:
+            apart = difference(report, ours, theirs, name)
+            if apart is None:
                 cells.append("")
                 continue
-            apart = paired_interval(of_ours, of_theirs)
             mark = "" if apart.excludes_zero else " –"
             cells.append(f"{apart.mean:+.3g} ± {apart.half:.2g}{mark}")
         if any(cells):
@@ -110,6 +110,17 @@ def differences(report: Mapping[str, Any]) -> list[str]:
     if lines:
         lines = [_row(["difference", *names]), _row(["---"] * (len(names) + 1)), *lines]
     return lines
+
+
+def difference(report: Mapping[str, Any], ours: str, theirs: str, name: str) -> Interval | None:
+    """Of a figure of two arms: over seeds and cases where the runs kept the cases, else over seeds."""
+    of_ours, of_theirs = (runs.cases_of(report, arm, name) for arm in (ours, theirs))
+    if of_ours is not None and of_theirs is not None and of_ours.shape == of_theirs.shape:
+        return crossed_interval(of_ours, of_theirs)
+    values, others = (runs.figures_of(report, arm, name) for arm in (ours, theirs))
+    if len(values) != len(others) or len(values) < 2:
+        return None
+    return paired_interval(values, others)
 
 
 def number(value: float) -> str:

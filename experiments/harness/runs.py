@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from experiments.harness import files, progress
 
@@ -164,6 +170,8 @@ def _check_run(where: str, run: Any) -> None:
             f"a name and a whole number"
         )
     _check_figures(f"{where}.figures", run.get("figures"))
+    for name, packed in run.get("cases", {}).items():
+        unpacked(f"{where}.cases[{name!r}]", packed)
 
 
 def _check_figures(where: str, figures: Any) -> None:
@@ -182,3 +190,34 @@ def figures_of(report: Mapping[str, Any], arm: str, name: str) -> list[float]:
     """One figure of an arm's runs, in the order of the seeds; of those that have it."""
     own = sorted((r for r in report["runs"] if r["arm"] == arm), key=lambda r: r["seed"])
     return [run["figures"][name] for run in own if name in run["figures"]]
+
+
+def packed(cases: ArrayLike) -> str:
+    """A figure of every held-out case, float32 in few letters: what a run has under "cases".
+
+    The mean over the cases is the run's figure of the same name.
+    """
+    content = np.asarray(cases, "<f4")
+    return base64.b64encode(zlib.compress(content.tobytes(), 9)).decode()
+
+
+def unpacked(where: str, text: Any) -> np.ndarray:
+    """[N], what `packed` was given.
+
+    Raises:
+      ValueError: that names `where`, for anything else.
+    """
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<f4")
+    except (TypeError, ValueError, binascii.Error, zlib.error) as error:
+        raise ValueError(f"{where} are no packed cases: {error}") from None
+
+
+def cases_of(report: Mapping[str, Any], arm: str, name: str) -> np.ndarray | None:
+    """[S, N] a figure of an arm's runs by case, in the order of the seeds; None where it has none."""
+    own = sorted((r for r in report["runs"] if r["arm"] == arm), key=lambda r: r["seed"])
+    found = [run.get("cases", {}).get(name) for run in own]
+    if None in found or len(found) < 2:
+        return None
+    rows = [unpacked(f"cases of {name}", x) for x in found]
+    return np.stack(rows) if len({row.size for row in rows}) == 1 else None

@@ -12,15 +12,15 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from experiments.harness import logs
+from experiments.models.packed_encoder import BLOCK, Packed, pack
 from experiments.text_classification import data, features, tokens, transformer
 from experiments.text_classification.data import Split
 from experiments.text_classification.features import Scored, Settings
-from experiments.text_classification.tokens import Kept, Packed, Worth
+from experiments.text_classification.tokens import Kept, Worth
 from experiments.text_classification.transformer import Classifier, Config, Regularisation
 
 EXPERIMENT = "text_classification"
 BATCH, EPOCHS, PEAK_RATE = 64, 3, 2e-3
-_ROUNDED = transformer.BLOCK
 BASE = Regularisation(dropout=0.2, weight_decay=0.01)
 # As the search found them.
 _FOUND = Settings(rate=0.0047, weight_decay=0.019, dropout=0.013, temperature=0.225, epochs=7)
@@ -65,7 +65,7 @@ class Part(NamedTuple):
     positive: np.ndarray
 
     def batch(self, index: np.ndarray, size: int) -> Packed:
-        return tokens.pack([self.kept[i] for i in index], self.positive[index], size, BATCH)
+        return pack([self.kept[i]._asdict() for i in index], self.positive[index], size, BATCH)
 
     def batches(self, size: int) -> Iterator[Packed]:
         for start in range(0, len(self.kept), BATCH):
@@ -118,7 +118,7 @@ def run_transformer(
             if regularisation.token_dropout and i % an_epoch == 0:
                 train = budgeted(material, material.split.train, budget, augmented)
             batch = train.batch(order, size)
-            used += int((batch.text < BATCH).sum())
+            used += int((batch.example < BATCH).sum())
             key = jax.random.key(100_000 * seed + i)
             parameters, state, loss = step.train(parameters, state, batch, key)
             losses.append(float(loss))
@@ -146,18 +146,18 @@ def _size(train: Part, test: Part, orders: list[np.ndarray], room: float) -> int
     lengths = np.array([len(x.ids) for x in train.kept])
     most = max(int(lengths[order].sum()) for order in orders)
     most = max(
-        most, *(int((b.text < BATCH).sum()) for b in test.batches(BATCH * tokens.MOST_TOKENS))
+        most, *(int((b.example < BATCH).sum()) for b in test.batches(BATCH * tokens.MOST_TOKENS))
     )
-    return -(-int(most * room) // _ROUNDED) * _ROUNDED
+    return -(-int(most * room) // BLOCK) * BLOCK
 
 
 def accuracy(step: transformer.Step, parameters: Any, part: Part, size: int) -> float:
     """Of all texts."""
     right = 0
     for batch in part.batches(size):
-        there = batch.positive >= 0
+        there = batch.labels >= 0
         said = np.asarray(step.logits(parameters, batch)) > 0
-        right += int((said == batch.positive)[there].sum())
+        right += int((said == batch.labels)[there].sum())
     return right / len(part.kept)
 
 

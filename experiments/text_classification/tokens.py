@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,26 +151,7 @@ def budgeted(ids: list[np.ndarray], worth: Worth, budget: str, part: float) -> l
     """Of texts, the tokens that `part` of all of them pays for."""
     total = int(part * sum(len(text) for text in ids))
     masks = BUDGETS[budget](worth.of_tokens(ids), total)
-    return [Kept(text[m], np.flatnonzero(m)) for text, m in zip(ids, masks, strict=True)]
-
-
-class Packed(NamedTuple):
-    """Tokens of some texts in a row of N places."""
-
-    ids: Any  # [N] int32
-    position: Any  # [N] int32
-    text: Any  # [N] int32, which of the texts; their number where there is no token
-    positive: Any  # [B] int32
-
-
-def pack(kept: list[Kept], positive: np.ndarray, size: int, number: int) -> Packed:
-    """Up to `number` texts; the labels of those that are not there are -1."""
-    ids, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    text, label = np.full(size, number, np.int32), np.full(number, -1, np.int32)
-    lengths = [len(x.ids) for x in kept]
-    used = sum(lengths)
-    ids[:used] = np.concatenate([x.ids for x in kept])
-    position[:used] = np.concatenate([x.position for x in kept])
-    text[:used] = np.repeat(np.arange(len(kept)), lengths)
-    label[: len(kept)] = positive
-    return Packed(ids, position, text, label)
+    return [
+        Kept(text[m], np.flatnonzero(m).astype(np.int32))
+        for text, m in zip(ids, masks, strict=True)
+    ]

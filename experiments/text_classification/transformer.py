@@ -1,4 +1,4 @@
-"""A transformer over the tokens that a budget kept, packed; what was dropped is not computed."""
+"""A classifier of texts by the tokens that a budget kept, and how it is trained."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from jax import Array
 from optax import projections
 
 from experiments.harness import optimisers
-from experiments.text_classification.tokens import MOST_TOKENS, Packed
-from jbalance import attention
-
-BLOCK = 64  # tokens of a tile's side
+from experiments.models.packed_encoder import Encoder, Packed
+from experiments.text_classification.tokens import MOST_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +38,6 @@ class Regularisation(NamedTuple):
     adversarial: float = 0.0  # length of the perturbation of a batch's embeddings, of their own
 
 
-class Layer(nnx.Module):
-    """Attention among the tokens of each text, and a feed-forward layer."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        width = config.width
-        self.heads = config.heads
-        self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.inward = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.second_norm = nnx.RMSNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, config.hidden, rngs=rngs)
-        self.down = nnx.Linear(config.hidden, width, rngs=rngs)
-
-    def __call__(self, x: Array, plan: attention.TilePlan, text: Array, drop: Any) -> Array:
-        parts = jnp.split(self.inward(self.norm(x)), 3, axis=-1)
-        q, k, v = (part.reshape(1, x.shape[0], self.heads, -1) for part in parts)
-        y = attention.attend(q, k, v, plan, segment_ids=(text[None], text[None])).y
-        x = x + drop(self.out(y.reshape(x.shape)))
-        return x + drop(self.down(jax.nn.relu(self.up(self.second_norm(x)))))
-
-
 class Classifier(nnx.Module):
     """Packed tokens to one logit for each text."""
 
@@ -68,24 +45,16 @@ class Classifier(nnx.Module):
         start = nnx.initializers.normal(0.1)
         self.embed = nnx.Embed(config.vocabulary, config.width, embedding_init=start, rngs=rngs)
         self.place = nnx.Embed(MOST_TOKENS, config.width, embedding_init=start, rngs=rngs)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.encoder = Encoder(config.width, config.heads, config.hidden, config.layers, rngs)
         self.out = nnx.Linear(config.width, 1, rngs=rngs)
 
     def embedded(self, batch: Packed) -> Array:
         """[N, width]."""
-        return self.embed(batch.ids) + self.place(batch.position)
+        return self.embed(batch.fields["ids"]) + self.place(batch.fields["position"])
 
     def __call__(self, x: Array, batch: Packed, drop: Any) -> Array:
         """Embedded tokens -> logits [B]."""
-        text, number = batch.text, batch.positive.shape[0]
-        tiling = attention.Tiling(text.size, text.size, BLOCK, BLOCK, causal=False)
-        plan = attention.segments(text[None], text[None], tiling)
-        for layer in self.layers:
-            x = layer(x, plan, text, drop)
-        total = jax.ops.segment_sum(self.norm(x), text, number)
-        tokens = jax.ops.segment_sum(jnp.ones(text.shape), text, number)
-        return self.out(drop(total / jnp.maximum(tokens, 1)[:, None]))[:, 0]
+        return self.out(drop(self.encoder(x, batch.example, len(batch.labels), drop)))[:, 0]
 
 
 class Step(NamedTuple):
@@ -120,13 +89,13 @@ def make_step(
     def loss(parameters: Any, shift: Array, batch: Packed, key: Array) -> Array:
         x = nnx.merge(graph, parameters).embedded(batch) + shift
         said = of_embedded(parameters, x, batch, key)
-        each = optax.sigmoid_binary_cross_entropy(said, batch.positive)
-        return jnp.sum(jnp.where(batch.positive >= 0, each, 0)) / jnp.sum(batch.positive >= 0)
+        each = optax.sigmoid_binary_cross_entropy(said, batch.labels)
+        return jnp.sum(jnp.where(batch.labels >= 0, each, 0)) / jnp.sum(batch.labels >= 0)
 
     @jax.jit
     def train(parameters: Any, state: Any, batch: Packed, key: Array) -> Any:
         traces.append(1)
-        none = jnp.zeros((batch.ids.shape[0], config.width))
+        none = jnp.zeros((batch.example.shape[0], config.width))
         value, gradient = jax.value_and_grad(loss)(parameters, none, batch, key)
         if regularisation.adversarial:
             x = nnx.merge(graph, parameters).embedded(batch)

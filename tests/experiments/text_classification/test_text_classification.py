@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy import sparse
 
+from experiments.models.packed_encoder import pack
 from experiments.text_classification import data, experiment, features, search, tokens, transformer
 from experiments.text_classification.__main__ import main
 from experiments.text_classification.tokens import BUDGETS, Kept, Worth
@@ -99,9 +100,9 @@ def test_augmentation_is_other_subwords_of_the_same_text():
 
 
 def packed(texts, size=128, number=4, positive=None):
-    kept = [Kept(np.asarray(text, np.int32), np.arange(len(text))) for text in texts]
+    kept = [Kept(np.asarray(text, np.int32), np.arange(len(text)))._asdict() for text in texts]
     labels = np.arange(len(texts)) % 2 if positive is None else positive
-    return tokens.pack(kept, labels, size, number)
+    return pack(kept, labels, size, number)
 
 
 def test_texts_do_not_see_each_other():

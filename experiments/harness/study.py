@@ -1,0 +1,82 @@
+"""The command of a study: arms times seeds into one file of results, and the table of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.harness import cli, docs, files, runs
+from jbalance import checks
+
+SEEDS = (0, 1, 2)
+
+
+class Study(NamedTuple):
+    """What a command runs.
+
+    Attributes:
+      about: title, notes, baselines, pairs of arms to compare, as the file of results has them.
+      arms: names, in the order of the runs.
+      steps: of one run, for the progress bar.
+      one: (arm, seed, advance) -> a run's figures and cases.
+    """
+
+    about: Mapping[str, Any]
+    arms: Sequence[str]
+    steps: int
+    one: runs.RunOne
+
+
+def main(
+    name: str,
+    description: str | None,
+    study_of: Callable[[bool], Study],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The exit code of `python -m experiments.NAME`; a bad input is one line on stderr.
+
+    Args:
+      name: of the module below `experiments`, and of the file of results.
+      description: the module's docstring.
+      study_of: smoke -> the study; with `smoke` at a size that tells whether it runs.
+      arguments: those of the process if left out.
+    """
+    parser = cli.parser(f"experiments.{name}", description)
+    parser.add_argument(
+        "--json", metavar="OUT", help=f"file of results; out/{name}.json if left out"
+    )
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
+    parser.add_argument("--arms", help="names, with slashes; all if left out")
+    parser.add_argument("--smoke", action="store_true", help="a small size, to see whether it runs")
+
+    def job(options: argparse.Namespace) -> None:
+        out = Path(options.json or f"out/{name}{'_smoke' if options.smoke else ''}.json")
+        seeds = runs.seeds_of(options.seeds)
+        files.check_writable(out)
+        study = study_of(options.smoke)
+        arms = options.arms.split("/") if options.arms else list(study.arms)
+        for arm in arms:
+            checks.choice("--arms", arm, dict.fromkeys(study.arms))
+        command = f"python -m experiments.{name}" + (" --smoke" if options.smoke else "")
+        about = {**study.about, "command": command}
+        show(runs.run_all(out, about, arms, seeds, study.steps, study.one))
+
+    return cli.run(parser, job, arguments)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Means of the arms, baselines and differences, in the terminal."""
+    console = Console(width=160)
+    for lines in (docs.means(report), docs.differences(report)):
+        rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+        if not rows:
+            continue
+        table = Table(*rows[0])
+        for row in rows[2:]:
+            table.add_row(*row)
+        console.print(table)
