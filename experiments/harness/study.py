@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ class Study(NamedTuple):
     """What a command runs.
 
     Attributes:
-      about: title, notes, baselines, pairs of arms to compare, as the file of results has them.
+      about: title, settings, baselines, pairs of arms to compare, as the file of results has them, and
+        notes: a paragraph.
       arms: names, in the order of the runs.
       steps: of one run, for the progress bar.
       one: (arm, seed, advance) -> a run's figures and cases.
@@ -63,7 +65,8 @@ def main(
         for arm in arms:
             checks.choice("--arms", arm, dict.fromkeys(study.arms))
         command = f"python -m experiments.{name}" + (" --smoke" if options.smoke else "")
-        about = {**study.about, "command": command}
+        notes = textwrap.wrap(study.about["notes"], 100)
+        about = {**study.about, "notes": notes, "command": command}
         show(runs.run_all(out, about, arms, seeds, study.steps, study.one))
 
     return cli.run(parser, job, arguments)

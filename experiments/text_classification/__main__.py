@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.harness import cli, files, runs
-from experiments.text_classification import data, experiment, features, search
+from experiments.text_classification import experiment, features, search
 from experiments.text_classification.experiment import REGULARISED
 from experiments.text_classification.tokens import BUDGETS
 from jbalance import checks
 
 SEEDS, TRIALS = (0, 1, 2), 12
+STUDIED = ("film", "product", "tweets")
 SMALLEST = "product"
 SEARCHED = ("product", "tweets")  # no setting has seen the third source
 RULES = ("uniform", "proportional", "softmax")
@@ -77,7 +78,7 @@ def train(out: Path, arms: list[str], seeds: list[int]) -> dict[str, Any]:
     Raises:
       ValueError: packages that cannot be fetched, a file of other runs.
     """
-    sources = list(data.SOURCES)
+    sources = list(STUDIED)
     splits = {source: experiment.prepare(source).split for source in sources}
     about = {
         "title": "Text classification",
@@ -126,6 +127,7 @@ def train(out: Path, arms: list[str], seeds: list[int]) -> dict[str, Any]:
             advance()
         return {
             "figures": {f"accuracy {s}": row.pop("accuracy") for s, row in found.items()},
+            "cases": {f"accuracy {s}": runs.packed(row.pop("hits")) for s, row in found.items()},
             "details": found,
         }
 

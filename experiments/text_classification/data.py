@@ -1,4 +1,4 @@
-"""Texts with human sentiment from three sources, split once; read at run time, never kept here."""
+"""Texts with human sentiment from four sources, split once; read at run time, never kept here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ INNER = Member(
     "additional_resources/hutto_ICWSM_2014.tar.gz",
     "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
 )
+LEXICON = "vader_sentiment_lexicon.txt"
 FILES = {
     "movieReviewSnippets_GroundTruth.txt": Member(
         "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
@@ -32,8 +33,16 @@ FILES = {
         "hutto_ICWSM_2014/tweets_GroundTruth.txt",
         "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
     ),
+    "nytEditorialSnippets_GroundTruth.txt": Member(
+        "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+    ),
+    LEXICON: Member(
+        "hutto_ICWSM_2014/vader_sentiment_lexicon.txt",
+        "88645aa949987662301d41a3f26b950f41b239a4de4e0d4aee84857bf242e35d",
+    ),
 }
-SOURCES = dict(zip(("film", "product", "tweets"), FILES, strict=True))
+SOURCES = dict(zip(("film", "product", "tweets", "editorial"), FILES, strict=False))
 TEST, VALIDATION = 0.2, 0.1  # of all texts, and of those that are left
 
 
@@ -68,6 +77,17 @@ def read(source: str) -> Part:
     rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
     rating = np.array([float(row[1]) for row in rows])
     return Part([row[2] for row in rows], (rating > 0).astype(np.int32))
+
+
+def lexicon() -> dict[str, float]:
+    """Words in lower case and their valence in -4..4, as people rated them (Hutto and Gilbert, 2014).
+
+    Raises:
+      ValueError: a package that cannot be fetched.
+    """
+    lines = files.decoded(packages.cached(FILES, LEXICON, _fetch), "replace").splitlines()
+    rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
+    return {row[0].lower(): float(row[1]) for row in rows}
 
 
 def _fetch() -> dict[str, bytes]:

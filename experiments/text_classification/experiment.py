@@ -45,8 +45,12 @@ class Material(NamedTuple):
 
 
 @functools.cache
-def prepare(source: str) -> Material:
+def prepare(source: str, beta: float = 0.0) -> Material:
     """Split, subwords and scores; of the training part alone.
+
+    Args:
+      source: of texts.
+      beta: how much of the tokens' worth is the lexicon's, as prior knowledge.
 
     Raises:
       ValueError: an unknown source, or a package that cannot be fetched.
@@ -55,6 +59,8 @@ def prepare(source: str) -> Material:
     tokenizer = tokens.train_tokenizer(split.train.texts)
     ids = tokens.encode(tokenizer, split.train.texts)
     worth = Worth.of(ids, split.train.positive, tokenizer.get_vocab_size())
+    if beta:
+        worth = worth.with_prior(tokenizer, data.lexicon(), beta)
     return Material(split, tokenizer, worth, features.scored(split))
 
 
@@ -100,9 +106,10 @@ def run_transformer(
     regularisation: Regularisation,
     seed: int,
     held: str = "test",
+    beta: float = 0.0,
 ) -> dict[str, Any]:
-    """One run, and its accuracy on a held-out part with the same budget."""
-    material = prepare(source)
+    """One run, and its hits on a held-out part with the same budget."""
+    material = prepare(source, beta)
     orders = _orders(len(material.split.train.texts), seed)
     augmented = tokens.with_dropout(material.tokenizer, regularisation.token_dropout)
     an_epoch = len(orders) // EPOCHS
@@ -124,8 +131,10 @@ def run_transformer(
             losses.append(float(loss))
             if i % 20 == 0:
                 log.add_scalar("loss", losses[-1], i)
+    right = hits(step, parameters, test, size)
     return {
-        "accuracy": accuracy(step, parameters, test, size),
+        "accuracy": float(right.mean()),
+        "hits": right,
         "train_loss": float(np.mean(losses[-an_epoch:])),
         "tokens_a_step": used / len(orders),
         "places_a_step": size,
@@ -151,14 +160,14 @@ def _size(train: Part, test: Part, orders: list[np.ndarray], room: float) -> int
     return -(-int(most * room) // BLOCK) * BLOCK
 
 
-def accuracy(step: transformer.Step, parameters: Any, part: Part, size: int) -> float:
-    """Of all texts."""
-    right = 0
+def hits(step: transformer.Step, parameters: Any, part: Part, size: int) -> np.ndarray:
+    """[texts] bool, whether each is told right."""
+    right = []
     for batch in part.batches(size):
         there = batch.labels >= 0
         said = np.asarray(step.logits(parameters, batch)) > 0
-        right += int((said == batch.labels)[there].sum())
-    return right / len(part.kept)
+        right.append((said == batch.labels)[there])
+    return np.concatenate(right)
 
 
 def run_features(
@@ -170,7 +179,9 @@ def run_features(
     weight = features.attention(scored.w, rule, settings.temperature)
     fitted = features.fit(scored.train, split.train.positive, weight, settings, seed)
     part = getattr(split, held)
+    right = features.hits(fitted, getattr(scored, held), part.positive)
     return {
-        "accuracy": features.accuracy(fitted, getattr(scored, held), part.positive),
+        "accuracy": float(right.mean()),
+        "hits": right,
         "train_loss": fitted.losses[-1],
     }

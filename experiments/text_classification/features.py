@@ -161,10 +161,9 @@ def fit(x: Rows, positive: np.ndarray, weight: Array, settings: Settings, seed: 
     return Fit(carry[0], weight, losses)
 
 
-def accuracy(fitted: Fit, x: Rows, positive: np.ndarray) -> float:
-    """Of the classifier."""
-    said = logits(fitted.parameters, fitted.weight, x.at, x.x) > 0
-    return float(np.mean(np.asarray(said) == positive))
+def hits(fitted: Fit, x: Rows, positive: np.ndarray) -> np.ndarray:
+    """[texts] bool, whether the classifier tells each right."""
+    return np.asarray(logits(fitted.parameters, fitted.weight, x.at, x.x) > 0) == positive
 
 
 class Scored(NamedTuple):

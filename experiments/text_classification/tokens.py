@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 
 from experiments.harness.tokens import byte_level_bpe
 from experiments.text_classification import features
-from jbalance import allocate, shares
+from jbalance import allocate, importance, shares
 
 VOCABULARY = 4000
 MOST_TOKENS = 64  # of a text
+WORD_START = "Ġ"  # what the byte-level alphabet has for the space before a word
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -67,6 +68,18 @@ class Worth(NamedTuple):
         x = found.multiply(idf[None]).tocsr()
         length = np.sqrt(np.asarray(x.multiply(x).sum(axis=1))).reshape(-1, 1)
         return cls(features.scores(x.multiply(1 / length).tocsr(), positive), idf)
+
+    def with_prior(self, tokenizer: Tokenizer, valence: Mapping[str, float], beta: float) -> Worth:
+        """With a lexicon as prior: tokens that are its words, by how far from neutral they are.
+
+        Other tokens have the prior of half a point, which is where the lexicon's words begin.
+        """
+        prior = np.full(self.w.shape, 0.5, np.float32)
+        for token, i in tokenizer.get_vocab().items():
+            word = token.removeprefix(WORD_START)
+            if word != token and word in valence:
+                prior[i] = max(abs(valence[word]), 0.5)
+        return self._replace(w=np.asarray(importance.blend(self.w, prior, beta)))
 
     def of_tokens(self, ids: list[np.ndarray]) -> list[np.ndarray]:
         """w of each token times its TF-IDF in the text, shared by its repetitions."""

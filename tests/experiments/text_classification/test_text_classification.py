@@ -138,7 +138,7 @@ def test_attention_over_features_learns_and_uniform_is_one():
     assert soft.argmax() == 0
     rows = features.rows_of(sparse.csr_matrix(x))
     fitted = features.fit(rows, positive, soft, features.Settings(0.05, 0.0, 0.3, 0.1, 30), 0)
-    assert features.accuracy(fitted, rows, positive) > 0.95
+    assert features.hits(fitted, rows, positive).mean() > 0.95
 
 
 def test_an_unknown_rule_is_an_error():
@@ -164,3 +164,16 @@ def test_a_bad_option_is_one_line(options, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_lexicon_as_prior_moves_worth_towards_its_words():
+    tokenizer, ids, positive = some_ids()
+    worth = Worth.of(ids, positive, tokens.VOCABULARY)
+    own = np.asarray(worth.w, float)
+    prior = np.full(own.size, 0.5)
+    lexicon = {"good": 1.9, "love": 3.2, "bad": -2.5, "the": 0.1}
+    for word, valence in lexicon.items():
+        prior[tokenizer.token_to_id(tokens.WORD_START + word)] = max(abs(valence), 0.5)
+    found = worth.with_prior(tokenizer, lexicon, 0.5).w
+    pooled = np.sqrt(own * prior)  # the geometric mean, METHOD section 4
+    np.testing.assert_allclose(found, pooled * own.sum() / pooled.sum(), rtol=1e-4)
