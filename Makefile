@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
-.PHONY: run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
+STUDIES := vision recommendation finance finance.sentiment recall
+.PHONY: experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -67,6 +68,17 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.training --json out/bench_training.json
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
+
+# Every study with its arms and seeds, which together take some two hours on two cores; what a file
+# holds is not run again.
+experiments: venv
+	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --json out/experiments/$$name.json || exit 1; done
+	$(BIN)/python -m experiments.text_classification --json out/experiments/text_classification.json
+	$(BIN)/python -m experiments.translation --json out/experiments/translation.json
+
+# A small size of each, to see whether it runs.
+experiments-smoke: venv
+	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --smoke --seeds 0 --json out/smoke/$$name.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv .cache out data build dist *.egg-info

@@ -91,13 +91,14 @@ def ladder(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
     What attention pools is a mean, and one more of k films moves it by a k-th. The best film of each
     history stays.
     """
-    values, costs = [], np.array([0, 1])
-    for x in scored:
+    # Room for histories of any length, so that one program serves all: what is not there has no value.
+    steps = np.zeros((len(scored) * MOST, 2), np.float32)
+    ends = np.cumsum([len(x) for x in scored])
+    for x, end in zip(scored, ends, strict=True):
         rank = np.argsort(np.argsort(-x, kind="stable"), kind="stable")
-        values.append(np.where(rank > 0, x / (rank + 1), 0))
-    steps = jnp.asarray(np.stack([np.zeros(sum(map(len, scored))), np.concatenate(values)], axis=1))
-    out = allocate.ladder(steps, jnp.asarray(costs), jnp.asarray(total - len(scored)))
-    kept = np.split(np.array(out.level == 1), np.cumsum([len(x) for x in scored])[:-1])
+        steps[end - len(x) : end, 1] = np.where(rank > 0, x / (rank + 1), 0)
+    out = allocate.ladder(jnp.asarray(steps), jnp.array([0, 1]), jnp.asarray(total - len(scored)))
+    kept = np.split(np.array(out.level == 1)[: ends[-1]], ends[:-1])
     for mask, x in zip(kept, scored, strict=True):
         mask[np.argmax(x)] = True
     return kept

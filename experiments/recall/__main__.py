@@ -1,0 +1,66 @@
+"""Associative recall with half or a quarter of the tiles: far keys matter, and a window cannot see them.
+
+    python -m experiments.recall [--json OUT] [--seeds 0,1,2] [--arms NAMES] [--smoke]
+
+Every arm trains a small language model from nothing over the tiles of its budget, on pairs of keys and
+values that are asked for much later, and is tested with the same budget on sequences of its own. Runs
+that the file holds are not run again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.harness import study
+from experiments.recall import experiment
+from experiments.recall.experiment import BATCH, Sizes
+
+WHOLE, SMOKE = Sizes(1200, 256, 16), Sizes(10, 256, 16)
+PARTS = {"half": 0.5, "quarter": 0.25}
+ARMS = {"dense": ("dense", 1.0)} | {
+    f"{arm}, {name}": (arm, part)
+    for name, part in PARTS.items()
+    for arm in ("window", "uniform", "ladder")
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit code; a bad input is one line on stderr."""
+    return study.main("recall", __doc__, _study, arguments)
+
+
+def _study(smoke: bool) -> study.Study:
+    sizes = SMOKE if smoke else WHOLE
+    about = {
+        "title": "Recall",
+        "notes": (
+            f"Multi-query associative recall: {sizes.pairs} pairs of a key and a value at the start of "
+            f"{sizes.length} tokens, then noise, then the keys again; the part of the values that is "
+            f"recalled, in {experiment.TEST * BATCH} sequences of the test. Two layers, trained from "
+            "nothing over the tiles of the arm, a half or a quarter of the causal ones: `window` the "
+            "latest keys and the first block, `uniform` the same part of every query block and head, "
+            "`ladder` at one price for a layer."
+        ),
+        "settings": {
+            "sizes": sizes._asdict(),
+            "batch": BATCH,
+            "rate": experiment.PEAK_RATE,
+            "tiles": [experiment.BLOCK_Q, experiment.BLOCK_K],
+        },
+        "compare": [
+            [f"ladder, {part}", other]
+            for part in PARTS
+            for other in ("dense", f"window, {part}", f"uniform, {part}")
+        ],
+    }
+
+    def one(arm: str, seed: int, advance: Callable[[], None]) -> Mapping[str, Any]:
+        return experiment.run(*ARMS[arm], seed, sizes, advance)
+
+    return study.Study(about, list(ARMS), sizes.steps, one)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
