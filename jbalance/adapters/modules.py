@@ -46,7 +46,7 @@ def attentions(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.MultiHeadAt
 
 
 def kv_heads_of(layer: nnx.MultiHeadAttention) -> int:
-    """K; before Flax 0.12.8 the module has no groups of heads, and K is that of its queries."""
+    """K; the module of an older Flax has no groups of heads, and K is that of its queries."""
     return getattr(layer, "num_kv_heads", layer.num_heads)
 
 
