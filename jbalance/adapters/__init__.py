@@ -7,9 +7,11 @@ model trains. Parameters stay as they were.
 """
 
 from jbalance.adapters.attention_fn import PlanOf, attention_fn
+from jbalance.adapters.backend import AttentionBackend, CachePool
 from jbalance.adapters.decoder import decoder
 from jbalance.adapters.decoding import LinenCachedAttention, NnxCache
 from jbalance.adapters.forward import forward
+from jbalance.adapters.forward_batch import BatchMetadata, ForwardBatch
 from jbalance.adapters.modules import (
     BalancedAttention,
     BalanceVariable,
@@ -44,6 +46,11 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "forward",
     "NnxCache",
     "LinenCachedAttention",
+    # a serving engine's attention
+    "AttentionBackend",
+    "CachePool",
+    "ForwardBatch",
+    "BatchMetadata",
     # heads that leave
     "head_gradients",
     "heads_to_keep",

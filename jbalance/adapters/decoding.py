@@ -12,7 +12,7 @@ from flax import linen, nnx
 from jbalance import cache as kv_cache
 from jbalance import checks
 from jbalance.adapters.attention_fn import is_causal_mask, shows_all_before
-from jbalance.adapters.modules import attentions
+from jbalance.adapters.modules import attentions, kv_heads_of
 from jbalance.cache import KVCache
 from jbalance.cache._step import step_in_order
 
@@ -64,7 +64,7 @@ class NnxCache(nnx.Module):
                     f"model has layers stacked in one module at {path}: their attention is not called "
                     f"layer by layer; use adapters.decoder and jbalance.decode"
                 )
-        shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
+        shapes = {(kv_heads_of(layer), layer.head_dim) for layer in layers}
         if len(shapes) != 1:
             raise ValueError(
                 f"model has attention layers of (key/value heads, head_dim) {sorted(shapes)}: all must "

@@ -45,6 +45,11 @@ def attentions(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.MultiHeadAt
     return found
 
 
+def kv_heads_of(layer: nnx.MultiHeadAttention) -> int:
+    """K; the module of an older Flax has no groups of heads, and K is that of its queries."""
+    return getattr(layer, "num_kv_heads", layer.num_heads)
+
+
 class BalancedAttention(nnx.Module):
     """An `attention_fn` of one layer, within a budget of tiles; nnx.
 

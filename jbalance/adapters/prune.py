@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jbalance import allocate
-from jbalance.adapters.modules import attentions
+from jbalance.adapters.modules import attentions, kv_heads_of
 
 
 def head_gradients(model: nnx.Module, gradients: nnx.State) -> list[jax.Array]:
@@ -38,7 +38,7 @@ def head_gradients(model: nnx.Module, gradients: nnx.State) -> list[jax.Array]:
             gradient = gradient[name]
         gradient = gradient[...] if isinstance(gradient, nnx.Variable) else gradient
         each = jnp.sum(layer.out.kernel[...] * gradient, axis=(1, 2))
-        importances.append(jnp.sum(each.reshape(layer.num_kv_heads, -1), axis=1))
+        importances.append(jnp.sum(each.reshape(kv_heads_of(layer), -1), axis=1))
     return importances
 
 
@@ -57,7 +57,7 @@ def heads_to_keep(model: nnx.Module, worth: Sequence[jax.Array], part: float) ->
       ValueError: worth that does not fit the model, a part outside 0..1.
     """
     layers = [layer for _, layer in attentions(model)]
-    sizes = [(layer.num_kv_heads,) for layer in layers]
+    sizes = [(kv_heads_of(layer),) for layer in layers]
     if [np.shape(x) for x in worth] != sizes:
         raise ValueError(
             f"worth has shapes {[np.shape(x) for x in worth]}: the model's attentions need {sizes}"
@@ -88,13 +88,13 @@ def prune_heads(model: nnx.Module, keep: Sequence[np.ndarray]) -> None:
       ValueError: a keep that does not fit the model.
     """
     layers = [layer for _, layer in attentions(model)]
-    sizes = [(layer.num_kv_heads,) for layer in layers]
+    sizes = [(kv_heads_of(layer),) for layer in layers]
     if [np.shape(x) for x in keep] != sizes:
         raise ValueError(
             f"keep has shapes {[np.shape(x) for x in keep]}: the model's attentions need {sizes}"
         )
     for layer, kept in zip(layers, keep, strict=True):
-        group = layer.num_heads // layer.num_kv_heads
+        group = layer.num_heads // kv_heads_of(layer)
         groups = np.flatnonzero(kept)
         heads = (groups[:, None] * group + np.arange(group)).reshape(-1)
         for name, chosen in (("query", heads), ("key", groups), ("value", groups)):
@@ -123,7 +123,7 @@ def _nothing(query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> ja
 
 def _head_parameters(layer: nnx.MultiHeadAttention) -> int:
     """Of one key/value head and the query heads that share it."""
-    group = layer.num_heads // layer.num_kv_heads
+    group = layer.num_heads // kv_heads_of(layer)
     query = layer.in_features + layer.use_bias
     key_value = 2 * (layer.in_kv_features + layer.use_bias)
     return layer.head_dim * (group * (query + layer.out_features) + key_value)

@@ -95,13 +95,15 @@ def held(
     for d, device in enumerate(devices):
         own = [None if x is None else x[d] for x in (caches, contexts)]
         if any(x is not None for x in own):
-            outputs.append(_held(*own, request, layer, jax.device_put(q, device), position, limits))
+            outputs.append(
+                held_here(*own, request, layer, jax.device_put(q, device), position, limits)
+            )
     return Partial(*total(devices, outputs))
 
 
 @functools.partial(jax.jit, static_argnums=6)
-def _held(cache, context, request, layer, q, position, limits):
-    """Of one device; zeros for the heads of others, in the log-sum-exp too."""
+def held_here(cache, context, request, layer, q, position, limits):
+    """`held` of one device; zeros for the heads of others, in the log-sum-exp too."""
     one = context if cache is None else cache
     heads = _prefill.by_kv_head(q.astype(jnp.float32), one.num_kv_heads)
     group = heads.shape[1] // q.shape[0]

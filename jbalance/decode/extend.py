@@ -131,7 +131,7 @@ def _qkv(model: Functions, weights, x, positions):
 @functools.partial(jax.jit, static_argnums=0)
 def _worth(model: Functions, q, k, v, number):
     return importance.token_worth(
-        q, k, v, frequencies=model.frequencies, num_tokens=jnp.asarray(number)
+        q, k, v, frequencies=model.spec.rotary, num_tokens=jnp.asarray(number)
     )
 
 

@@ -13,7 +13,7 @@ module with methods of these names, or with functions beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,16 @@ class AttentionSpec:
                 )
             object.__setattr__(self, "frequencies", own)
 
+    @property
+    def rotary(self) -> np.ndarray | None:
+        """[D/2] float32: `frequencies` as an array."""
+        return None if self.frequencies is None else np.asarray(self.frequencies, np.float32)
+
+    @property
+    def limits(self) -> Limits:
+        """What a query sees."""
+        return Limits(self.window, self.soft_cap)
+
 
 class Functions(NamedTuple):
     """What of a model and a kind of its layers is static: the key of their programs."""
@@ -79,15 +89,9 @@ class Functions(NamedTuple):
     spec: AttentionSpec
 
     @property
-    def frequencies(self) -> np.ndarray | None:
-        """[D/2] float32 of the rotary embedding, or None."""
-        own = self.spec.frequencies
-        return None if own is None else np.asarray(own, np.float32)
-
-    @property
     def limits(self) -> Limits:
         """Of the layer's attention."""
-        return Limits(self.spec.window, self.spec.soft_cap)
+        return self.spec.limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +135,7 @@ class Model:
     @property
     def windows(self) -> tuple[int | None, ...] | None:
         """Of each layer; None if no layer has one."""
-        windows = tuple(spec.window for spec in self.attention)
-        return None if all(w is None for w in windows) else windows
+        return windows_of(self.attention)
 
     def dense_bytes(self, num_tokens: int, *, bits: int = 16) -> int:
         """Bytes of a dense cache of one request; a layer with a window keeps only that."""
@@ -151,6 +154,12 @@ class Model:
         return Functions(self.embed, qkv, finish, self.logits, self.attention[layer])
 
 
+def windows_of(attention: Sequence[AttentionSpec]) -> tuple[int | None, ...] | None:
+    """Of each layer; None if no layer has one."""
+    windows = tuple(spec.window for spec in attention)
+    return None if all(w is None for w in windows) else windows
+
+
 def check_model(model: Model) -> None:
     """ValueError for a model whose attention cannot be decoded here, which names the layer and why."""
     if not model.attention:
@@ -166,9 +175,14 @@ def check_model(model: Model) -> None:
                 f"model.{name} has {len(given)} functions for {model.num_layers} layers: give one for "
                 f"all, or one for each"
             )
-    for i, spec in enumerate(model.attention):
+    check_attention(model.attention)
+
+
+def check_attention(attention: Sequence[AttentionSpec]) -> None:
+    """ValueError for layers whose attention cannot share a cache, which names the layer and why."""
+    for i, spec in enumerate(attention):
         for name in ("num_heads", "num_kv_heads", "head_dim"):
-            own, first = getattr(spec, name), getattr(model.attention[0], name)
+            own, first = getattr(spec, name), getattr(attention[0], name)
             if own != first:
                 raise ValueError(
                     f"layer {i} has {name} = {own} and layer 0 {first}: all layers must have the same "

@@ -19,7 +19,7 @@ from jax import lax
 from jbalance import attention
 from jbalance.attention import TilePlan
 from jbalance.cache import _step
-from jbalance.decode.model import Functions, Model
+from jbalance.decode.model import AttentionSpec, Functions, Model
 from jbalance.importance.token_worth import (
     NUM_QUERIES,
     later_energy,
@@ -108,21 +108,21 @@ def _layer(
     shapes = jax.eval_shape(lambda: qkv(0, CHUNK_TOKENS))[1:]
     empty = tuple(jnp.zeros((1, size, *s.shape[2:]), s.dtype) for s in shapes)
     k, v = lax.fori_loop(0, chunks, keys, empty)
-    tokens, window = _Tokens(k[0], v[0], jnp.int32(0), number), model.spec.window
+    tokens, window = Tokens(k[0], v[0], jnp.int32(0), number), model.spec.window
     if window is not None:
         tokens = tokens.latest(window)
     last = min(NUM_QUERIES, size)
-    later = tokens.later(model, qkv(jnp.clip(number - last, 0, size - last), last)[0][0])
+    later = tokens.later(model.spec, qkv(jnp.clip(number - last, 0, size - last), last)[0][0])
 
     def chunk(i, carry):
         x, repeated = carry
         first = i * CHUNK_TOKENS
         part = lax.dynamic_slice_in_dim(x, first, CHUNK_TOKENS, axis=1)
         q, _, _ = model.qkv(weights, part, (first + jnp.arange(CHUNK_TOKENS))[None])
-        plan = _causal_chunk(first, size)
+        plan = causal_chunk(first, size)
         rules: Any = model.limits._asdict() | {"scale": model.spec.scale, "causal": True}
         y = attention.attend(q, k, v, plan, offset=first, **rules).y
-        repeated += tokens.repeated(model, q[0], first)
+        repeated += tokens.repeated(model.spec, q[0], first)
         part = model.finish(weights, part, y)
         return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated
 
@@ -130,7 +130,7 @@ def _layer(
     return x, LayerTokens(k[0], v[0], tokens.placed(worth_of(repeated, later), size))
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """The tokens of a layer that are weighed: all of a prompt, or those that a window may reach."""
 
     k: jax.Array  # [N, K, D]
@@ -138,28 +138,28 @@ class _Tokens(NamedTuple):
     begin: jax.Array  # [] int32 position of the first
     number: jax.Array  # [] int32, how many there are
 
-    def latest(self, window: int) -> _Tokens:
+    def latest(self, window: int) -> Tokens:
         """Those from a chunk's first on that a window behind the last one may reach."""
         size = self.k.shape[0]
         span = min(capacity_for(window) + CHUNK_TOKENS, size)
         begin = jnp.maximum(-(-self.number // CHUNK_TOKENS) * CHUNK_TOKENS - span, 0)
         k, v = (lax.dynamic_slice_in_dim(x, begin, span) for x in (self.k, self.v))
-        return _Tokens(k, v, begin, self.number - begin)
+        return Tokens(k, v, begin, self.number - begin)
 
-    def later(self, model: Functions, q: jax.Array) -> jax.Array:
+    def later(self, spec: AttentionSpec, q: jax.Array) -> jax.Array:
         """[K, N]: what the last queries ask for."""
-        q = _step.scaled(q, model.spec.scale)
+        q = _step.scaled(q, spec.scale)
         return later_energy(q, *self._operands(), num_tokens=self.number)
 
-    def repeated(self, model: Functions, q: jax.Array, first: jax.Array) -> jax.Array:
+    def repeated(self, spec: AttentionSpec, q: jax.Array, first: jax.Array) -> jax.Array:
         """[K, N]: what a chunk of queries [T, H, D] from position `first` on would ask for."""
-        q = _step.scaled(q, model.spec.scale)
+        q = _step.scaled(q, spec.scale)
         start = first - self.begin
         energy = repeated_energy(
             q,
             *self._operands(),
             jnp.maximum(start, 0),
-            frequencies=model.frequencies,
+            frequencies=spec.rotary,
             num_tokens=self.number,
         )
         return jnp.where(start >= 0, energy, 0)  # chunks that come before these tokens
@@ -172,7 +172,7 @@ class _Tokens(NamedTuple):
         return lax.dynamic_update_slice(jnp.zeros((w.shape[0], size)), w, (0, self.begin))
 
 
-def _causal_chunk(first: jax.Array, num_keys: int) -> TilePlan:
+def causal_chunk(first: jax.Array, num_keys: int) -> TilePlan:
     """The tiles of a chunk of queries that begins at `first`."""
     last = first + (np.arange(CHUNK_TOKENS // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
     blocks = -(-num_keys // BLOCK_TOKENS)

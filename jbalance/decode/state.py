@@ -152,16 +152,23 @@ def shared(state: State) -> State:
     """Weighted max-min shares of every arena; who holds more than its own gives it up."""
     if not state.weights.any():
         return state
-    caches, allowances = [], []
-    for cache in state.caches:
-        pages = None if cache is None else shares_of(cache, state.weights)
-        if cache is not None and pages is not None:
-            held = np.asarray(cache.held_pages)
-            for request in np.flatnonzero((held > pages) & (state.weights > 0)):
-                cache = over.shrink(cache, int(request), int(pages[request]))
-        caches.append(cache)
-        allowances.append(pages)
-    return dataclasses.replace(state, caches=tuple(caches), allowances=tuple(allowances))
+    pairs = [(None, None) if x is None else within_shares(x, state.weights) for x in state.caches]
+    caches, allowances = zip(*pairs, strict=True)
+    return dataclasses.replace(state, caches=caches, allowances=allowances)
+
+
+def within_shares(cache: KVCache, weights: np.ndarray) -> tuple[KVCache, np.ndarray]:
+    """One cache, in which nobody holds more than their own, and `shares_of` it.
+
+    Args:
+      cache: given up: the returned one takes its place.
+      weights: [B] of the requests, 0 for places that are free.
+    """
+    pages = shares_of(cache, weights)
+    held = np.asarray(cache.held_pages)
+    for request in np.flatnonzero((held > pages) & (weights > 0)):
+        cache = over.shrink(cache, int(request), int(pages[request]))
+    return cache, pages
 
 
 def shares_of(cache: KVCache, weights: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_worth_is_that_of_the_whole_layer_at_once(decoder):
     x = prefill._embed(decoder.functions(0), decoder.params, jnp.asarray(np.pad(PROMPT, (0, 212))))
     q, k, v = decoder.qkv(decoder.layers[0], x, jnp.arange(512)[None])
     want = importance.token_worth(
-        q[0, :size], k[0, :size], v[0, :size], frequencies=decoder.functions(0).frequencies
+        q[0, :size], k[0, :size], v[0, :size], frequencies=decoder.functions(0).spec.rotary
     )
     _, held = prefill._layer(decoder.functions(0), decoder.layers[0], x, jnp.int32(size))
     np.testing.assert_allclose(held.w[:, :size], want, rtol=1e-3, atol=1e-5)

@@ -32,6 +32,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 _BLOCK = 1 << 12  # query rows of one program times D, at most
 PROGRAMS = 512  # of one level, about
 _LEAST_ROWS = 16  # of a product on tensor cores
+_dot: Any = getattr(plt, "dot", None) or pl.dot  # where JAX has it, by its version
 
 
 class _Level(NamedTuple):
@@ -253,7 +254,7 @@ def _add_tile(query, page, there, carry):
     across = layout.across
     unit = 1 if layout.wide else _codec.step(layout.head_dim, layout.bits)
     keys = page.vectors(0)
-    logits = sum(plt.dot(x, keys, trans_b=not across) for x in query)
+    logits = sum(_dot(x, keys, trans_b=not across) for x in query)
     if not layout.wide:
         logits = logits * (page.norms(0) * unit)[None]
     logits = jnp.where(there[None], logits, EMPTY)
@@ -267,5 +268,5 @@ def _add_tile(query, page, there, carry):
         values = jnp.where(there[:, None], values, 0)
     else:
         weight = jnp.where(there[None], weight * (page.norms(1) * unit)[None], 0)
-    added = sum(plt.dot(x, values, trans_b=across) for x in digits(weight))
+    added = sum(_dot(x, values, trans_b=across) for x in digits(weight))
     return y * decay[:, None] + added, mass, new_top
