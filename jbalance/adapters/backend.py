@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance import attention, checks
+from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
 from jbalance.adapters.forward_batch import BatchMetadata, rows_of
 from jbalance.attention import Partial, merge
@@ -180,7 +180,7 @@ class AttentionBackend:
             raise ValueError("attention_mask is given: attention is causal, and has no other mask")
         number = self._layer(layer)
         spec = self.attention[number]
-        checks.unsplit(q=q, k=k, v=v)
+        _axes.unsplit(q=q, k=k, v=v)
         heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
         parts = [
             _by_head(name, x, (metadata.num_tokens, heads[name], spec.head_dim))
