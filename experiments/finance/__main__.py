@@ -38,14 +38,16 @@ def _study(smoke: bool) -> study.Study:
     about = {
         "title": "Financial monitoring",
         "notes": (
-            "Log variance of the next day (S&P 500, Nasdaq) or week (crude oil): R² on the "
-            "last fifth of the days, against the mean of the others. `full` attends to "
-            f"{data.YEAR} days; `half` and `quarter` of them are remembered: `uniform` every "
-            "second or fourth, `latest` the latest, `ladder` each month by its days, by "
-            "four means, by one or not at all, at one price. There are as many alerts as "
-            "surges (above nine tenths of the year before), so precision is recall; the "
-            f"lead counts the days of alert before surges that follow {experiment.ONSET} "
-            "days without one."
+            "Log variance of the next day (S&P 500, Nasdaq) or week (crude oil): R² on the last fifth "
+            "of the days, against the mean of the others. `full` attends to "
+            f"{data.YEAR} days; `half` and `quarter` of them are remembered: `uniform` every second or "
+            "fourth, `latest` the latest, `ladder` each month by its days, by four means, by one or not "
+            "at all, at one price. There are as many alerts as surges (above nine tenths of the year "
+            "before), so precision is recall; the lead counts the days of alert before surges that "
+            f"follow {experiment.ONSET} days without one. Where it does not help: the latest quarter of "
+            "the days holds all that these markets' variance depends on, so `latest` is as good as "
+            "`ladder`, and for oil a little better; and no arm and no baseline foretells a surge after "
+            "calm days, alerts say that a surge goes on."
         ),
         "settings": {
             "epochs": epochs,

@@ -142,6 +142,8 @@ def draw(report: Mapping[str, Any]) -> bytes:
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for panel in panels.flat[len(names) :]:
         panel.set_visible(False)
+    drawn = dict(zip(report.get("drawn", []), ("--", ":", "-."), strict=False))
+    shown: dict[str, Any] = {}
     for panel, name in zip(panels.flat, names, strict=False):
         for i, arm in enumerate(arms):
             values = runs.figures_of(report, arm, name)
@@ -149,13 +151,15 @@ def draw(report: Mapping[str, Any]) -> bytes:
             panel.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=5)
             if values:
                 panel.plot([np.mean(values)], [i], "|", color=colour, markersize=16, mew=2.5)
-        for line, known in report.get("baselines", {}).items():
-            if name in known and line in report.get("drawn", []):
-                panel.axvline(known[name], color=palette.MUTED, linestyle="--", linewidth=1)
-                panel.annotate(
-                    line, (known[name], 1), xycoords=("data", "axes fraction"), fontsize=7,
-                    rotation=90, ha="right", va="top", color=palette.MUTED,
-                )  # fmt: skip
+        for line, dashes in drawn.items():
+            known = report["baselines"][line]
+            if name in known:
+                style: dict[str, Any] = {
+                    "color": palette.MUTED,
+                    "linewidth": 1,
+                    "linestyle": dashes,
+                }
+                shown[line] = panel.axvline(known[name], **style)
         panel.set_title(name, fontsize=10)
         panel.set_yticks(range(len(arms)), arms, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
@@ -163,6 +167,8 @@ def draw(report: Mapping[str, Any]) -> bytes:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(len(arms) - 0.5, -0.5)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside lower right", fontsize=8, frameon=False)
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
