@@ -130,15 +130,14 @@ def constrained(
         group_of = checks.index_below("group_of", group_of, np.shape(group_floor)[0])
     if axis_name is None:
         _check_sums(np.shape(alpha), floor, cap)
-    out = water_fill(
-        alpha,
-        1.0,
-        floor,
-        cap,
-        segment_of=group_of,
-        segment_floor=group_floor,
-        axis_name=axis_name,
-    )
+    groups = {"segment_of": group_of, "segment_floor": group_floor}
+    try:
+        out = water_fill(alpha, 1.0, floor, cap, **groups, axis_name=axis_name)
+    except ValueError:
+        if group_floor is not None and checks.is_concrete(floor, cap, group_of, group_floor):
+            # In the caller's words.
+            _check_group_floors(np.shape(alpha), floor, cap, group_of, group_floor)
+        raise
     if not with_status:
         return out.amount
     short = (out.slack > _ROUNDING) & (out.status == Status.OK)
@@ -164,6 +163,30 @@ def _check_sums(shape: tuple[int, ...], floor: Any, cap: Any) -> None:
                 f"cap: the caps let only {most:g} of the whole be shared out: raise them by "
                 f"{1 - most:g} in sum"
             )
+
+
+def _check_group_floors(
+    shape: tuple[int, ...], floor: Any, cap: Any, group_of: Any, group_floor: Any
+) -> None:
+    """ValueError for group floors [P] that their units' caps, or the whole, cannot hold."""
+    wanted = np.asarray(group_floor, np.float64)
+    least, most = (
+        np.bincount(
+            np.asarray(group_of), np.broadcast_to(np.asarray(x, np.float64), shape), wanted.size
+        )
+        for x in (floor, cap)
+    )
+    for group in np.flatnonzero(wanted > most):
+        raise ValueError(
+            f"group_floor[{group}] is {wanted[group]:g}, but the caps of its units sum to "
+            f"{most[group]:g}: lower it by {wanted[group] - most[group]:g} or raise cap"
+        )
+    required = np.maximum(least, wanted).sum()
+    if required > 1:
+        raise ValueError(
+            f"group_floor: with those of units that ask for more, the floors sum to {required:g}, "
+            f"above the whole: {required - 1:g} is missing"
+        )
 
 
 def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None) -> jax.Array:

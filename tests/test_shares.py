@@ -177,6 +177,20 @@ BAD = {
         r"group_of\[0\] is 1",
     ),
     "table of caps": (lambda: shares.constrained([0.5, 0.5], cap=[[1.0]]), "cap must have shape"),
+    "group above its caps": (
+        lambda: shares.constrained([0.5, 0.5], cap=0.6, group_of=[0, 1], group_floor=[0.7, 0.1]),
+        r"group_floor\[0\] is 0.7, .*caps of its units sum to 0.6: lower it by 0.1",
+    ),
+    "groups above the whole": (
+        lambda: shares.constrained([0.5, 0.5], group_of=[0, 1], group_floor=[0.7, 0.5]),
+        "group_floor: .*floors sum to 1.2, above the whole: 0.2 is missing",
+    ),
+    "a group and a unit above the whole": (
+        lambda: shares.constrained(
+            [0.5, 0.5], floor=[0.0, 0.4], group_of=[0, 1], group_floor=[0.7, 0.1]
+        ),
+        "group_floor: .*floors sum to 1.1, above the whole: 0.1 is missing",
+    ),
     "phi": (
         lambda: shares.constrained([1.0], group_of=[0], group_floor=0.5),
         r"group_floor must have shape \[P\]",

@@ -29,7 +29,7 @@ def orders(number: int, batch: int, epochs: int, seed: int) -> list[np.ndarray]:
 
 def train(
     model: Any,
-    loss_of: Callable[[Any, Any, Array], Array],
+    loss_of: Callable[[Any, Any, Array], Any],
     batches: Iterable[Any],
     steps: int,
     peak: float,
@@ -38,6 +38,7 @@ def train(
     advance: Callable[[], None],
     *,
     weight_decay: float = 0.01,
+    observe: Callable[[Any], None] | None = None,
 ) -> list[float]:
     """Train a module in place by AdamW, in one program.
 
@@ -51,6 +52,8 @@ def train(
       log: a TensorBoard writer.
       advance: called after each step.
       weight_decay: of AdamW.
+      observe: called after each step with what `loss_of` then returns beside the loss, before the next
+        batch is asked for.
 
     Returns:
       The loss of each step.
@@ -61,18 +64,21 @@ def train(
 
     @jax.jit
     def step(parameters: Any, rest: Any, state: Any, batch: Any, key: Array) -> Any:
-        def of(parameters: Any) -> Array:
-            return loss_of(nnx.merge(graph, parameters, rest), batch, key)
+        def of(parameters: Any) -> tuple[Array, Any]:
+            found = loss_of(nnx.merge(graph, parameters, rest), batch, key)
+            return (found, None) if observe is None else found
 
-        value, gradient = jax.value_and_grad(of)(parameters)
+        (value, beside), gradient = jax.value_and_grad(of, has_aux=True)(parameters)
         updates, state = optimiser.update(gradient, state, parameters)
-        return optax.apply_updates(parameters, updates), state, value
+        return optax.apply_updates(parameters, updates), state, value, beside
 
     state, losses = optimiser.init(parameters), []
     for i, batch in enumerate(batches):
         key = jax.random.key(100_000 * seed + i)
-        parameters, state, loss = step(parameters, rest, state, batch, key)
+        parameters, state, loss, beside = step(parameters, rest, state, batch, key)
         losses.append(loss)
+        if observe is not None:
+            observe(beside)
         if i % LOGGED == 0:
             log.add_scalar("loss", float(loss), i)
         advance()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-KEYS, VALUES, NOISE = 64, 64, 32
+KEYS, VALUES, NOISE = 32, 32, 32
 VOCABULARY = KEYS + VALUES + NOISE
 
 

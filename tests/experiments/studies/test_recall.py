@@ -16,8 +16,11 @@ def test_what_is_asked_for_was_said():
         assert asked.tolist() == list(range(104, 128, 2))
         assert [said[tokens[i]] for i in asked] == target[asked].tolist()
         assert np.all(tokens[24:104] >= data.KEYS + data.VALUES)
-    with pytest.raises(ValueError, match="pairs is 32: 128 tokens have room for fewer than 32"):
-        data.draw(np.random.default_rng(0), 1, 128, 32)
+    with pytest.raises(
+        ValueError,
+        match="pairs is 33: 132 tokens have room for fewer than 33, and there are 32 keys",
+    ):
+        data.draw(np.random.default_rng(0), 1, 132, 33)
 
 
 @pytest.mark.parametrize("part", [0.5, 0.25])

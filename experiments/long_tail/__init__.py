@@ -1,0 +1,1 @@
+"""Classes with a long tail: how many examples of each a step learns from, by importance with floors."""

@@ -1,0 +1,33 @@
+"""Uses of public names: found through imports and aliases, and nothing that is not public."""
+
+from experiments.harness import uses
+
+
+def test_references_through_imports_and_aliases(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "one.py").write_text(
+        "import jbalance as jb\n"
+        "from jbalance import shares as s, place\n"
+        "from jbalance.decode.model import Model\n"
+        "s.proportional([1.0]); place.pack; jb.cache.create; jb.cache.create.x\n"
+        "proportional = softmax = None\n"
+    )
+    found = uses.of_experiments(folder.relative_to(tmp_path))
+    used = {name for name, users in found.items() if users}
+    assert used == {
+        "jbalance.shares.proportional",
+        "jbalance.place.pack",
+        "jbalance.cache.create",
+        "jbalance.decode.Model",
+    }
+    assert found["jbalance.place.pack"] == ["experiments.one"]
+
+
+def test_names_are_the_public_ones():
+    names = uses.public_names()
+    assert len(names) == len(set(names))
+    for name in ("jbalance.audit.by_group", "jbalance.balancer", "jbalance.adapters.NnxCache"):
+        assert name in names
+    assert not any(part.startswith("_") for name in names for part in name.split("."))
