@@ -123,18 +123,20 @@ def proportional(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
 
 
 def ladder(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
-    """One price for the tokens of all texts; before it each text has its best one."""
-    worth = np.concatenate(scored)
-    ends = np.cumsum([len(text) for text in scored])
-    best = np.array([int(np.argmax(text)) for text in scored])
-    best[1:] += ends[:-1]
-    open_ = np.maximum(worth, np.finfo(np.float32).tiny)
-    open_[best] = 0
+    """One price for the tokens of all texts: a text's k-th best token adds its score over k.
+
+    The classifier reads the mean of a text's tokens, which one more of k moves by a k-th. The best
+    token of each text stays.
+    """
+    ranks = [np.argsort(np.argsort(-text, kind="stable"), kind="stable") for text in scored]
+    least = np.finfo(np.float32).tiny  # what says nothing is kept before there is nothing
+    adds = [np.maximum(x / (rank + 1), least) for x, rank in zip(scored, ranks, strict=True)]
+    first = np.concatenate(ranks) == 0
+    open_ = np.where(first, 0, np.concatenate(adds))
     steps = jnp.asarray(np.stack([np.zeros_like(open_), open_], axis=1), jnp.float32)
-    out = allocate.ladder(steps, jnp.array([0, 1]), jnp.asarray(total - best.size))
-    kept = np.array(out.level == 1)
-    kept[best] = True
-    return np.split(kept, ends[:-1])
+    out = allocate.ladder(steps, jnp.array([0, 1]), jnp.asarray(total - len(scored)))
+    kept = first | np.array(out.level == 1)
+    return np.split(kept, np.cumsum([len(text) for text in scored])[:-1])
 
 
 Budget = Callable[[list[np.ndarray], int], list[np.ndarray]]

@@ -58,17 +58,27 @@ def coarse(pixels: np.ndarray) -> np.ndarray:
 
 
 def values(pixels: np.ndarray, worth: Worth) -> np.ndarray:
-    """[B, CELLS, 3] what a cell's levels tell of it: weighted squares that are no longer guessed."""
+    """[B, CELLS, 3] what a cell's levels tell: weighted squares that are no longer guessed.
+
+    As parts of the picture's own, or pictures of high contrast would have the tokens of all others.
+    """
     of_none = worth.w * (pixels - worth.mean) ** 2
     of_coarse = worth.w * (pixels - coarse(pixels)) ** 2
     error = np.stack([of_none, np.minimum(of_coarse, of_none), np.zeros_like(of_none)], axis=-1)
     lost = np.stack([cells(error[..., m], CELL).sum(-1) for m in range(len(COSTS))], axis=-1)
-    return (lost[..., :1] - lost).astype(np.float32)
+    told = lost[..., :1] - lost
+    return (told / _of_pictures(told[..., -1])[..., None]).astype(np.float32)
 
 
 def of_patches(pixels: np.ndarray, worth: Worth) -> np.ndarray:
-    """[B, FINE] what each fine token tells."""
-    return cells(worth.w * (pixels - worth.mean) ** 2, PATCH).sum(-1)
+    """[B, FINE] what each fine token tells, as a part of its picture."""
+    told = cells(worth.w * (pixels - worth.mean) ** 2, PATCH).sum(-1)
+    return told / _of_pictures(told)
+
+
+def _of_pictures(told: np.ndarray) -> np.ndarray:
+    """[B, 1] sums over a picture."""
+    return np.maximum(told.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 # An arm: pictures, worth, tokens of all of them together -> [B, PLACES], which tokens are kept.

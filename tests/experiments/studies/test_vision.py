@@ -22,7 +22,9 @@ def some():
 
 def test_values_are_the_squares_that_are_no_longer_guessed():
     pictures, worth = some()
-    value = tokens.values(pictures.pixels, worth)
+    value = tokens.values(pictures.pixels, worth).astype(float)
+    whole = (worth.w * pictures.pixels.astype(float) ** 2).sum(axis=(1, 2))
+    value *= whole[:, None, None]
     for picture, cell in itertools.product(range(NUMBER), range(CELLS)):
         row, column = (8 * x for x in divmod(cell, 4))
         lost = {"none": 0.0, "coarse": 0.0}

@@ -1,0 +1,61 @@
+"""Adaptivity: what is kept is counted against what fitted importance keeps, arm by arm."""
+
+import numpy as np
+import pytest
+
+from experiments.adaptivity import experiment
+from experiments.adaptivity.experiment import ARMS, PART, Domain, Material, Sizes
+from experiments.text_classification import tokens
+from experiments.text_classification.tokens import Worth
+
+SIZES = Sizes(3, 6, 30)
+
+
+@pytest.fixture
+def material(monkeypatch):
+    """Two domains in which other tokens tell the class: 10 and 11, and then 20 and 21."""
+    rng = np.random.default_rng(0)
+
+    def domain(negative, positive, number=400):
+        label = rng.integers(0, 2, number)
+        ids = [np.append(rng.integers(30, 60, 9), positive if y else negative) for y in label]
+        return Domain([x.astype(np.int32) for x in ids], label.astype(np.int32))
+
+    before, after, test = domain(10, 11), domain(20, 21), domain(20, 21, SIZES.held)
+    worth = Worth.of(after.ids, after.positive, tokens.VOCABULARY)
+    both = tokens.counts(before.ids + after.ids, tokens.VOCABULARY)
+    idf = tokens.inverse_document_frequency(both)
+    found = Material(before, after, test.ids, worth.of_tokens(test.ids), idf)
+    monkeypatch.setattr(experiment, "prepare", lambda held: found)
+    return found
+
+
+def test_who_follows_keeps_what_tells_the_new_domain_and_who_stays_does_not(material):
+    found = {
+        name: experiment.run(name, 0, SIZES, lambda: None)["figures"]
+        for name in ("static", "carried")
+    }
+    assert found["static"]["kept at the end"] == found["static"]["kept at the change"]
+    assert found["static"]["steps until good"] == SIZES.after + 1
+    assert found["carried"]["kept at the end"] > 0.9
+    assert found["carried"]["steps until good"] <= 3
+    assert found["carried"]["kept at the change"] == found["static"]["kept at the change"] < 0.7
+
+
+def test_kept_tokens_are_half_of_all_and_the_best_of_each_text(material):
+    w = np.ones(tokens.VOCABULARY, np.float32)
+    w[[20, 21]] = 100.0
+    kept = experiment.kept_by(w, material)
+    assert kept.sum() == int(PART * kept.size)
+    ends = np.cumsum([len(x) for x in material.held])
+    assert np.all(kept[ends - 1])  # the token that tells the class stands last
+
+
+def test_an_average_flaps_less(material):
+    sizes = Sizes(3, 12, 30)
+    changes = {
+        name: experiment.run(name, 0, sizes, lambda: None)["figures"]["tokens that change a step"]
+        for name in ("carried", "carried, no average")
+    }
+    assert changes["carried"] < changes["carried, no average"]
+    assert set(changes) < set(ARMS)
