@@ -43,6 +43,7 @@ def _study(smoke: bool) -> study.Study:
             "window": WINDOW,
             "arms": {name: arm._asdict() for name, arm in ARMS.items()},
             "beta": experiment.BETA,
+            "unseen": "mean",
         },
         "compare": [["carried", other] for other in ARMS if other != "carried"],
     }

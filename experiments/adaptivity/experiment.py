@@ -119,7 +119,7 @@ def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapp
     assert found is not None
     w = np.asarray(found.w)
     if not arm.carried:
-        prior = np.maximum(w, w[w > 0].min()) if arm.prior else None
+        prior = w if arm.prior else None
         balancer = jbalance.balancer(decay=arm.decay, prior=prior, beta=BETA if arm.prior else 0.0)
         state = balancer.init(tokens.VOCABULARY)
         window.clear()
@@ -162,8 +162,11 @@ def _of_texts(value: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
 
 
 def _measured(window: deque[tuple[np.ndarray, int]], idf: np.ndarray) -> np.ndarray:
-    """w [tokens] of the latest texts alone; what none of them holds has 0."""
+    """w [tokens] of the latest texts alone; what none of them holds has the mean of the others."""
     ids, positive = zip(*window, strict=True)
-    x = tokens.counts(list(ids), tokens.VOCABULARY).multiply(idf[None]).tocsr()
+    counts = tokens.counts(list(ids), tokens.VOCABULARY)
+    x = counts.multiply(idf[None]).tocsr()
     length = np.sqrt(np.asarray(x.multiply(x).sum(axis=1))).reshape(-1, 1)
-    return np.asarray(features.scores(x.multiply(1 / length).tocsr(), np.array(positive, np.int32)))
+    w = features.scores(x.multiply(1 / length).tocsr(), np.array(positive, np.int32))
+    seen = counts.getnnz(axis=0) > 0
+    return np.where(seen, w, w[seen].mean())

@@ -37,8 +37,8 @@ def _study(smoke: bool) -> study.Study:
             "frequency (scikit-learn's class weights), `resampled` every class alike, `importance` as "
             "many of each class as its importance says (how scarce it is, how hard it was), and with "
             f"floors and caps ({experiment.FLOOR} to {experiment.CAP}). The tail is the "
-            f"{experiment.TAIL} least frequent classes. Where it does not help: importance is as good as "
-            "resampling and reweighting, not better, and its floors and caps hardly ever bind."
+            f"{experiment.TAIL} least frequent classes. Where it does not help: importance is as good "
+            "as resampling and reweighting, not better, and its floors and caps hardly ever bind."
         ),
         "settings": {
             "sizes": sizes._asdict(),
