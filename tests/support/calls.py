@@ -71,6 +71,11 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
         TOKENS | {"frequencies": np.arange(1.0, 5.0), "num_tokens": 8},
         "",
     ),
+    "cross_worth": (
+        importance.cross_worth,
+        {"q": Q, "k": K, "scale": 0.5, "num_frames": 8},
+        "",
+    ),
     "protected": (
         importance.protected,
         {"w": W, "num_sinks": 1, "num_recent": 1},
