@@ -20,8 +20,8 @@ from flax import nnx
 from jax import Array
 
 EPSILON = 1e-5  # of the layer norms
-CrossAttention = Callable[[int, Array], Array]
-"""(layer, q [B, T, H, D], unscaled) -> y [B, T, H, D]."""
+CrossAttention = Callable[[Array, Array], Array]
+"""(layer [], q [B, T, H, D], unscaled) -> y [B, T, H, D]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +102,35 @@ class Whisper(nnx.Module):
         self.conv1 = nnx.Conv(c.num_mels, c.width, (3,), padding=side, rngs=rngs)
         self.conv2 = nnx.Conv(c.width, c.width, (3,), strides=2, padding=side, rngs=rngs)
         self.encoder_positions = nnx.Param(jnp.zeros((c.num_frames, c.width)))
-        self.encoder = nnx.List([Layer(c, rngs, cross=False) for _ in range(c.encoder_layers)])
+        self.encoder = _stacked(c, rngs, c.encoder_layers, cross=False)
         self.encoder_norm = nnx.LayerNorm(c.width, epsilon=EPSILON, rngs=rngs)
         self.embedding = nnx.Embed(c.vocab_size, c.width, rngs=rngs)
         self.decoder_positions = nnx.Param(jnp.zeros((c.num_positions, c.width)))
-        self.decoder = nnx.List([Layer(c, rngs, cross=True) for _ in range(c.decoder_layers)])
+        self.decoder = _stacked(c, rngs, c.decoder_layers, cross=True)
         self.decoder_norm = nnx.LayerNorm(c.width, epsilon=EPSILON, rngs=rngs)
 
     def encode(self, mel: Array) -> Array:
         """Frames [B, S, E] of log-mel spectrograms [B, 2 S, mels]."""
         x = jax.nn.gelu(self.conv1(mel), approximate=False)
         x = jax.nn.gelu(self.conv2(x), approximate=False) + self.encoder_positions[...]
-        for layer in self.encoder:
-            q, k, v = layer.qkv(x)
-            x = x + layer.attention.joined(attend_dense(q, k, v))
-            x = layer.feed_forward(x)
-        return self.encoder_norm(x)
+        graph, layers = nnx.split(self.encoder)
+
+        def one(x, state):
+            layer = nnx.merge(graph, state)
+            x = x + layer.attention.joined(attend_dense(*layer.qkv(x)))
+            return layer.feed_forward(x), None
+
+        return self.encoder_norm(jax.lax.scan(one, x, layers)[0])
 
     def memory(self, frames: Array) -> tuple[Array, Array]:
         """Keys and values [L, B, S, H, D] of cross-attention in every layer of the decoder."""
-        cross = [layer.cross for layer in self.decoder]
-        k = jnp.stack([c.split(c.key(frames)) for c in cross])
-        return k, jnp.stack([c.split(c.value(frames)) for c in cross])
+        graph, layers = nnx.split(self.decoder.cross)
+
+        def one(_, state):
+            cross = nnx.merge(graph, state)
+            return None, (cross.split(cross.key(frames)), cross.split(cross.value(frames)))
+
+        return jax.lax.scan(one, None, layers)[1]
 
     def empty(self, requests: int, places: int) -> Kept:
         """Self-attention caches of so many tokens, which hold nothing."""
@@ -133,31 +140,47 @@ class Whisper(nnx.Module):
 
     def decode(
         self, tokens: Array, start: Array | int, kept: Kept, cross: CrossAttention
-    ) -> tuple[Array, Kept]:
+    ) -> tuple[Array, Kept, Array]:
         """Tokens [B, T] from position `start` on, which see those before them.
 
         Returns:
-          Logits [B, T, V], and the caches with the tokens.
+          Logits [B, T, V], the caches with the tokens, and cross-attention's queries [L, B, T, H, D].
         """
         places, size = kept.k.shape[2], tokens.shape[1]
         position = start + jnp.arange(size)
         x = self.embedding(tokens) + self.decoder_positions[...][position]
         seen = jnp.arange(places) <= position[:, None]
-        keys: list[Array] = []
-        values: list[Array] = []
-        for i, layer in enumerate(self.decoder):
-            q, k, v = layer.qkv(x)
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old[i], new, start, axis=1)
-                for old, new in zip(kept, (k, v), strict=True)
+        graph, layers = nnx.split(self.decoder)
+
+        def one(x, row):
+            i, state, kept = row
+            layer = nnx.merge(graph, state)
+            q, *new = layer.qkv(x)
+            kept = Kept(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+                    for old, part in zip(kept, new, strict=True)
+                )
             )
-            keys, values = [*keys, k], [*values, v]
-            x = x + layer.attention.joined(attend_dense(q, k, v, seen))
+            x = x + layer.attention.joined(attend_dense(q, *kept, seen))
             q = layer.cross.split(layer.cross.query(layer.cross_norm(x)))
             x = x + layer.cross.joined(cross(i, q))
-            x = layer.feed_forward(x)
-        logits = self.embedding.attend(self.decoder_norm(x))
-        return logits, Kept(jnp.stack(keys), jnp.stack(values))
+            return layer.feed_forward(x), (kept, q)
+
+        rows = jnp.arange(self.config.decoder_layers), layers, kept
+        x, (kept, queries) = jax.lax.scan(one, x, rows)
+        return self.embedding.attend(self.decoder_norm(x)), kept, queries
+
+
+def _stacked(config: WhisperConfig, rngs: nnx.Rngs, number: int, *, cross: bool) -> Layer:
+    """So many layers in one module, whose variables have a first axis for them."""
+
+    @nnx.split_rngs(splits=number)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Layer(config, rngs, cross=cross)
+
+    return make(rngs)
 
 
 def attend_dense(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
@@ -183,20 +206,17 @@ def assemble(tensors: Mapping[str, np.ndarray], where: str) -> Whisper:
     graph, state = nnx.split(model)
     left, filled = dict(tensors), {}
     for path, abstract in nnx.to_flat_state(state):
-        name, rows = _source(path)
-        if name not in tensors:
-            raise ValueError(f"{where} lacks the tensor {name!r}")
-        left.pop(name, None)
-        array = np.asarray(tensors[name], np.float32)
-        if rows is not None:  # one of some projections that are stored as one
-            if array.shape[0] % rows[1]:
-                raise ValueError(f"{where}: {name} has {array.shape[0]} rows for {rows[1]} parts")
-            array = np.split(array, rows[1])[rows[0]]
-        array = array.T if path[-1] == "kernel" else array
-        if array.shape != abstract.shape:
-            raise ValueError(f"{where}: {name} is {array.shape}: it must be {abstract.shape}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{where}: {name} holds numbers that are not finite")
+        names, rows = _sources(tuple(map(str, path)), config)
+        shape = abstract.shape[-abstract.ndim + (len(names) > 1) :]
+        arrays = []
+        for name in names:
+            array = _part(tensors, name, rows, where)
+            array = array.T if path[-1] == "kernel" else array
+            if array.shape != shape:
+                raise ValueError(f"{where}: {name} is {array.shape}: it must be {shape}")
+            arrays.append(array)
+            left.pop(name, None)
+        array = np.stack(arrays) if len(names) > 1 else arrays[0]
         filled[path] = abstract.replace(jnp.asarray(array))
     more = [x for x in left if tensors[x].ndim and x != "decoder/projection/weight"]
     if more:
@@ -238,19 +258,36 @@ _WHOLE = {
 }
 
 
-def _source(path: tuple) -> tuple[str, tuple[int, int] | None]:
-    """The file's name of a parameter, and which of how many parts of its rows it is."""
-    parts = [str(p) for p in path]
-    if len(parts) == 1:
-        return _WHOLE[parts[0]], None
+def _part(tensors, name: str, rows: tuple[int, int] | None, where: str) -> np.ndarray:
+    """A tensor in float32, or one of so many projections whose rows lie one after the other in it."""
+    if name not in tensors:
+        raise ValueError(f"{where} lacks the tensor {name!r}")
+    array = np.asarray(tensors[name], np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where}: {name} holds numbers that are not finite")
+    if rows is None:
+        return array
+    if not array.ndim or array.shape[0] % rows[1]:
+        raise ValueError(f"{where}: {name} is {array.shape}: it must be {rows[1]} parts of rows")
+    return np.split(array, rows[1])[rows[0]]
+
+
+def _sources(
+    path: tuple[str, ...], config: WhisperConfig
+) -> tuple[list[str], tuple[int, int] | None]:
+    """The file's names of a parameter, one for each layer, and which part of how many it is in them."""
+    first, last = path[0], path[-1]
+    if len(path) == 1:
+        return [_WHOLE[first]], None
     rows = None
-    if parts[0] in _WHOLE:
-        base = _WHOLE[parts[0]]
+    if first in _WHOLE:
+        bases = [_WHOLE[first]]
     else:
-        own, rows = _PARTS["/".join(parts[2:-1])]
-        base = f"{parts[0]}/layer_{parts[1]}/{own}"
-    names = _NORMS if base.endswith("norm") else {"kernel": "weight", "embedding": "weight"}
-    return f"{base}/{names.get(parts[-1], parts[-1])}", rows
+        own, rows = _PARTS["/".join(path[1:-1])]
+        number = config.encoder_layers if first == "encoder" else config.decoder_layers
+        bases = [f"{first}/layer_{i}/{own}" for i in range(number)]
+    names = _NORMS if bases[0].endswith("norm") else {"kernel": "weight", "embedding": "weight"}
+    return [f"{base}/{names.get(last, last)}" for base in bases], rows
 
 
 def _config_of(tensors: Mapping[str, np.ndarray], where: str) -> WhisperConfig:

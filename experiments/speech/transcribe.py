@@ -6,7 +6,6 @@ A memory is the dense keys and values (k, v) [L, B, S, H, D] or a `KVCache` that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from experiments.models.whisper import Whisper, attend_dense
+from experiments.models.whisper import CrossAttention, Whisper, attend_dense
 from jbalance import cache
 from jbalance.cache import KVCache
 
@@ -40,7 +39,7 @@ class Speech(NamedTuple):
         return nnx.merge(self.graph, self.state)
 
 
-def attend(memory: Memory) -> Callable[[int, Array], Array]:
+def attend(memory: Memory) -> CrossAttention:
     """Cross-attention over a memory."""
     if isinstance(memory, KVCache):
         return lambda layer, q: cache.attend(memory, layer, q)
@@ -68,30 +67,27 @@ def transcribe(speech: Speech, memory: Memory, requests: int) -> list[np.ndarray
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _transcribe(graph, state, memory, requests):
     model, cross = nnx.merge(graph, state), attend(memory)
-    prompt = jnp.tile(jnp.array(PROMPT), (requests, 1))
-    kept = model.empty(requests, len(PROMPT) + MOST_TOKENS)
-    logits, kept = model.decode(prompt, 0, kept, cross)
-    first = logits[:, -1].at[:, jnp.array([SPACE, END])].set(-jnp.inf)  # something is said
-    tokens = jnp.full((requests, MOST_TOKENS), END).at[:, 0].set(_best(first))
+    given, size = len(PROMPT), len(PROMPT) + MOST_TOKENS
+    tokens = jnp.full((requests, size), END).at[:, :given].set(jnp.array(PROMPT))
 
     def step(carry):
         i, tokens, kept = carry
-        last = lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1)
-        logits, kept = model.decode(last, len(PROMPT) + i - 1, kept, cross)
-        new = jnp.where(last[:, 0] == END, END, _best(logits[:, 0]))
-        return i + 1, lax.dynamic_update_slice_in_dim(tokens, new[:, None], i, axis=1), kept
+        last = lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        logits, kept, _ = model.decode(last, i, kept, cross)
+        text = logits[:, 0, :FIRST_SPECIAL]  # no timestamps, languages or tasks
+        said = text.at[:, jnp.array([SPACE, END])].set(-jnp.inf)  # the first token says something
+        new = jnp.argmax(jnp.where(i + 1 == given, said, text), axis=-1)
+        new = jnp.where(last[:, 0] == END, END, new)
+        new = jnp.where(i + 1 < given, tokens[:, i + 1], new)
+        return i + 1, lax.dynamic_update_slice_in_dim(tokens, new[:, None], i + 1, axis=1), kept
 
     def going(carry):
         i, tokens, _ = carry
-        last = lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1)
-        return (i < MOST_TOKENS) & jnp.any(last != END)
+        last = lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        return (i + 1 < size) & jnp.any(last != END)
 
-    return lax.while_loop(going, step, (jnp.int32(1), tokens, kept))[1]
-
-
-def _best(logits: Array) -> Array:
-    """The likeliest text token or the end [B]; no timestamps, languages or tasks."""
-    return jnp.argmax(logits[:, :FIRST_SPECIAL], axis=-1)
+    begun = jnp.int32(0), tokens, model.empty(requests, size)
+    return lax.while_loop(going, step, begun)[1][:, given:]
 
 
 def padded(transcripts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,21 +100,15 @@ def padded(transcripts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(speech: Speech, memory: Memory, tokens: np.ndarray) -> tuple[Array, Array]:
-    """Of given tokens [B, T]: log-probabilities [B, T, text], and the queries [L, B, T, H, D] of frames."""
+    """Of given tokens [B, T]: log-probabilities [B, T, text], and the queries [L, B, T, H, D]."""
     return _read(speech.graph, speech.state, memory, jnp.asarray(tokens))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(graph, state, memory, tokens):
-    model, cross, queries = nnx.merge(graph, state), attend(memory), []
-
-    def recorded(layer, q):
-        queries.append(q)
-        return cross(layer, q)
-
-    kept = model.empty(*tokens.shape)
-    logits, _ = model.decode(tokens, 0, kept, recorded)
-    return jax.nn.log_softmax(logits[..., :FIRST_SPECIAL]), jnp.stack(queries)
+    model = nnx.merge(graph, state)
+    logits, _, queries = model.decode(tokens, 0, model.empty(*tokens.shape), attend(memory))
+    return jax.nn.log_softmax(logits[..., :FIRST_SPECIAL]), queries
 
 
 def divergence(full: Array, other: Array, count: np.ndarray) -> np.ndarray:
