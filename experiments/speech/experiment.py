@@ -14,6 +14,7 @@ from jax import Array
 from tokenizers import Tokenizer
 
 from experiments.models import packaged
+from experiments.models.whisper import WhisperConfig
 from experiments.speech import audio, data, memories, transcribe, words
 from experiments.speech.data import Window
 from experiments.speech.memories import Frames
@@ -25,6 +26,7 @@ AMPLE, FEW_RULES = 50, ("uniform bits", "subsample", "ladder")  # where rules ha
 NAMED, SENTENCES = 1, 2  # windows of each seed
 SEEDS = 3  # which have windows of their own
 CALIBRATION = (2, 6)  # windows of single words and of sentences whose queries are sampled
+HEAD_DIM = WhisperConfig().head_dim
 BATCH = 1 + NAMED + SENTENCES
 
 
@@ -65,8 +67,7 @@ def _arms() -> dict[str, Arm]:
     found = [Arm("full", 100)]
     for percent in PERCENTS:
         for rule in memories.RULES if percent < AMPLE else FEW_RULES:
-            bits = memories.most_bits(64, percent / 100)
-            if rule != "uniform bits" or bits is not None:
+            if rule != "uniform bits" or not memories.is_too_little(HEAD_DIM, percent / 100):
                 found.append(Arm(rule, percent))
     return {arm.name: arm for arm in found}
 

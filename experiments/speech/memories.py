@@ -66,9 +66,11 @@ def write(rule: str, fraction: float, frames: Frames) -> Memory:
     if rule == "full":
         return frames.k, frames.v
     if rule == "ladder":
-        return _cache(frames, fraction, BITS, sampled_worth(frames))
+        held = _empty(frames, fraction, BITS)
+        return cache.write(held, frames.k, frames.v, sampled_worth(frames))
     if rule == "ladder, no queries":
-        return _cache(frames, fraction, BITS, 0.01 * jnp.sqrt(key_leverage(frames)))
+        held = _empty(frames, fraction, BITS)
+        return cache.write(held, frames.k, frames.v, 0.01 * jnp.sqrt(key_leverage(frames)))
     if rule == "uniform bits":
         return _without_centroids(_uniform_bits(frames, fraction))
     if rule == "subsample":
@@ -81,25 +83,19 @@ def write(rule: str, fraction: float, frames: Frames) -> Memory:
 RULES = ("uniform bits", "subsample", "proportional", "ladder", "ladder, no queries")
 
 
-def most_bits(head_dim: int, fraction: float) -> int | None:
-    """Of all frames alike within a part of their bytes; None where one bit is too much."""
-    room = 0.97 * fraction * token_bytes(head_dim, 16)  # tables and what pages do not divide
-    return next((b for b in (8, 4, 3, 2, 1) if token_bytes(head_dim, b) <= room), None)
+UNIFORM_BITS = (8, 4, 3, 2, 1)
 
 
-def _cache(frames: Frames, fraction: float, bits: tuple[int, ...], w, page_bytes=None) -> KVCache:
+def is_too_little(head_dim: int, fraction: float) -> bool:
+    """Whether not even one bit for every frame can be had for this part of their bytes."""
+    return token_bytes(head_dim, UNIFORM_BITS[-1]) > fraction * token_bytes(head_dim, 16)
+
+
+def _empty(frames: Frames, fraction: float, bits: tuple[int, ...], page_bytes=None) -> KVCache:
     layers, requests, _, heads, head_dim = frames.k.shape
-    held = cache.create(
-        int(fraction * requests * full_bytes(frames)),
-        layers,
-        heads,
-        head_dim,
-        num_requests=requests,
-        bits=bits,
-        page_bytes=page_bytes,
-        recent_tokens=0,
-    )
-    return cache.write(held, frames.k, frames.v, w)
+    budget = int(fraction * requests * full_bytes(frames))
+    sizes = {"bits": bits, "page_bytes": page_bytes, "num_requests": requests}
+    return cache.create(budget, layers, heads, head_dim, recent_tokens=0, **sizes)
 
 
 def _without_centroids(held: KVCache) -> KVCache:
@@ -109,26 +105,22 @@ def _without_centroids(held: KVCache) -> KVCache:
 
 
 def _uniform_bits(frames: Frames, fraction: float) -> KVCache:
-    bits = most_bits(frames.k.shape[-1], fraction)
-    if bits is None:
-        raise ValueError(f"fraction is {fraction}: one bit for every frame takes more")
+    """All frames at the most bits at which all fit."""
     layers, requests, size, heads, _ = frames.k.shape
-    held = _cache(frames, fraction, (bits,), jnp.ones((layers, requests, heads, size)))
-    if int(held.arena.count.sum()) != layers * requests * heads * size:
-        raise ValueError(f"fraction is {fraction}: {bits} bits for every frame do not fit")
-    return held
+    for bits in UNIFORM_BITS:
+        held = _empty(frames, fraction, (bits,))
+        if layers * heads * math.ceil(size / held.arena.page_tokens[0]) <= held.even_pages:
+            w = jnp.ones((layers, requests, heads, size))
+            return cache.write(held, frames.k, frames.v, w)
+    raise ValueError(f"fraction is {fraction}: one bit for every frame takes more")
 
 
 def _wide(frames: Frames, fraction: float, chosen) -> KVCache:
     """Frames that a rule chose, at 16 bits."""
-    layers, requests, _, heads, head_dim = frames.k.shape
-    page_bytes = WIDE_PAGE_TOKENS * token_bytes(head_dim, 16)
-    empty = cache.create(
-        int(fraction * requests * full_bytes(frames)), layers, heads, head_dim,
-        num_requests=requests, bits=(16,), page_bytes=page_bytes, recent_tokens=0,
-    )  # fmt: skip
-    w = chosen(frames, empty.even_pages)
-    return cache.write(empty, frames.k, frames.v, jnp.where(w, _IN, _OUT))
+    page_bytes = WIDE_PAGE_TOKENS * token_bytes(frames.k.shape[-1], 16)
+    held = _empty(frames, fraction, (16,), page_bytes)
+    w = jnp.where(chosen(frames, held.even_pages), _IN, _OUT)
+    return cache.write(held, frames.k, frames.v, w)
 
 
 def _evenly(frames: Frames, pages: int) -> np.ndarray:
