@@ -82,13 +82,14 @@ _NOTES = [
     "Whisper tiny.en transcribes windows of 30 s, which clips with short gaps between them fill:",
     "of each seed one of a novel (LibriVox, the same for all), one of single words and two of",
     "telephone prompts. WER is of the first two kinds, whose words are known; `changed` are words",
-    "of all windows that differ from the transcript over all frames. The bytes are those of",
-    "cross-attention, 9.2 MB for a window at 16 bits; the decoder's own cache, 1 MB at most, is",
-    "dense beside them. `ladder`: frames x heads x bits at one price, worth by queries of other",
-    "recordings times the keys' leverage; `no queries`: by the leverage alone; `uniform bits`: as",
-    "many for every frame as fit; `subsample`: every n-th frame at 16 bits; `proportional`: heads",
-    "share 16-bit frames by their worth. The ladder's worth was chosen by KL on other windows of",
-    "the same prompts.",
+    "of all windows that differ from the transcript over all frames; noise is white. The bytes",
+    "are those of cross-attention, 9.2 MB for a window at 16 bits; the decoder's own cache, 1 MB",
+    "at most, is dense beside them. `ladder`: frames x heads x bits at one price, worth by",
+    "queries of other recordings times the keys' leverage; `no queries`: by the leverage alone;",
+    "`uniform bits`: as many for every frame as fit, 4, 3 and 1 at 50, 25 and 10 % (none fits 5",
+    "%); `subsample`: every n-th frame at 16 bits; `proportional`: heads share 16-bit frames by",
+    "their worth. The ladder's worth was chosen by KL on other windows of the same prompts. Step",
+    "times are of four windows at once, over those of dense attention at float32.",
 ]
 _INTERVALS = (
     "Words unlike the full cache's, of all words: differences, clean, 10 dB and 0 dB, with 95 % "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 
 import numpy as np
 from scipy import signal
@@ -24,7 +25,7 @@ def read_wav(content: bytes, where: str) -> np.ndarray:
     """
     try:
         rate, samples = wavfile.read(io.BytesIO(content))
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, struct.error) as error:
         raise ValueError(f"{where} is no WAV file that can be read: {error}") from None
     if samples.ndim != 1 or samples.dtype != np.int16 or rate < 1:
         raise ValueError(
