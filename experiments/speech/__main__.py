@@ -88,8 +88,11 @@ _NOTES = [
     "queries of other recordings times the keys' leverage; `no queries`: by the leverage alone;",
     "`uniform bits`: as many for every frame as fit, 4, 3 and 1 at 50, 25 and 10 % (none fits 5",
     "%); `subsample`: every n-th frame at 16 bits; `proportional`: heads share 16-bit frames by",
-    "their worth. The ladder's worth was chosen by KL on other windows of the same prompts. Step",
-    "times are of four windows at once, over those of dense attention at float32.",
+    "their worth. The ladder's worth was chosen by KL on other windows of the same prompts.",
+    "Whisper's retries at a higher temperature are off, so that a transcript that repeats itself",
+    "counts with all its words, and one that ends at once with none: at 0 dB full memories repeat",
+    "themselves too, and at 5 % two of nine clean windows of the ladder do. Step times are of",
+    "four windows at once, over those of dense attention at float32.",
 ]
 _INTERVALS = (
     "Words unlike the full cache's, of all words: differences, clean, 10 dB and 0 dB, with 95 % "
