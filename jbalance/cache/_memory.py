@@ -208,8 +208,7 @@ def _attended(cache, layer, q, scale):
         part = held_attention(cache, request, layer, q)
         if cache.recent_tokens:
             part = merge(part, recent_attention(cache, request, layer, q))
-        known = cache.units(request, layer) < cache.key_mean.shape[0]
-        return jnp.where(known[:, None, None], part.y, 0)
+        return part.y
 
     heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(scaled(q, scale))
     y = lax.map(one_request, (jnp.arange(cache.num_requests), heads))
