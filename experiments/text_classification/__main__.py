@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from experiments.harness import cli, files, runs
+from experiments.harness import cli, files, runs, study
 from experiments.text_classification import experiment, features, search
 from experiments.text_classification.experiment import REGULARISED
 from experiments.text_classification.tokens import BUDGETS
@@ -69,7 +67,7 @@ def _job(options: argparse.Namespace) -> None:
         report = regularise(out, arms, seeds)
     else:
         report = train(out, arms, seeds)
-    _print(report)
+    study.show(report)
 
 
 def train(out: Path, arms: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -182,19 +180,6 @@ def find(out: Path, rules: list[str], trials: int) -> dict[str, Any]:
         return {"figures": {"validation accuracy": found["validation_accuracy"]} | found["best"]}
 
     return runs.run_all(out, about, rules, [0], 1, one)
-
-
-def _print(report: Mapping[str, Any]) -> None:
-    names = list(dict.fromkeys(name for run in report["runs"] for name in run["figures"]))
-    table = Table("arm", "seed")
-    for name in names:
-        table.add_column(name, justify="right")
-    for name, known in report.get("baselines", {}).items():
-        table.add_row(name, "", *(f"{known[x]:.3f}" if x in known else "" for x in names))
-    for run in report["runs"]:
-        figures = (f"{run['figures'][x]:.4g}" if x in run["figures"] else "" for x in names)
-        table.add_row(run["arm"], str(run["seed"]), *figures)
-    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

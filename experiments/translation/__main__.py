@@ -21,10 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from experiments.harness import cli, files, progress, runs
+from experiments.harness import cli, files, progress, runs, study
 from experiments.translation import data, experiment, maps
 from jbalance import checks
 
@@ -51,12 +48,12 @@ def _job(options: argparse.Namespace) -> None:
     elif options.job == "density":
         out = Path(options.json or "out/translation_density.json")
         files.check_writable(out)
-        _print(density(out, options.base_steps))
+        study.show(density(out, options.base_steps))
     else:
         out = Path(options.json or "out/translation.json")
         files.check_writable(out)
         arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
-        _print(train(out, arms, seeds, options.base_steps, options.steps))
+        study.show(train(out, arms, seeds, options.base_steps, options.steps))
 
 
 def train(
@@ -140,17 +137,6 @@ def density(out: Path, base_steps: int) -> dict[str, Any]:
         return {"figures": experiment.untrained(material, begin, *arms[arm])}
 
     return runs.run_all(out, about, list(arms), [0], 1, one)
-
-
-def _print(report: Mapping[str, Any]) -> None:
-    table = Table("arm", "seed")
-    names = list(report["runs"][0]["figures"])
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in report["runs"]:
-        figures = (f"{row['figures'][name]:.2f}" for name in names)
-        table.add_row(row["arm"], str(row["seed"]), *figures)
-    Console(width=160).print(table)
 
 
 def _one(

@@ -208,7 +208,7 @@ def check_call(
     if key.shape[1] != size:
         raise ValueError(
             f"query has {size} tokens and key {key.shape[1]}: the cache is for self-attention, not for "
-            f"cross-attention"
+            f"cross-attention, which cache.write and cache.attend are for"
         )
     if bias is not None:
         raise ValueError("bias is given: attention over the cache has none")

@@ -99,7 +99,12 @@ class KVCache:
 
     @property
     def floor_pages(self) -> int:
-        """Pages of a request for the first and latest tokens of its prompt, which always stay."""
+        """Pages of a request for the first and latest tokens of its prompt, which always stay.
+
+        0 where there is no recent buffer: of an encoder's frames none must stay.
+        """
+        if self.recent_tokens == 0:
+            return 0
         return self.units_per_request * -(-(NUM_SINKS + NUM_RECENT) // self.arena.page_tokens[0])
 
     @property
@@ -171,7 +176,8 @@ def create(
       bits: per coordinate of each level, descending.
       page_bytes: of one page; None for `page_bytes_for`.
       recent_tokens: R, even; half of them enter the arena at a time. None for an eighth of the budget,
-        4 to 512: the more enter at once, the less it costs.
+        4 to 512: the more enter at once, the less it costs. 0 for a cache that does not grow: an
+        encoder's frames, by `write` and `attend`.
       windows: of each layer [L], tokens that a query sees, itself among them, or None for all; None if
         no layer has one. `decode` reads it; `prefill` and `step` are for layers that see all.
 
@@ -194,11 +200,13 @@ def create(
     if recent_tokens is None:
         share = int(budget_bytes) // (_RECENT_SHARE * units * (4 * head_dim + 4))
         recent_tokens = min(max(share - share % 2, _LEAST_RECENT), _MOST_RECENT)
-    recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
+    recent_tokens = checks.static_int("recent_tokens", recent_tokens, 0)
     if recent_tokens % 2:
-        raise ValueError(f"recent_tokens is {recent_tokens}: it must be even and at least 2")
+        raise ValueError(f"recent_tokens is {recent_tokens}: it must be even")
     windows = checked_windows(windows, num_layers)
     timed = windows is not None
+    if timed and recent_tokens == 0:
+        raise ValueError("windows are given and recent_tokens is 0: an encoder's frames have none")
     fixed = units * unit_bytes(head_dim, recent_tokens) + table_bytes_of(num_requests, slots.size)
     if timed:
         fixed += clock_bytes(num_requests, units // num_requests, recent_tokens)
@@ -207,14 +215,17 @@ def create(
         page_bytes = page_bytes_for(max(left, 0), units, head_dim, bits, timed=timed)
     page_bytes = checks.static_int("page_bytes", page_bytes, 1)
     tokens = page_bytes // token_bytes(head_dim, bits[0], timed=timed)
-    floor = units * -(-(NUM_SINKS + NUM_RECENT) // max(tokens, 1))
+    floor = (
+        units * -(-(NUM_SINKS + NUM_RECENT) // max(tokens, 1)) if recent_tokens else num_requests
+    )
     need = table_bytes(units, len(bits), floor) + floor * page_bytes
     if left < need:
+        always = f"{NUM_SINKS} first and {NUM_RECENT} latest tokens of each, which always stay"
         raise ValueError(
             f"budget_bytes is {budget_bytes}: recent buffers of {recent_tokens} tokens, centroids and "
             f"tables of {units} units take {fixed}, and {floor} pages of {page_bytes} bytes for the "
-            f"{NUM_SINKS} first and {NUM_RECENT} latest tokens of each, which always stay, {need} more; "
-            f"give at least {fixed + need}"
+            f"{always if recent_tokens else 'frames of each request'}, {need} more; give at least "
+            f"{fixed + need}"
         )
     arena = _pages.create(left, units, head_dim, bits, page_bytes, timed=timed)
     return around(arena, slots, num_requests, recent_tokens, windows=windows)

@@ -21,6 +21,7 @@ from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import checked_allowance
 from jbalance.cache._sight import Ages
 from jbalance.cache._step import (
+    check_growing,
     check_without_windows,
     held_attention,
     recent_attention,
@@ -75,7 +76,7 @@ def prefill(
     requests, size = q.shape[:2]
     layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
-    lengths = _checked_lengths(lengths, requests, size)
+    lengths = checked_lengths(lengths, requests, size)
     if scale is not None:
         scale = checks.static_float("scale", scale)
     frequencies = rotary_frequencies(frequencies, cache.head_dim)
@@ -142,6 +143,7 @@ def _checked(cache, q, k, v):
     """q, k and v as arrays; ValueError for shapes that do not fit."""
     checks.instance("cache", cache, KVCache)
     check_without_windows(cache)
+    check_growing(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
     _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
@@ -159,15 +161,16 @@ def _checked(cache, q, k, v):
         if np.shape(x) != shape:
             raise ValueError(
                 f"{name} has shape {np.shape(x)}: it must be [B, S, K, D] = {shape}; the cache is "
-                f"for self-attention, whose keys are those of its queries' tokens"
+                f"for self-attention, whose keys are those of its queries' tokens; for cross-attention "
+                f"there are `write` and `attend`"
             )
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.largest_finite(name, x)
     return q, k, v
 
 
-def _checked_lengths(lengths, requests, size):
-    """[B] int32 in 0..S."""
+def checked_lengths(lengths: jax.Array | None, requests: int, size: int) -> jax.Array:
+    """[B] int32 in 0..S, S for None; ValueError for others."""
     if lengths is None:
         return jnp.full(requests, size, jnp.int32)
     checks.rank("lengths", lengths, 1, "[B]")

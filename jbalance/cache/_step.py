@@ -255,13 +255,20 @@ def check_without_windows(cache: KVCache) -> None:
         raise ValueError("cache was made with windows: decode a model with them by jbalance.decode")
 
 
+def check_growing(cache: KVCache) -> None:
+    """ValueError for a cache that is only read."""
+    if cache.recent_tokens == 0:
+        raise ValueError(
+            "cache has no recent buffer: it is a context or an encoder's frames, which are only read"
+        )
+
+
 def _checked(cache, q, k, v, context):
     """q, k and v; ValueError for shapes that do not fit, or a cache that is only read."""
     checks.instance("cache", cache, KVCache)
     check_without_windows(cache)
     requests, heads, head_dim = cache.num_requests, cache.num_kv_heads, cache.head_dim
-    if cache.recent_tokens == 0:
-        raise ValueError("cache has no recent buffer: it is a context, which is only read")
+    check_growing(cache)
     _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
         checks.floats(name, x, 3, "[B, H or K, D]") for name, x in (("q", q), ("k", k), ("v", v))

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance.cache import KVCache, _cache, _centroids, _pages, _prefill, _price
+from jbalance.cache import KVCache, _cache, _pages, _prefill
+from jbalance.cache._memory import absent, write_layer
 from jbalance.cache._sight import NO_WINDOW
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, check_model
@@ -141,7 +142,7 @@ def write(
     number = plan.level.shape[2]
     for layer, held in enumerate(layers):
         tokens = held.k.shape[0]
-        level = np.full((plan.level.shape[1], tokens), len(plan.bits), np.int8)
+        level = np.full((plan.level.shape[1], tokens), absent(plan.bits), np.int8)
         level[:, :number] = plan.level[layer]
         code = np.zeros(level.shape, np.uint8)
         code[:, :number] = codes[layer]
@@ -185,28 +186,5 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="centroids")
 def _write_layer(cache, layer, k, v, level, code, number, centroids):
-    """One layer's tokens [S, K, D] at their levels [K, S], `number` of them there."""
-    units = cache.units(0, layer)
-    k, v = (jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in (k, v))
-    mean = _prefill.mean_key(k, number).astype(jnp.bfloat16)
-    k -= mean.astype(jnp.float32)[:, None]
-    here = (units < cache.key_mean.shape[0])[:, None]
-    arena = cache.arena
-    time = jnp.broadcast_to(np.arange(k.shape[1], dtype=np.int32), level.shape)
-    for m in range(len(arena.bits)):
-        own = (level == m) & here
-        first = jnp.argsort(~own, axis=1, stable=True)
-        first_k, first_v, first_code, first_time = (
-            jnp.take_along_axis(x, first.reshape(first.shape + (1,) * (x.ndim - 2)), axis=1)
-            for x in (k, v, code, time)
-        )
-        number_m = jnp.sum(own, axis=1)
-        arena, _ = _pages.write(
-            arena, units, m, first_k, first_v, first_code, number_m, time=first_time
-        )
-    rest = cache.centroids
-    if centroids:
-        evicted = (level == len(arena.bits)) & (np.arange(level.shape[1]) < number) & here
-        rest = _centroids.absorb(rest, units, k, v, _price.decode_worth(code), evicted)
-    means = cache.key_mean.at[units].set(mean, mode="drop")
-    return dataclasses.replace(cache, arena=arena, centroids=rest, key_mean=means)
+    """`write_layer` of the one request, compiled for all layers."""
+    return write_layer(cache, 0, layer, k, v, level, code, number, centroids=centroids)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jbalance import allocate
+from jbalance import allocate, checks
 from jbalance.cache import KVCache, _cache
 from jbalance.decode import devices as over
 from jbalance.decode.context import Context, devices_for, is_local, slots_of
@@ -73,6 +73,8 @@ def create(
       ValueError: a model that is not supported, too few devices, or budgets too small.
     """
     check_model(model)
+    if recent_tokens is not None:
+        recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
     shape = (model.num_layers, model.num_kv_heads)
     budgets = [int(b) for b in budgets_bytes]
     devices = devices_for(devices, len(budgets))

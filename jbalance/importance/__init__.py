@@ -7,6 +7,7 @@ from jbalance.importance.blending import blend, decay_feedback
 from jbalance.importance.chi_squared import chi_squared
 from jbalance.importance.combine import combine, combined
 from jbalance.importance.correlation import correlation
+from jbalance.importance.cross_worth import cross_worth
 from jbalance.importance.entropy import entropy
 from jbalance.importance.expected_attention import expected_attention
 from jbalance.importance.features import FEATURE_SCORERS, feature_association, feature_importance
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "attention_energy",
     "reconstruction",
     "token_worth",
+    "cross_worth",
     "TOKEN_SCORERS",
     # heads: what evicting their tokens costs
     "protected",

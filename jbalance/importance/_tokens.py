@@ -19,6 +19,17 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`heads` of the last T of S tokens: ValueError for more queries than keys."""
+    q, k, v = heads(q, k, v)
+    if q.shape[0] > k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} queries but k has {k.shape[0]} keys: the queries are the last "
+            f"tokens of the keys' sequence, so give at most {k.shape[0]}"
+        )
+    return q, k, v
+
+
+def heads(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [T, H, D], k [S, K, D] and v [S, K, Dv], checked and in float32."""
     _axes.unsplit(q=q, k=k, v=v)
     q, k, v = (
@@ -28,11 +39,6 @@ def tokens(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[jax.Array, jax.Arr
     checks.same_length("v", v, "k", k)
     checks.same_length("v", v, "k", k, axis=1)
     checks.same_length("q", q, "k", k, axis=2)
-    if q.shape[0] > k.shape[0]:
-        raise ValueError(
-            f"q has {q.shape[0]} queries but k has {k.shape[0]} keys: the queries are the last "
-            f"tokens of the keys' sequence, so give at most {k.shape[0]}"
-        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} heads but k has {k.shape[1]}: "

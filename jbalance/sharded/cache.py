@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jbalance import cache as kv_cache
+from jbalance import checks
 from jbalance.cache import KVCache
 from jbalance.sharded._layout import axis_size, cut, lay_out, padded, padding
 
@@ -92,6 +93,8 @@ def create(
     """
     if split not in _SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {_SPLITS}")
+    if recent_tokens is not None:
+        recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
     num_devices = axis_size(mesh, "axis_name", axis_name)
     by_requests = split == "requests"
     requests = padding(num_requests, num_devices).size // num_devices

@@ -21,6 +21,7 @@ PLAN = attention.dense(TILING)
 SCORE = np.ones((1, 2, 2, 2), np.float32)
 MEMORY = {"memory": W, "memory_capacity": np.array([9.0, 9.0])}
 CACHE = cache.create(40_000, 1, 1, 8)
+FRAMES = cache.create(40_000, 1, 1, 8, recent_tokens=0)
 CODES = cache.quantize(K, 4)
 SAMPLES = {"x": X, "y": Y, "num_classes": 2}
 TOKENS = {"q": Q, "k": K, "v": K}
@@ -68,6 +69,11 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "token_worth": (
         importance.token_worth,
         TOKENS | {"frequencies": np.arange(1.0, 5.0), "num_tokens": 8},
+        "",
+    ),
+    "cross_worth": (
+        importance.cross_worth,
+        {"q": Q, "k": K, "scale": 0.5, "num_frames": 8},
         "",
     ),
     "protected": (
@@ -322,6 +328,13 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
         | {"active": np.ones(1, bool), "allowance_pages": np.array([40]), "scale": 0.5},
         "",
     ),
+    "cache.write": (
+        cache.write,
+        {"cache": FRAMES, "k": K4[None], "v": K4[None], "w": np.ones((1, 1, 1, 8), np.float32)}
+        | {"lengths": np.array([8])},
+        "",
+    ),
+    "cache.attend": (cache.attend, {"cache": FRAMES, "layer": 0, "q": Q4, "scale": 0.5}, ""),
     "quantize": (cache.quantize, {"x": K, "bits": 4}, "bits"),
     "dequantize": (cache.dequantize, {"codes": CODES, "head_dim": 8, "bits": 4}, "head_dim bits"),
     "AttentionSpec": (

@@ -151,7 +151,9 @@ def test_altered_results_are_not_believed(tmp_path, case):
 
 
 def test_the_kept_results_are_as_they_were_written():
-    assert len(runs.read_all(ROOT / "docs" / "results")) == 7
+    """Their digests hold; one file has rows of its own."""
+    folder = ROOT / "docs" / "results"
+    assert {*folder.glob("*.json")} - {*runs.read_all(folder)} == {folder / "levels.json"}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +285,7 @@ def test_all_writers_write_whole_files():
         "harness/packages.py": (".write_text(",),  # and another
         "peers/record_families.py": ways,
         "peers/record_logits.py": ways,  # in an environment without this package's
+        "peers/record_transcripts.py": ways,
     }
     found = []
     for path in sorted((ROOT / "experiments").rglob("*.py")):

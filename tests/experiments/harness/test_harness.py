@@ -8,7 +8,7 @@ from scipy import stats
 
 from experiments.harness import cli, docs, files, packages, progress, runs
 from experiments.harness.__main__ import main
-from experiments.harness.statistics import crossed_interval, paired_interval
+from experiments.harness.statistics import crossed_interval, paired_bootstrap, paired_interval
 
 ABOUT = {
     "title": "A title",
@@ -94,6 +94,39 @@ def test_cases_of_runs_come_back_and_widen_the_interval(tmp_path):
     files.write_json(tmp_path / "x.json", report)
     with pytest.raises(ValueError, match=r"runs\[0\]\.cases\['score'\] are no packed cases"):
         runs.read(tmp_path / "x.json")
+
+
+def test_paired_bootstrap_is_scipys():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(20, 90, 15)
+    theirs = rng.binomial(weights, 0.2)
+    ours = theirs - rng.binomial(theirs, 0.4)
+
+    def rate(ours, theirs, weights, axis=-1):
+        return (ours - theirs).sum(axis=axis) / weights.sum(axis=axis)
+
+    want = stats.bootstrap(
+        (ours, theirs, weights), rate, paired=True, vectorized=True, method="percentile",
+        n_resamples=20_000, random_state=1,
+    ).confidence_interval  # fmt: skip
+    found = paired_bootstrap(ours, theirs, weights, repeats=20_000)
+    assert found.mean == pytest.approx(rate(ours, theirs, weights))
+    np.testing.assert_allclose(found[1:], want, atol=0.003)
+    assert found.excludes_zero
+    assert not paired_bootstrap([1, 2, 3], [3, 2, 1], [9, 9, 9]).excludes_zero
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1], [1], [1]), "1, 1 and 1 cases"),
+        (([1, 2], [1, 2], [1]), "2, 2 and 1 cases"),
+        (([1, 2], [1, 2], [1, 0]), "weights holds 0"),
+    ],
+)
+def test_paired_bootstrap_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(*arguments)
 
 
 def test_runs_that_are_there_are_not_run_again(tmp_path):

