@@ -17,7 +17,7 @@ from experiments.harness import study
 from experiments.recall import experiment
 from experiments.recall.experiment import BATCH, Sizes
 
-WHOLE, SMOKE = Sizes(400, 300, 200, 256, 16), Sizes(4, 2, 2, 256, 16)
+WHOLE, SMOKE = Sizes(400, 150, 150, 256, 16), Sizes(4, 2, 2, 256, 16)
 PARTS = {"half": 0.5, "quarter": 0.25}
 ARMS = {"dense": ("dense", 1.0)} | {
     f"{arm}, {name}": (arm, part)
@@ -47,7 +47,7 @@ def _study(smoke: bool) -> study.Study:
             "sizes": sizes._asdict(),
             "batch": BATCH,
             "rates": [experiment.BASE_RATE, experiment.ARM_RATE],
-            "tiles": [experiment.BLOCK_Q, experiment.BLOCK_K],
+            "tiles": [experiment.BLOCK_Q, experiment.BLOCK_K, experiment.ROWS],
         },
         "compare": [
             [f"ladder, {part}", other]

@@ -21,7 +21,8 @@ from jbalance import adapters, allocate, attention, importance
 from jbalance.attention import TilePlan, Tiling
 
 CONFIG = Config(data.VOCABULARY, num_layers=2, width=64, num_heads=2, head_dim=32, hidden=128)
-BLOCK_Q, BLOCK_K, ROWS = 16, 8, 4
+BLOCK_Q, BLOCK_K = 16, 8
+ROWS = BLOCK_Q  # all of a block: every second one, or fourth, would be values alone and no key
 BATCH, TEST = 16, 16  # sequences of a step, steps of the test
 BASE_RATE, ARM_RATE = 4e-3, 1e-3
 SHORT = 4  # parts of the length and half the pairs that the base begins with
