@@ -68,7 +68,7 @@ def prepare(sizes: Sizes) -> Material:
 
     def shown(pictures: Pictures) -> list[dict[str, np.ndarray]]:
         worth = tokens.Worth(np.ones((data.SIDE, data.SIDE)), np.zeros((data.SIDE, data.SIDE)))
-        return tokens.budgeted(pictures, worth, "coarse", 0.25, len(pictures.labels))
+        return tokens.budgeted(pictures, worth, "ladder", 0.25, len(pictures.labels))
 
     own = Pictures(train.pixels[at], rank_of[train.labels[at]])
     return Material(shown(own), own.labels, shown(test), rank_of[test.labels])

@@ -1,4 +1,4 @@
-"""Fashion-MNIST with a part of the tokens: four fine ones, a coarse one or none for each cell.
+"""Fashion-MNIST with a part of the tokens: four fine ones or a coarse one for each cell.
 
     python -m experiments.vision [--json OUT] [--seeds 0,1,2] [--arms NAMES] [--smoke]
 
@@ -24,8 +24,7 @@ PARTS = {"half": 0.5, "quarter": 0.25}
 ARMS = {"full": ("full", 1.0)} | {
     f"{arm}, {name}": (arm, part)
     for name, part in PARTS.items()
-    for arm in ("uniform", "coarse", "proportional", "ladder")
-    if (arm, name) != ("coarse", "half")  # the coarse tokens are a quarter of the fine ones
+    for arm in ("uniform", "proportional", "ladder")
 }
 
 
@@ -43,11 +42,11 @@ def _study(smoke: bool) -> study.Study:
     about = {
         "title": "Vision",
         "notes": (
-            f"Fashion-MNIST, {sizes.train:,} pictures for training and {sizes.test:,} for "
-            "the test. A whole picture is 64 tokens of 4 x 4 pixels; `half` and `quarter` "
-            "of them are computed, over all layers. `ladder` shows a cell by four tokens, "
-            "by one coarse token or not at all, at one price for the pictures of a batch; "
-            "`coarse` shows every cell by its coarse token."
+            f"Fashion-MNIST, {sizes.train:,} pictures for training and {sizes.test:,} for the test. A "
+            "whole picture is 64 tokens of 4 x 4 pixels; `half` and `quarter` of them are computed, "
+            "over all layers: `uniform` the same ones of every picture, `proportional` the most "
+            "important, `ladder` four tokens or one coarse one for a cell of 8 x 8 pixels, at one price "
+            "for the pictures of a batch. At a quarter that is the coarse one for every cell."
         ),
         "settings": {
             "sizes": sizes._asdict(),
@@ -67,7 +66,7 @@ def _study(smoke: bool) -> study.Study:
             ["ladder, half", "proportional, half"],
             ["ladder, quarter", "full"],
             ["ladder, quarter", "uniform, quarter"],
-            ["ladder, quarter", "coarse, quarter"],
+            ["ladder, quarter", "proportional, quarter"],
         ],
     }
 

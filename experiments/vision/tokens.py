@@ -1,7 +1,7 @@
 """Tokens of a picture at two resolutions, what each is worth, and which of them a budget keeps.
 
-A cell of 8 x 8 pixels is shown by nothing, by one coarse token (its 4 x 4 means) or by four fine ones of
-4 x 4 pixels: levels of 0, 1 and 4 tokens.
+A cell of 8 x 8 pixels is shown by one coarse token (its 4 x 4 means) or by four fine ones of 4 x 4
+pixels: levels of 1 and 4 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ACROSS = SIDE // CELL
 CELLS = ACROSS**2
 FINE = (SIDE // PATCH) ** 2  # tokens of a picture that is shown whole
 PLACES = FINE + CELLS  # of fine tokens, then of coarse ones
-COSTS = (0, 1, 4)
+COSTS = (1, 4)
 SCORED = 4000  # pictures that the pixels' importance is learned from
 _BINS = 8  # gray levels of the pixels' scores
 
@@ -58,16 +58,13 @@ def coarse(pixels: np.ndarray) -> np.ndarray:
 
 
 def values(pixels: np.ndarray, worth: Worth) -> np.ndarray:
-    """[B, CELLS, 3] what a cell's levels tell: weighted squares that are no longer guessed.
+    """[B, CELLS, 2] what a cell's levels tell beyond its coarse token: weighted squares of details.
 
-    As parts of the picture's own, or pictures of high contrast would have the tokens of all others.
+    As parts of what the picture tells, or pictures of high contrast would have the tokens of others.
     """
-    of_none = worth.w * (pixels - worth.mean) ** 2
-    of_coarse = worth.w * (pixels - coarse(pixels)) ** 2
-    error = np.stack([of_none, np.minimum(of_coarse, of_none), np.zeros_like(of_none)], axis=-1)
-    lost = np.stack([cells(error[..., m], CELL).sum(-1) for m in range(len(COSTS))], axis=-1)
-    told = lost[..., :1] - lost
-    return (told / _of_pictures(told[..., -1])[..., None]).astype(np.float32)
+    details = cells(worth.w * (pixels - coarse(pixels)) ** 2, CELL).sum(-1)
+    part = details / _of_pictures(cells(worth.w * (pixels - worth.mean) ** 2, CELL).sum(-1))
+    return np.stack([np.zeros_like(part), part], axis=-1).astype(np.float32)
 
 
 def of_patches(pixels: np.ndarray, worth: Worth) -> np.ndarray:
@@ -103,14 +100,6 @@ def uniform(pixels: np.ndarray, worth: Worth, total: int) -> np.ndarray:
     return _kept(np.broadcast_to(mask, (len(pixels), FINE)))
 
 
-def coarse_everywhere(pixels: np.ndarray, worth: Worth, total: int) -> np.ndarray:
-    """Every cell's coarse token, and nothing else."""
-    del worth, total
-    kept = np.zeros((len(pixels), PLACES), bool)
-    kept[:, FINE:] = True
-    return kept
-
-
 def proportional(pixels: np.ndarray, worth: Worth, total: int) -> np.ndarray:
     """Each picture's share is that of its importance, alpha = w / sum w; in it the best fine tokens."""
     scored = of_patches(pixels, worth)
@@ -121,24 +110,16 @@ def proportional(pixels: np.ndarray, worth: Worth, total: int) -> np.ndarray:
 
 
 def ladder(pixels: np.ndarray, worth: Worth, total: int) -> np.ndarray:
-    """One price for the levels of all cells of all pictures; each keeps one coarse token at least."""
-    steps = values(pixels, worth)
-    first = np.arange(len(pixels)) * CELLS + np.argmax(steps[..., 1], axis=1)
-    steps = steps.reshape(-1, len(COSTS))
-    costs = np.tile(np.asarray(COSTS, np.int32), (len(steps), 1))
-    # What a picture keeps in any case is paid for before: its cell begins at the coarse token.
-    steps[first, 0], costs[first] = steps[first, 1], (0, 1, COSTS[2] - 1)
-    out = allocate.ladder(jnp.asarray(steps), jnp.asarray(costs), jnp.asarray(total - len(pixels)))
-    level = np.array(out.level)
-    level[first] = np.maximum(level[first], 1)
-    level = level.reshape(-1, CELLS)
-    return np.concatenate([_of_cells(level == 2), level == 1], axis=1)
+    """One price for the levels of all cells of all pictures."""
+    steps = values(pixels, worth).reshape(-1, len(COSTS))
+    out = allocate.ladder(jnp.asarray(steps), jnp.asarray(COSTS), jnp.asarray(total))
+    fine = np.array(out.level == 1).reshape(-1, CELLS)
+    return np.concatenate([_of_cells(fine), ~fine], axis=1)
 
 
 ARMS: dict[str, Arm] = {
     "full": full,
     "uniform": uniform,
-    "coarse": coarse_everywhere,
     "proportional": proportional,
     "ladder": ladder,
 }

@@ -20,23 +20,19 @@ def some():
     return Pictures(pixels, np.arange(NUMBER, dtype=np.int32)), worth
 
 
-def test_values_are_the_squares_that_are_no_longer_guessed():
+def test_values_are_details_that_the_coarse_token_does_not_show():
     pictures, worth = some()
     value = tokens.values(pictures.pixels, worth).astype(float)
     whole = (worth.w * pictures.pixels.astype(float) ** 2).sum(axis=(1, 2))
     value *= whole[:, None, None]
     for picture, cell in itertools.product(range(NUMBER), range(CELLS)):
         row, column = (8 * x for x in divmod(cell, 4))
-        lost = {"none": 0.0, "coarse": 0.0}
+        lost = 0.0
         for y, x in itertools.product(range(row, row + 8), range(column, column + 8)):
             top, left = y // 2 * 2, x // 2 * 2
             mean = pictures.pixels[picture, top : top + 2, left : left + 2].astype(float).mean()
-            own = float(pictures.pixels[picture, y, x])
-            lost["none"] += worth.w[y, x] * own**2
-            # A mean that lies farther off than the guess tells nothing.
-            lost["coarse"] += worth.w[y, x] * min((own - mean) ** 2, own**2)
-        want = [0, lost["none"] - lost["coarse"], lost["none"]]
-        np.testing.assert_allclose(value[picture, cell], want, rtol=1e-4, atol=1e-4)
+            lost += worth.w[y, x] * (float(pictures.pixels[picture, y, x]) - mean) ** 2
+        np.testing.assert_allclose(value[picture, cell], [0, lost], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", [0.5, 0.25])
@@ -48,8 +44,6 @@ def test_a_budget_is_spent_and_never_exceeded(arm, part):
     room = int(part * FINE * NUMBER)
     if arm == "full":
         assert total == FINE * NUMBER
-    elif arm == "coarse":
-        assert total == CELLS * NUMBER
     else:
         assert room - COSTS[-1] < total <= room
     assert min(len(x["place"]) for x in kept) >= 1
@@ -58,7 +52,8 @@ def test_a_budget_is_spent_and_never_exceeded(arm, part):
 def test_tokens_show_their_pixels():
     pictures, worth = some()
     whole, small = (
-        tokens.budgeted(pictures, worth, arm, 1.0, NUMBER)[3] for arm in ("full", "coarse")
+        tokens.budgeted(pictures, worth, arm, part, NUMBER)[3]
+        for arm, part in (("full", 1.0), ("ladder", 0.25))
     )
     place = 8 * 3 + 5  # the fourth row of patches, the sixth in it
     np.testing.assert_array_equal(
@@ -70,9 +65,11 @@ def test_tokens_show_their_pixels():
     assert small["place"][cell] == FINE + cell
 
 
-def test_the_ladder_shows_nothing_of_what_is_empty():
+def test_the_ladder_shows_every_cell_and_nothing_in_detail_that_is_empty():
     pictures, worth = some()
     for x in tokens.budgeted(pictures, worth, "ladder", 0.5, NUMBER):
-        fine = x["place"][x["place"] < FINE]
-        assert not np.any(fine < 2 * 8)  # two rows of patches are the first row of cells
-        assert not np.any((x["place"] >= FINE) & (x["place"] < FINE + 4))
+        fine, rough = x["place"][x["place"] < FINE], x["place"][x["place"] >= FINE] - FINE
+        of_fine = set((fine // 16 * 4 + fine % 8 // 2).tolist())
+        assert of_fine | set(rough.tolist()) == set(range(CELLS))
+        assert not of_fine & set(rough.tolist())
+        assert set(range(4)) <= set(rough.tolist())  # the first row of cells is empty
