@@ -47,6 +47,11 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
+def exponent_of(x: jax.Array) -> jax.Array:
+    """floor(log2 x) of float32 numbers x >= 0, -127 for those that are not normal."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
 def scale(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x times 2^exponent, |exponent| <= 252: exact, where the result is a normal number."""
     half = exponent // 2

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance import _search as search
 from jbalance import checks
 
 
@@ -44,6 +46,7 @@ def literal(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> j
     alpha cancels: this is A_k / sum_k' a_ik'. Kept so that the source's figures can be reproduced. A
     unit without a share or without an association gets 0.
     """
+    alpha, _ = _in_units(alpha)
     claim = alpha * jnp.sum(association, axis=1)
     factor = jnp.where(claim > 0, alpha / jnp.where(claim > 0, claim, 1.0), 0.0)
     return factor[:, None] * attention[..., None, :]
@@ -54,7 +57,7 @@ def split(alpha: jax.Array, association: jax.Array, attention: jax.Array) -> jax
 
     Conserving: sum_i A~_ik = A_k. A key that no unit claims goes to nobody: see `unclaimed`.
     """
-    claim = alpha[:, None] * association
+    claim = _in_units(alpha)[0][:, None] * _in_units(association, axis=0)[0]
     claimed = jnp.sum(claim, axis=0)
     part = jnp.where(claimed > 0, claim / jnp.where(claimed > 0, claimed, 1.0), 0.0)
     return part * attention[..., None, :]
@@ -66,7 +69,7 @@ def renormalize(alpha: jax.Array, association: jax.Array, attention: jax.Array) 
     The same as adding `logit_bias` to the attention logits. Where no key with attention has a gain,
     the result is 0.
     """
-    scaled = attention * (alpha @ association)
+    scaled = _in_units(attention, axis=-1)[0] * _gain(alpha, association)[0]
     whole = jnp.sum(scaled, axis=-1, keepdims=True)
     return jnp.where(whole > 0, scaled / jnp.where(whole > 0, whole, 1.0), 0.0)
 
@@ -87,13 +90,28 @@ def logit_bias(alpha: ArrayLike, association: ArrayLike, *, minimum: float = -1e
     checks.same_length("association", association, "alpha", alpha)
     alpha = checks.non_negative("alpha", alpha)
     association = checks.non_negative("association", association)
-    gain = jnp.asarray(alpha, jnp.float32) @ jnp.asarray(association, jnp.float32)
-    return jnp.where(gain > 0, jnp.log(jnp.where(gain > 0, gain, 1.0)), minimum)
+    gain, exponent = _gain(jnp.asarray(alpha, jnp.float32), jnp.asarray(association, jnp.float32))
+    power = jnp.log(2.0) * exponent
+    return jnp.where(gain > 0, jnp.log(jnp.where(gain > 0, gain, 1.0)) + power, minimum)
 
 
 def unclaimed(alpha: jax.Array, association: jax.Array) -> jax.Array:
     """Keys [K] bool that no unit with a share claims, whose attention "split" gives to nobody."""
     return ~jnp.any((alpha[:, None] > 0) & (association > 0), axis=0)
+
+
+def _gain(alpha: jax.Array, association: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha^T a over 2^exponent, [K] and []: it neither overflows nor vanishes."""
+    (alpha, of_alpha), (association, of_association) = map(_in_units, (alpha, association))
+    return alpha @ association, of_alpha + of_association
+
+
+def _in_units(x: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """x >= 0 over 2^exponent, by which the largest along the axis is in 1..2; exact."""
+    keep = axis is not None
+    largest = lax.stop_gradient(jnp.max(x, axis=axis, keepdims=keep))
+    exponent = jnp.clip(search.exponent_of(largest), -126, 126)
+    return search.scale(x, -exponent), exponent
 
 
 RULES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {

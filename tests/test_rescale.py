@@ -88,3 +88,23 @@ def test_rules_under_transformations(rule, dtype):
         *(x.astype(jnp.float32) for x in arrays)
     )
     assert all(np.isfinite(g).all() for g in gradient)
+
+
+@pytest.mark.parametrize("rule", list(rescale.RULES))
+@pytest.mark.parametrize("factors", [(1e30, 1e30), (1e-30, 1e-30), (1.0, 1e37), (1e-36, 1.0)])
+def test_sizes_of_shares_and_associations_do_not_matter(rule, factors):
+    of_alpha, of_association = map(np.float32, factors)
+    got = rescale.weights(ALPHA * of_alpha, A * of_association, ATTENTION, rule=rule)
+    want = rescale.weights(ALPHA, A, ATTENTION, rule=rule)
+    if rule == "literal":  # alpha cancels, the association divides
+        want = want.astype(np.float64) / of_association
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-37)
+
+
+def test_a_bias_of_large_and_small_gains_is_finite():
+    for of_alpha, of_association in ((1e30, 1e30), (1e-30, 1e-30)):
+        got = rescale.logit_bias(ALPHA * np.float32(of_alpha), A * np.float32(of_association))
+        gain = (ALPHA.astype(float) * of_alpha) @ (A.astype(float) * of_association)
+        some = gain > 0
+        np.testing.assert_allclose(got[some], np.log(gain[some]), rtol=1e-5)
+        np.testing.assert_array_equal(got[~some], -1e9)

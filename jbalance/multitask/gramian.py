@@ -82,7 +82,7 @@ def _of_rows(rows: jax.Array) -> _Scaled:
     def product(part: jax.Array) -> _Scaled:
         part = part.astype(jnp.float32)
         largest = jnp.max(jnp.abs(part), axis=1, initial=0)
-        exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 127
+        exponent = search.exponent_of(largest)
         part = search.scale(part, -exponent[:, None])
         return _Scaled(jnp.matmul(part, part.T, precision=lax.Precision.HIGHEST), exponent)
 
