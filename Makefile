@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
-STUDIES := vision recommendation finance finance.sentiment recall
+STUDIES := vision recommendation finance finance.sentiment recall customer_service customer_service.memory
 .PHONY: experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
