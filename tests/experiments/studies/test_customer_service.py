@@ -178,8 +178,8 @@ def test_two_names_of_one_customer_gain_nothing_by_half_its_weight_each(weight):
     assert given_to[1] == pytest.approx(1 / 2 if weight == 0.5 else 2 / 3, abs=0.02)
 
 
-def test_weights_are_the_parts_of_the_service():
-    requests = [request(i % 3, 0) for i in range(900)]
+def test_weights_are_the_parts_of_the_service_whatever_is_asked_for():
+    requests = [request(i % 3, 0, (1, 20, 60)[i % 3], (20, 6, 2)[i % 3]) for i in range(900)]
     found, _ = served(requests, "counters", [1, 2, 3], 3, horizon=300)
     np.testing.assert_allclose(
         found.given[-1] / found.given[-1].sum(), [1 / 6, 1 / 3, 1 / 2], atol=0.02
