@@ -243,7 +243,8 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
     if max(counts) > checks.INT32_MAX:
         least = -(-max(sizes) // checks.INT32_MAX)
         raise ValueError(
-            f"block_bytes is {block_bytes}: {max(counts)} blocks exceed 2^31-1, take at least {least}"
+            f"num_bytes is {max(sizes)}: {max(counts)} blocks of block_bytes = {block_bytes} exceed "
+            f"2^31-1, take block_bytes of at least {least}"
         )
     return np.asarray(counts, np.int32).reshape(np.shape(num_bytes))
 
