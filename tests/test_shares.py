@@ -179,7 +179,7 @@ BAD = {
     "table of caps": (lambda: shares.constrained([0.5, 0.5], cap=[[1.0]]), "cap must have shape"),
     "group above its caps": (
         lambda: shares.constrained([0.5, 0.5], cap=0.6, group_of=[0, 1], group_floor=[0.7, 0.1]),
-        r"group_floor\[0\] is 0.7, .*caps of its units sum to 0.6: lower it by 0.1",
+        r"group_floor\[0\] is 0.7, .*caps of its units .group_of == 0. sum to 0.6: lower it by 0.1",
     ),
     "groups above the whole": (
         lambda: shares.constrained([0.5, 0.5], group_of=[0, 1], group_floor=[0.7, 0.5]),

@@ -91,13 +91,28 @@ class Encoder(nnx.Module):
         self.norm = nnx.RMSNorm(width, rngs=rngs)
 
     def __call__(
-        self, x: Array, example: Array, number: int, drop: Callable[[Array], Array] = lambda y: y
+        self,
+        x: Array,
+        example: Array,
+        number: int,
+        drop: Callable[[Array], Array] = lambda y: y,
+        weight: Array | None = None,
     ) -> Array:
-        """[N, width] and the tokens' examples -> [number, width]; zero where there are no tokens."""
+        """[N, width] and the tokens' examples -> [number, width]; zero where there are no tokens.
+
+        Args:
+          x: embedded tokens.
+          example: [N] int32.
+          number: of examples.
+          drop: of what layers add.
+          weight: [N] of tokens in the mean, by what each stands for; None where they count alike.
+        """
         tiling = attention.Tiling(example.size, example.size, BLOCK, BLOCK, causal=False)
         plan = attention.segments(example[None], example[None], tiling)
         for layer in self.layers:
             x = layer(x, plan, example, drop)
-        total = jax.ops.segment_sum(self.norm(x), example, number)
-        tokens = jax.ops.segment_sum(jnp.ones(example.shape), example, number)
+        x = self.norm(x)
+        weight = jnp.ones(example.shape) if weight is None else weight
+        total = jax.ops.segment_sum(x * weight[:, None], example, number)
+        tokens = jax.ops.segment_sum(weight, example, number)
         return total / jnp.maximum(tokens, 1)[:, None]

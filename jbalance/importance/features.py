@@ -77,7 +77,8 @@ def feature_importance(
       w, [N] float32; in 0..1 if the weights sum to 1.
 
     Raises:
-      ValueError: weights not [3] or negative, an unknown name, or what the scorers refuse.
+      ValueError: weights not [3], negative or with a sum beyond float32, an unknown name, or what the
+        scorers refuse.
     """
     checks.rank("weights", weights, 1, "[3]")
     w = jnp.asarray(checks.non_negative("weights", weights))
@@ -85,4 +86,5 @@ def feature_importance(
         raise ValueError(
             f"weights has {w.size} entries: give 3, for relevance, discrimination and complexity"
         )
+    checks.finite("the sum of weights", jnp.sum(w))  # no score is above 1
     return weighted(feature_association(x, y, **options), w)
