@@ -178,8 +178,8 @@ def _check_group_floors(
     )
     for group in np.flatnonzero(wanted > most):
         raise ValueError(
-            f"group_floor[{group}] is {wanted[group]:g}, but the caps of its units (group_of == {group}) "
-            f"sum to {most[group]:g}: lower it by {wanted[group] - most[group]:g} or raise cap"
+            f"group_floor[{group}] is {wanted[group]:g}, but the caps of its units (group_of == "
+            f"{group}) sum to {most[group]:g}: lower it by {wanted[group] - most[group]:g} or raise cap"
         )
     required = np.maximum(least, wanted).sum()
     if required > 1:
