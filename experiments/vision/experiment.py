@@ -56,15 +56,12 @@ class Classifier(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Linear(tokens.PATCH**2, WIDTH, rngs=rngs)
         start = nnx.initializers.normal(0.1)
-        self.cell = nnx.Embed(tokens.CELLS, WIDTH, embedding_init=start, rngs=rngs)
-        self.within = nnx.Embed(tokens.WITHIN, WIDTH, embedding_init=start, rngs=rngs)
+        self.place = nnx.Embed(tokens.PLACES, WIDTH, embedding_init=start, rngs=rngs)
         self.encoder = Encoder(WIDTH, HEADS, HIDDEN, LAYERS, rngs)
         self.out = nnx.Linear(WIDTH, data.CLASSES, rngs=rngs)
 
     def __call__(self, batch: Packed) -> Array:
-        # Fine and coarse tokens of a cell share its place.
-        cell, within = (jnp.asarray(x)[batch.fields["place"]] for x in tokens.of_places())
-        x = self.embed(batch.fields["pixels"]) + self.cell(cell) + self.within(within)
+        x = self.embed(batch.fields["pixels"]) + self.place(batch.fields["place"])
         # A coarse token stands for the pixels of four.
         area = jnp.where(batch.fields["place"] < tokens.FINE, 1.0, 4.0)
         return self.out(self.encoder(x, batch.example, len(batch.labels), weight=area))

@@ -21,7 +21,6 @@ CELLS = ACROSS**2
 FINE = (SIDE // PATCH) ** 2  # tokens of a picture that is shown whole
 PLACES = FINE + CELLS  # of fine tokens, then of coarse ones
 COSTS = (1, 4)
-WITHIN = 5  # tokens that a cell may have: four fine ones or the coarse one
 SCORED = 4000  # pictures that the pixels' importance is learned from
 _BINS = 8  # gray levels of the pixels' scores
 
@@ -50,16 +49,6 @@ def cells(x: np.ndarray, size: int) -> np.ndarray:
     across = SIDE // size
     split = x.reshape(-1, across, size, across, size).swapaxes(2, 3)
     return split.reshape(-1, across**2, size * size)
-
-
-def of_places() -> tuple[np.ndarray, np.ndarray]:
-    """[PLACES] the cell of each place, and which of the cell's tokens it is."""
-    row, column = np.divmod(np.arange(FINE), SIDE // PATCH)
-    cell, fine = row // 2 * ACROSS + column // 2, row % 2 * 2 + column % 2
-    return (
-        np.concatenate([cell, np.arange(CELLS)]).astype(np.int32),
-        np.concatenate([fine, np.full(CELLS, WITHIN - 1)]).astype(np.int32),
-    )
 
 
 def coarse(pixels: np.ndarray) -> np.ndarray:
