@@ -14,6 +14,7 @@ from experiments.harness import files, palette, runs
 from experiments.harness.statistics import Interval, crossed_interval, paired_interval
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/results.md")
+WIDE = 20  # times the least value, from which on an axis is logarithmic
 HEAD = """# Results
 
 Written by `python -m experiments.harness docs` from the files in `docs/results`; do not edit. Means
@@ -133,8 +134,16 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def draw(report: Mapping[str, Any]) -> bytes:
-    """A PNG, a panel for each figure: a point for each seed, a bar for the mean, baselines as lines."""
-    names, arms = names_of(report), arms_of(report)
+    """A PNG, a panel for each figure: a point for each seed, a bar for the mean, baselines as lines.
+
+    Figures that are the same in all runs stay in the table; large ranges have a logarithmic axis.
+    """
+    arms = arms_of(report)
+    every = {
+        name: [x for arm in arms for x in runs.figures_of(report, arm, name)]
+        for name in names_of(report)
+    }
+    names = [name for name, values in every.items() if min(values) < max(values)] or list(every)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     height = 0.7 + rows * (0.75 + 0.24 * len(arms))
@@ -161,6 +170,8 @@ def draw(report: Mapping[str, Any]) -> bytes:
                 }
                 shown[line] = panel.axvline(known[name], **style)
         panel.set_title(name, fontsize=10)
+        if min(every[name]) > 0 and max(every[name]) > WIDE * min(every[name]):
+            panel.set_xscale("log")
         panel.set_yticks(range(len(arms)), arms, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
         panel.grid(axis="x", color=palette.GRID)
