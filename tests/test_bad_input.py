@@ -278,8 +278,8 @@ CASES = {
     "resources: fraction": (lambda: resources.device_budgets([], 1.5), "fraction is 1.5", "(0, 1]"),
     "resources: too many blocks": (
         lambda: resources.blocks(2**40, 2),
-        f"block_bytes is 2: {2**39} blocks",
-        "take at least 513",
+        f"{2**39} blocks of block_bytes = 2",
+        "take block_bytes of at least 513",
     ),
     "resources: negative bytes": (lambda: resources.blocks(-8, 2), "num_bytes is -8", "at least 0"),
     "resources: heads": (
