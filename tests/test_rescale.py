@@ -97,7 +97,7 @@ def test_sizes_of_shares_and_associations_do_not_matter(rule, factors):
     got = rescale.weights(ALPHA * of_alpha, A * of_association, ATTENTION, rule=rule)
     want = rescale.weights(ALPHA, A, ATTENTION, rule=rule)
     if rule == "literal":  # alpha cancels, the association divides
-        want = want.astype(np.float64) / of_association
+        want = np.asarray(want, np.float64) / of_association
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-37)
 
 
