@@ -44,6 +44,8 @@ def _study(smoke: bool) -> study.Study:
             f"{histories.MOST} films of each, the others half or a quarter of these over all "
             "people: `uniform` the latest, the same part of every history; `ladder` at one "
             "price. Importance is by age, discrimination and stars."
+            " Where it does not help: at half of the films no arm differs from all of them, or from the "
+            "others, by more than these people can show; at a quarter the latest films do as well."
         ),
         "settings": {
             "sizes": sizes._asdict(),
