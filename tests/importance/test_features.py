@@ -215,6 +215,12 @@ BAD = {
     "no bins": (importance.mutual_information, (X, Y), {"bins": 0}, "bins is 0"),
     "chi-squared of less than nothing": (importance.chi_squared, (-X, Y), {}, r"x\[.*is -"),
     "two weights": (importance.feature_importance, (X, Y, (1, 2)), {}, "weights has 2 .*give 3"),
+    "weights beyond float32": (
+        importance.feature_importance,
+        (X, Y, (3e38, 3e38, 0)),
+        {},
+        "the sum of weights is inf: it must be finite",
+    ),
     "negative weight": (
         importance.feature_importance,
         (X, Y, (1, 2, -3)),
