@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbalance
-from experiments.harness import runs
+from experiments.harness import budgets, runs
 from experiments.text_classification import data, features, tokens
 from experiments.text_classification.data import Part
 from experiments.text_classification.tokens import Worth
@@ -98,7 +98,7 @@ def kept_by(w: np.ndarray, material: Material) -> np.ndarray:
     """[tokens of all held texts] which of them a budget of `PART` keeps by this importance."""
     scored = Worth(w, material.idf).of_tokens(material.held)
     total = int(PART * sum(map(len, scored)))
-    return np.concatenate(tokens.ladder(scored, total))
+    return np.concatenate(budgets.ladder(scored, total))
 
 
 def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapp
         window.clear()
         w = w if arm.prior else np.ones_like(w)
     worth = np.concatenate(material.fitted)
-    best = worth[np.concatenate(tokens.ladder(material.fitted, int(PART * worth.size)))].sum()
+    best = worth[np.concatenate(budgets.ladder(material.fitted, int(PART * worth.size)))].sum()
     quality, masks = [], [kept_by(w, material)]
     for row in new:
         window.extend((material.after.ids[i], material.after.positive[i]) for i in row)

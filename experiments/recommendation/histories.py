@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.harness import budgets
 from experiments.recommendation.data import Ratings
-from jbalance import allocate, shares
 
 MOST = 64  # films of a history; older ones are forgotten by every arm
 AGES = 16  # of films by how long ago, each spanning 1.5 times as many as the one before
@@ -65,64 +64,19 @@ class Worth(NamedTuple):
         return np.asarray(WEIGHTS) / tops @ indicators
 
 
-def full(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
-    """Every film."""
-    del total
-    return [np.ones(len(x), bool) for x in scored]
-
-
 def uniform(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
     """The same part of every history, its latest films."""
     lengths = np.array([len(x) for x in scored])
-    amount = _whole(lengths, total, lengths)
+    amount = budgets.whole(lengths, total, lengths)
     return [np.arange(n)[::-1] < a for n, a in zip(lengths, amount, strict=True)]
 
 
-def proportional(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
-    """Each history's share is that of its films' worth, alpha = w / sum w; in it the best films."""
-    alpha = shares.proportional(np.array([x.sum() for x in scored], np.float32))
-    amount = _whole(np.asarray(alpha), total, np.array([len(x) for x in scored]))
-    return [_best(x, a) for x, a in zip(scored, amount, strict=True)]
-
-
-def ladder(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
-    """One price for the films of all histories: a history's k-th best film adds its worth over k.
-
-    What attention pools is a mean, and one more of k films moves it by a k-th. The best film of each
-    history stays.
-    """
-    # Room for histories of any length, so that one program serves all: what is not there has no value.
-    steps = np.zeros((len(scored) * MOST, 2), np.float32)
-    ends = np.cumsum([len(x) for x in scored])
-    for x, end in zip(scored, ends, strict=True):
-        rank = np.argsort(np.argsort(-x, kind="stable"), kind="stable")
-        steps[end - len(x) : end, 1] = np.where(rank > 0, x / (rank + 1), 0)
-    out = allocate.ladder(jnp.asarray(steps), jnp.array([0, 1]), jnp.asarray(total - len(scored)))
-    kept = np.split(np.array(out.level == 1)[: ends[-1]], ends[:-1])
-    for mask, x in zip(kept, scored, strict=True):
-        mask[np.argmax(x)] = True
-    return kept
-
-
-Arm = Callable[[Sequence[np.ndarray], int], list[np.ndarray]]
-ARMS: dict[str, Arm] = {
-    "full": full,
+ARMS: dict[str, budgets.Budget] = {
+    "full": budgets.full,
     "uniform": uniform,
-    "proportional": proportional,
-    "ladder": ladder,
+    "proportional": budgets.proportional,
+    "ladder": budgets.ladder,
 }
-
-
-def _best(x: np.ndarray, number: int) -> np.ndarray:
-    mask = np.zeros(len(x), bool)
-    mask[np.argsort(-x, kind="stable")[:number]] = True
-    return mask
-
-
-def _whole(w: np.ndarray, total: int, cap: np.ndarray) -> np.ndarray:
-    """Whole amounts, one for each history at least."""
-    given = allocate.whole(jnp.asarray(w, jnp.float32), total, 1, jnp.asarray(cap, jnp.int32))
-    return np.asarray(given.amount)
 
 
 def budgeted(

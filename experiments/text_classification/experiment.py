@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.harness import logs
+from experiments.harness import logs, training
 from experiments.models.packed_encoder import BLOCK, Packed, pack
 from experiments.text_classification import data, features, tokens, transformer
 from experiments.text_classification.data import Split
@@ -89,17 +89,6 @@ def budgeted(material: Material, texts: data.Part, budget: str, tokenizer: Token
     return Part(kept, texts.positive)
 
 
-def _orders(number: int, seed: int) -> list[np.ndarray]:
-    """Indices of each step's texts, the same for all arms."""
-    rng = np.random.default_rng(seed)
-    steps = number // BATCH
-    return [
-        row
-        for _ in range(EPOCHS)
-        for row in rng.permutation(number)[: steps * BATCH].reshape(steps, BATCH)
-    ]
-
-
 def run_transformer(
     source: str,
     budget: str,
@@ -110,7 +99,7 @@ def run_transformer(
 ) -> dict[str, Any]:
     """One run, and its hits on a held-out part with the same budget."""
     material = prepare(source, beta)
-    orders = _orders(len(material.split.train.texts), seed)
+    orders = training.orders(len(material.split.train.texts), BATCH, EPOCHS, seed)
     augmented = tokens.with_dropout(material.tokenizer, regularisation.token_dropout)
     an_epoch = len(orders) // EPOCHS
     train = budgeted(material, material.split.train, budget, material.tokenizer)

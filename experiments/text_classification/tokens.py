@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from tokenizers import Tokenizer
 
+from experiments.harness import budgets
 from experiments.harness.tokens import byte_level_bpe
 from experiments.text_classification import features
-from jbalance import allocate, importance, shares
+from jbalance import importance
 
 VOCABULARY = 4000
 MOST_TOKENS = 64  # of a text
@@ -92,16 +92,10 @@ class Worth(NamedTuple):
         return scored
 
 
-def full(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
-    """Every token."""
-    del total
-    return [np.ones(len(text), bool) for text in scored]
-
-
-def uniform(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
+def uniform(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
     """The same part of every text, at places that are evenly apart."""
     lengths = np.array([len(text) for text in scored])
-    amount = _whole(lengths, total, lengths)
+    amount = budgets.whole(lengths, total, lengths)
     kept = []
     for length, number in zip(lengths, amount, strict=True):
         mask = np.zeros(length, bool)
@@ -110,49 +104,12 @@ def uniform(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
     return kept
 
 
-def proportional(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
-    """Each text's share is that of its scores, alpha = w / sum w; in it the best tokens."""
-    alpha = shares.proportional(np.array([text.sum() for text in scored], np.float32))
-    amount = _whole(np.asarray(alpha), total, np.array([len(text) for text in scored]))
-    kept = []
-    for text, number in zip(scored, amount, strict=True):
-        mask = np.zeros(len(text), bool)
-        mask[np.argsort(-text, kind="stable")[:number]] = True
-        kept.append(mask)
-    return kept
-
-
-def ladder(scored: list[np.ndarray], total: int) -> list[np.ndarray]:
-    """One price for the tokens of all texts: a text's k-th best token adds its score over k.
-
-    The classifier reads the mean of a text's tokens, which one more of k moves by a k-th. The best
-    token of each text stays.
-    """
-    ranks = [np.argsort(np.argsort(-text, kind="stable"), kind="stable") for text in scored]
-    least = np.finfo(np.float32).tiny  # what says nothing is kept before there is nothing
-    adds = [np.maximum(x / (rank + 1), least) for x, rank in zip(scored, ranks, strict=True)]
-    first = np.concatenate(ranks) == 0
-    open_ = np.where(first, 0, np.concatenate(adds))
-    steps = jnp.asarray(np.stack([np.zeros_like(open_), open_], axis=1), jnp.float32)
-    out = allocate.ladder(steps, jnp.array([0, 1]), jnp.asarray(total - len(scored)))
-    kept = first | np.array(out.level == 1)
-    return np.split(kept, np.cumsum([len(text) for text in scored])[:-1])
-
-
-Budget = Callable[[list[np.ndarray], int], list[np.ndarray]]
-BUDGETS: dict[str, Budget] = {
-    "full": full,
+BUDGETS: dict[str, budgets.Budget] = {
+    "full": budgets.full,
     "uniform": uniform,
-    "proportional": proportional,
-    "ladder": ladder,
+    "proportional": budgets.proportional,
+    "ladder": budgets.ladder,
 }
-
-
-def _whole(w: np.ndarray, total: int, cap: np.ndarray) -> np.ndarray:
-    """Whole amounts, one for each text at least."""
-    return np.asarray(
-        allocate.whole(jnp.asarray(w, jnp.float32), total, 1, jnp.asarray(cap)).amount
-    )
 
 
 class Kept(NamedTuple):

@@ -40,7 +40,7 @@ def test_the_ladder_takes_what_adds_most():
     ratings = some()
     worth = Worth.of(ratings)
     scored = [worth.of_films(i, s) for i, s in zip(ratings.items, ratings.stars, strict=True)]
-    kept = histories.ladder(scored, 100)
+    kept = histories.ARMS["ladder"](scored, 100)
     adds = []
     for x in scored:
         order = sorted(range(len(x)), key=lambda i, x=x: -x[i])
