@@ -17,12 +17,7 @@ from experiments.finance import data, experiment, histories
 from experiments.harness import study
 
 EPOCHS = 15
-PARTS = {"half": 0.5, "quarter": 0.25}
-ARMS = {"full": ("full", 1.0)} | {
-    f"{arm}, {name}": (arm, part)
-    for name, part in PARTS.items()
-    for arm in ("uniform", "latest", "proportional", "ladder")
-}
+ARMS = study.at_parts("full", ("uniform", "latest", "proportional", "ladder"))
 ALERTS = "sp500"  # the market whose alerts are shown
 
 
@@ -69,7 +64,7 @@ def _study(smoke: bool) -> study.Study:
         "drawn": ["HAR regression"],
         "compare": [
             [f"ladder, {part}", other]
-            for part in PARTS
+            for part in study.PARTS
             for other in ("full", *(f"{x}, {part}" for x in ("uniform", "latest", "proportional")))
         ],
     }

@@ -16,7 +16,7 @@ from experiments.finance import data, histories
 from experiments.finance.data import Market
 from experiments.finance.histories import Worth
 from experiments.harness import logs, runs, training
-from experiments.models.packed_encoder import Packed, pack
+from experiments.models.packed_encoder import Packed, pack, places
 
 BATCH, PEAK_RATE, HEADS, HIDDEN = 128, 5e-3, 8, 32
 _ROUNDED = 256
@@ -84,8 +84,8 @@ def run(
     train_days, test_days = own.days(test=False), own.days(test=True)
     train, test = (budgeted(own, worth, days, arm, part) for days in (train_days, test_days))
     steps = training.orders(len(train), BATCH, epochs, seed)
-    rows = [np.arange(i, min(i + BATCH, len(test))) for i in range(0, len(test), BATCH)]
-    size = -(-max(_tokens(train, steps), _tokens(test, rows)) // _ROUNDED) * _ROUNDED
+    rows = training.rows(len(test), BATCH)
+    size = max(places(train, steps, _ROUNDED), places(test, rows, _ROUNDED))
 
     def packed(x: list[dict[str, np.ndarray]], days: np.ndarray, row: np.ndarray) -> Packed:
         y = own.y[days[row]].astype(np.float32)
@@ -177,8 +177,3 @@ def _of_forecast(market: Market, said: np.ndarray) -> dict[str, float]:
 def _guessed(market: Market) -> np.ndarray:
     """Squared errors of the training days' mean on the held-out days, against which R² is."""
     return (market.y[market.days(True)] - market.y[market.days(False)].mean()) ** 2
-
-
-def _tokens(examples: list[dict[str, np.ndarray]], rows: list[np.ndarray]) -> int:
-    lengths = np.array([len(x["span"]) for x in examples])
-    return max(int(lengths[row].sum()) for row in rows)

@@ -15,6 +15,7 @@ from experiments.harness import cli, docs, files, runs
 from jbalance import checks
 
 SEEDS = (0, 1, 2)
+PARTS = {"half": 0.5, "quarter": 0.25}
 
 
 class Study(NamedTuple):
@@ -32,6 +33,13 @@ class Study(NamedTuple):
     arms: Sequence[str]
     steps: int
     one: runs.RunOne
+
+
+def at_parts(whole: str, arms: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """An arm over all there is, and others over each of `PARTS`: by name, arm and part."""
+    return {whole: (whole, 1.0)} | {
+        f"{arm}, {name}": (arm, part) for name, part in PARTS.items() for arm in arms
+    }
 
 
 def main(

@@ -27,6 +27,11 @@ def orders(number: int, batch: int, epochs: int, seed: int) -> list[np.ndarray]:
     ]
 
 
+def rows(number: int, batch: int) -> list[np.ndarray]:
+    """Indices of examples in their order, `batch` at a time; the last ones may be fewer."""
+    return [np.arange(i, min(i + batch, number)) for i in range(0, number, batch)]
+
+
 def train(
     model: Any,
     loss_of: Callable[[Any, Any, Array], Any],

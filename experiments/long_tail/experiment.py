@@ -147,8 +147,7 @@ def run(arm: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mappi
         )  # fmt: skip
     predict = nnx.jit(lambda model, batch: jnp.argmax(model(batch), axis=-1))
     hits = []
-    for first in range(0, len(material.test), BATCH):
-        row = np.arange(first, min(first + BATCH, len(material.test)))
+    for row in training.rows(len(material.test), BATCH):
         batch = pack([material.test[i] for i in row], material.test_labels[row], size, BATCH)
         hits.append(np.asarray(predict(model, batch))[: len(row)] == material.test_labels[row])
     hit = np.concatenate(hits)

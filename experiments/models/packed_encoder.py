@@ -61,6 +61,14 @@ def pack(
     return Packed(fields, example, own)
 
 
+def places(
+    examples: Sequence[Mapping[str, np.ndarray]], rows: Sequence[np.ndarray], multiple: int = BLOCK
+) -> int:
+    """How many the tokens of any of these rows of examples need, in whole tiles."""
+    lengths = np.array([len(next(iter(x.values()))) for x in examples])
+    return -(-max(int(lengths[row].sum()) for row in rows) // multiple) * multiple
+
+
 class Layer(nnx.Module):
     """Attention among the tokens of each example, and a feed-forward layer."""
 

@@ -18,12 +18,7 @@ from experiments.recall import experiment
 from experiments.recall.experiment import BATCH, Sizes
 
 WHOLE, SMOKE = Sizes(400, 150, 150, 256, 16), Sizes(4, 2, 2, 256, 16)
-PARTS = {"half": 0.5, "quarter": 0.25}
-ARMS = {"dense": ("dense", 1.0)} | {
-    f"{arm}, {name}": (arm, part)
-    for name, part in PARTS.items()
-    for arm in ("window", "uniform", "ladder")
-}
+ARMS = study.at_parts("dense", ("window", "uniform", "ladder"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +47,7 @@ def _study(smoke: bool) -> study.Study:
         },
         "compare": [
             [f"ladder, {part}", other]
-            for part in PARTS
+            for part in study.PARTS
             for other in ("dense", f"window, {part}", f"uniform, {part}")
         ],
     }

@@ -20,12 +20,7 @@ from experiments.recommendation import experiment, histories
 from experiments.recommendation.experiment import BATCH, PIECES, Material, Sizes
 
 WHOLE, SMOKE = Sizes(8, 943), Sizes(1, 128)
-PARTS = {"half": 0.5, "quarter": 0.25}
-ARMS = {"full": ("full", 1.0)} | {
-    f"{arm}, {name}": (arm, part)
-    for name, part in PARTS.items()
-    for arm in ("uniform", "proportional", "ladder")
-}
+ARMS = study.at_parts("full", ("uniform", "proportional", "ladder"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +54,7 @@ def _study(smoke: bool) -> study.Study:
         "drawn": ["the most popular"],
         "compare": [
             [f"ladder, {part}", other]
-            for part in PARTS
+            for part in study.PARTS
             for other in ("full", f"uniform, {part}", f"proportional, {part}")
         ],
     }

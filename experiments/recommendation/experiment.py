@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from experiments.harness import logs, runs, training
-from experiments.models.packed_encoder import BLOCK, Encoder, Packed, pack
+from experiments.models.packed_encoder import Encoder, Packed, pack, places
 from experiments.recommendation import data, histories
 from experiments.recommendation.data import Ratings
 from experiments.recommendation.histories import Worth
@@ -109,8 +109,8 @@ def run(
     test = histories.budgeted(known.items, known.stars, material.worth, arm, part)
     labels = np.array(targets, np.int32)
     steps = training.orders(len(examples), BATCH, 1, seed)
-    rows = [np.arange(i, min(i + BATCH, len(test))) for i in range(0, len(test), BATCH)]
-    size = -(-max(_tokens(examples, steps), _tokens(test, rows)) // BLOCK) * BLOCK
+    rows = training.rows(len(test), BATCH)
+    size = max(places(examples, steps), places(test, rows))
 
     model = Recommender(known.num_items, nnx.Rngs(seed))
     batches = (pack([examples[i] for i in row], labels[row], size, BATCH) for row in steps)
@@ -164,8 +164,3 @@ def diversity(shown: np.ndarray, genres: np.ndarray) -> float:
     alike = own @ own.swapaxes(1, 2)
     pairs = shown.shape[1] * (shown.shape[1] - 1)
     return float(1 - ((alike.sum(axis=(1, 2)) - np.trace(alike, axis1=1, axis2=2)) / pairs).mean())
-
-
-def _tokens(examples: list[dict[str, np.ndarray]], rows: list[np.ndarray]) -> int:
-    lengths = np.array([len(x["item"]) for x in examples])
-    return max(int(lengths[row].sum()) for row in rows)

@@ -20,12 +20,7 @@ from experiments.vision import experiment
 from experiments.vision.experiment import BATCH, Sizes
 
 WHOLE, SMOKE = Sizes(24_000, 3, 10_000), Sizes(1280, 1, 640)
-PARTS = {"half": 0.5, "quarter": 0.25}
-ARMS = {"full": ("full", 1.0)} | {
-    f"{arm}, {name}": (arm, part)
-    for name, part in PARTS.items()
-    for arm in ("uniform", "proportional", "ladder")
-}
+ARMS = study.at_parts("full", ("uniform", "proportional", "ladder"))
 
 
 def main(arguments: list[str] | None = None) -> int:

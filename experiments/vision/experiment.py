@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from experiments.harness import logs, runs, training
-from experiments.models.packed_encoder import BLOCK, Encoder, Packed, pack
+from experiments.models.packed_encoder import Encoder, Packed, pack, places
 from experiments.vision import data, tokens
 from experiments.vision.data import Pictures
 from experiments.vision.tokens import Worth
@@ -85,8 +85,8 @@ def run(
         for x in (material.train, material.test)
     )
     orders = training.orders(len(kept), BATCH, sizes.epochs, seed)
-    size = _size(kept, orders)
-    size = max(size, _size(test, _rows(len(test))))
+    rows = training.rows(len(test), BATCH)
+    size = max(places(kept, orders), places(test, rows))
 
     def batches() -> Any:
         for order in orders:
@@ -99,10 +99,10 @@ def run(
     predict = jax.jit(lambda parameters, batch: jnp.argmax(nnx.merge(graph, parameters)(batch), -1))
     hits = np.concatenate([
         (np.asarray(predict(parameters, batch)) == batch.labels)[batch.labels >= 0]
-        for batch in (_batch(test, material.test.labels, row, size) for row in _rows(len(test)))
+        for batch in (_batch(test, material.test.labels, row, size) for row in rows)
     ])  # fmt: skip
     number = np.mean([len(x["place"]) for x in test])
-    compiled = predict.lower(parameters, _batch(test, material.test.labels, _rows(BATCH)[0], size))
+    compiled = predict.lower(parameters, _batch(test, material.test.labels, rows[0], size))
     flops = training.flops_of(compiled.compile())
     return {
         "figures": {
@@ -114,17 +114,7 @@ def run(
     }
 
 
-def _rows(number: int) -> list[np.ndarray]:
-    return [np.arange(i, min(i + BATCH, number)) for i in range(0, number, BATCH)]
-
-
 def _batch(
     kept: Sequence[Mapping[str, np.ndarray]], labels: np.ndarray, index: np.ndarray, size: int
 ) -> Packed:
     return pack([kept[i] for i in index], labels[index], size, BATCH)
-
-
-def _size(kept: Sequence[Mapping[str, np.ndarray]], orders: Sequence[np.ndarray]) -> int:
-    """Places for the tokens of any batch, in whole tiles."""
-    lengths = np.array([len(x["place"]) for x in kept])
-    return -(-max(int(lengths[order].sum()) for order in orders) // BLOCK) * BLOCK
