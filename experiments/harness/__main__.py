@@ -26,11 +26,14 @@ def _job(options: argparse.Namespace) -> None:
     if options.job == "docs":
         print("\n".join(str(path) for path in docs.write()))
         return
-    found = uses.of_experiments()
+    found, through = uses.of_experiments(), uses.through()
     for name, users in found.items():
-        print(f"{name}: {', '.join(x.removeprefix('experiments.') for x in users) or 'nobody'}")
+        direct = ", ".join(x.removeprefix("experiments.") for x in users)
+        print(f"{name}: {direct or (f'through {through[name]}' if name in through else 'nobody')}")
     used = sum(bool(users) for users in found.values())
-    print(f"{used} of {len(found)} names are used by experiments")
+    print(
+        f"{used} of {len(found)} names are used by experiments, {len(through)} others through these"
+    )
 
 
 if __name__ == "__main__":

@@ -31,3 +31,16 @@ def test_names_are_the_public_ones():
     for name in ("jbalance.audit.by_group", "jbalance.balancer", "jbalance.adapters.NnxCache"):
         assert name in names
     assert not any(part.startswith("_") for name in names for part in name.split("."))
+
+
+def test_names_that_a_used_one_leads_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "one.py").write_text("import jbalance as jb\njb.importance.combined\n")
+    found = uses.through(folder.relative_to(tmp_path))
+    # Through the table of scorers, which is a default of the function.
+    assert found["jbalance.importance.TOKEN_SCORERS"] == "jbalance.importance.combined"
+    assert found["jbalance.importance.attention_mass"] == "jbalance.importance.TOKEN_SCORERS"
+    assert "jbalance.importance.combined" not in found
+    assert "jbalance.tasks.divide" not in found
