@@ -114,6 +114,8 @@ def run(
         likely += [nats(context, asked) for asked in reading.asked]
         overlap += _overlaps(context, reading)
         advance()
+    # Each arm's arenas have shapes of their own: their programs are not used again.
+    jax.clear_caches()
     return {
         "figures": {
             "nats a token of the answer": float(np.mean(likely)),

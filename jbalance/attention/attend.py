@@ -130,8 +130,8 @@ def _run(operands, where, rules, backend) -> Partial:
     """By the back end of that name, or the first that can."""
     if backend == "reference":
         return reference.attend(operands, where, rules)
-    if backend is not None and (reason := _TILED[backend].unsupported(operands, where, rules)):
-        raise ValueError(f"backend is {backend!r}, which cannot run this: {reason}")
+    if backend is not None:
+        _check_backend("forward", backend, operands, where, rules)
     operands, where = _same_type((operands, where))
     return _attend(operands, where, rules, backend)
 
@@ -162,13 +162,19 @@ def _dispatch(method, backend, rules, operands, where, *rest):
         return functools.partial(getattr(module, method), rules)
 
     if backend is not None:
+        _check_backend(method, backend, operands, where, rules)
         return on(_TILED[backend])(*args)
-    able = [m for m in _TILED.values() if not m.unsupported(operands, where, rules)]
+    able = [m for m in _TILED.values() if not m.unsupported(operands, where, rules, method)]
     platforms = {m.PLATFORM: on(m) for m in reversed(able) if m.PLATFORM}
     default = next(on(m) for m in able if m.PLATFORM is None)
     return (
         lax.platform_dependent(*args, default=default, **platforms) if platforms else default(*args)
     )
+
+
+def _check_backend(method, backend, operands, where, rules):
+    if reason := _TILED[backend].unsupported(operands, where, rules, method):
+        raise ValueError(f"backend is {backend!r}, which cannot run this: {reason}")
 
 
 def _same_type(tree):

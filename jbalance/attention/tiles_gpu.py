@@ -52,7 +52,9 @@ HEAD_DIM = 256  # at most, of keys and of values
 _FORWARD_ROWS = {2: 2, 4: 1}  # times as many queries as keys in a tile of the forward kernel
 
 
-def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
+def unsupported(
+    operands: Operands, where: Visibility, rules: Rules, method: str = "forward"
+) -> str | None:
     """Why this back end cannot run that, or None."""
     plan = where.plan
     widths = operands.q.shape[3], operands.v.shape[3]

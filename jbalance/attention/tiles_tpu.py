@@ -1,16 +1,17 @@
 """Flash attention over lists of tiles: Mosaic kernels by way of Pallas. Not yet run on hardware.
 
-The lists of the plan are prefetched into scalar memory, and the grid runs over heads, query blocks and
-places in their lists, of which there are as many as the longest list has. The blocks that a step reads
-are looked up in the lists, so that they are copied while the step before computes; steps behind the end
-of a list stay at its last block and copy nothing. The backward pass is as on GPUs: one kernel over the
-same lists, and one over those of the transposed plan, whose scores lie with keys before queries, so
-that what there is of a query is a row in both.
+The forward pass (`_forward_tpu`) takes several key blocks a step. In the backward pass the lists of the
+plan are prefetched into scalar memory, and the grid runs over heads, query blocks and places in their
+lists, of which there are as many as the longest list has. The blocks that a step reads are looked up in
+the lists, so that they are copied while the step before computes; steps behind the end of a list stay at
+its last block and copy nothing. As on GPUs there is one kernel over the same lists, and one over those
+of the transposed plan, whose scores lie with keys before queries, so that what there is of a query is a
+row in both.
 
 Products of float32 are in float32, those of bfloat16 are native and accumulate in float32. Blocks are
-multiples of the 128 lanes, and heads of any width are filled up to one. Lists must fit in scalar
-memory. Of the biases only those of keys are supported: the gradient of others would need sums over
-programs.
+multiples of 16, and of the 128 lanes for gradients, biases and segment ids; heads of any width are
+filled up to whole lanes. Of the biases only those of keys are supported: the gradient of others would
+need sums over programs.
 
 Method: Dao, FlashAttention-2 (arXiv:2307.08691), over lists of tiles.
 """
@@ -23,42 +24,49 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 
-from jbalance._exp2 import LOG2_E
-from jbalance.attention import _tile_kernels
+from jbalance.attention import _forward_tpu, _tile_kernels
 from jbalance.attention._grid_tpu import LANES, Walk, column_of, laid, lane_width, prepared, row_of
 from jbalance.attention._operands import Operands, Rules, Visibility
 from jbalance.attention._slices import pad
 from jbalance.attention._tile_kernels import Inputs, Saved, dot
 from jbalance.attention._varying import like
-from jbalance.attention.partial import EMPTY, NO_TOP, Partial
+from jbalance.attention.partial import Partial
 from jbalance.attention.plan import transposed
 
 PLATFORM = "tpu"
 LIST_BYTES = 15 << 16  # of a plan, at most: it lies in scalar memory, 1 MiB
 BLOCK_BYTES = 12 << 20  # of the blocks of a program, at most: they lie in vector memory, 16 MiB
+ROWS = 16  # of blocks, at least: those of a tile of the chip's memory
 _DTYPES = ("float32", "bfloat16")
 
 
-def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
+def unsupported(
+    operands: Operands, where: Visibility, rules: Rules, method: str = "forward"
+) -> str | None:
     """Why this back end cannot run that, or None."""
     plan, dtype = where.plan, operands.q.dtype
+    blocks = f"plan has blocks of {plan.block_q} queries and {plan.block_k} keys"
+    narrow = plan.block_q % LANES or plan.block_k % LANES
     if dtype.name not in _DTYPES:
         return f"q has dtype {dtype}: it must be one of {', '.join(_DTYPES)}"
-    if plan.block_q % LANES or plan.block_k % LANES:
-        return (
-            f"plan has blocks of {plan.block_q} queries and {plan.block_k} keys: they must be "
-            f"multiples of {LANES}"
-        )
+    if plan.block_q % ROWS or plan.block_k % ROWS:
+        return f"{blocks}: they must be multiples of {ROWS}"
+    if narrow and (method == "backward" or operands.bias is not None or where.q_ids is not None):
+        return f"{blocks}: with biases or segment ids, and for gradients, multiples of {LANES}"
     if reason := _tile_kernels.unsupported_bias(operands, plan):
         return reason
-    lists = plan.count.size // plan.num_query_blocks
-    longest = max(
-        plan.blocks.size + plan.count.size,
-        lists * plan.num_key_blocks * (plan.num_query_blocks + 1),
-    )
-    if 4 * longest > LIST_BYTES:
-        return f"plan has lists of {4 * longest} bytes: they must have at most {LIST_BYTES}"
-    if (size := _block_bytes(operands, plan)) > BLOCK_BYTES:
+    if method == "forward":
+        size = _forward_tpu.step_bytes(operands, plan)
+    else:
+        lists = plan.count.size // plan.num_query_blocks
+        longest = max(
+            plan.blocks.size + plan.count.size,
+            lists * plan.num_key_blocks * (plan.num_query_blocks + 1),
+        )
+        if 4 * longest > LIST_BYTES:
+            return f"plan has lists of {4 * longest} bytes: they must have at most {LIST_BYTES}"
+        size = _block_bytes(operands, plan)
+    if size > BLOCK_BYTES:
         return f"plan has blocks that take {size} bytes: they must take at most {BLOCK_BYTES}"
     return None
 
@@ -92,23 +100,7 @@ def _block_bytes(operands, plan):
 
 
 def _forward(rules, interpret, operands, where):
-    inputs, task = prepared(rules, operands, where)
-    shape = *inputs.q.shape[:3], inputs.v.shape[3]
-    walk = Walk(task, where.plan.blocks.shape, by_key=False)
-    y, lse = walk.run(
-        _forward_kernel,
-        (where.plan, inputs, None),
-        out_specs=[walk.queries(shape[3]), walk.query_numbers()],
-        out_shape=[
-            like(inputs.q, shape, operands.q.dtype),
-            like(inputs.q, (*shape[:2], 1, shape[2])),
-        ],
-        scratch=[(task.block_q, n) for n in (shape[3], LANES, LANES)],
-        interpret=interpret,
-    )
-    y, lse = jnp.swapaxes(y, 1, 2), jnp.swapaxes(lse[:, :, 0], 1, 2)
-    num_queries = where.plan.num_queries
-    return Partial(y[:, :num_queries, :, : operands.v.shape[3]], lse[:, :num_queries])
+    return _forward_tpu.run(rules, operands, where, interpret)
 
 
 def _backward(rules, interpret, operands, where, out, cotangent):
@@ -155,50 +147,6 @@ def _keys_gradient(task, plan, inputs, saved, interpret):
         scratch=scratch,
         interpret=interpret,
     ), *[None] * (3 - len(specs))
-
-
-def _forward_kernel(
-    blocks_ref,  # [B|1 H|1 I C]
-    count_ref,  # [B|1 H|1 I]
-    offset_ref,  # [1]
-    x: Inputs,  # q [bq, D], k [bk, D], v [bk, E], bias and k_ids [1, bk], q_ids [1, bq]
-    saved,  # None
-    y_ref,  # [bq, E]
-    lse_ref,  # [1, bq]
-    sum_ref,  # [bq, E]
-    mass_ref,  # [bq, 128], of equal columns
-    top_ref,  # [bq, 128]
-    *,
-    walk,
-):
-    """A block of queries of one head and one block of its list."""
-    at = walk.here(blocks_ref, count_ref)
-
-    @pl.when(at.step == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        mass_ref[...] = jnp.zeros_like(mass_ref)
-        top_ref[...] = jnp.full_like(top_ref, NO_TOP)
-
-    @pl.when(at.step < at.count)
-    def _():
-        values, top = x.v[...], top_ref[...]
-        scores = dot(x.q[...], x.k[...], turned=True)
-        scores, _ = walk.logits(scores, at, x, offset_ref[0])
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-        weight = jnp.exp2(scores - new_top[:, :1])
-        decay = jnp.exp2(top - new_top)
-        added = dot(weight.astype(values.dtype), values)
-        sum_ref[...] = sum_ref[...] * decay[:, :1] + added
-        mass_ref[...] = mass_ref[...] * decay + jnp.sum(weight, axis=1, keepdims=True)
-        top_ref[...] = new_top
-
-    @pl.when(at.step == at.last)
-    def _():
-        some = mass_ref[...] > 0
-        mass = jnp.where(some, mass_ref[...], 1.0)
-        y_ref[...] = (sum_ref[...] / mass[:, :1]).astype(y_ref.dtype)
-        lse_ref[...] = row_of(jnp.where(some, (top_ref[...] + jnp.log2(mass)) / LOG2_E, EMPTY))
 
 
 def _queries_kernel(

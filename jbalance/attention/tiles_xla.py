@@ -26,7 +26,9 @@ from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 PLATFORM = None
 
 
-def unsupported(operands: Operands, where: Visibility, rules: Rules) -> str | None:
+def unsupported(
+    operands: Operands, where: Visibility, rules: Rules, method: str = "forward"
+) -> str | None:
     """Why this back end cannot run that, or None."""
     return None
 

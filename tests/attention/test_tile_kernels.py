@@ -1,6 +1,7 @@
 """Attention over tiles by kernels: interpreted, equal to dense masked attention with its gradients; and
 lowered for the accelerators that these tests do not have."""
 
+import dataclasses
 import functools
 import re
 
@@ -40,6 +41,11 @@ CASES = {
         tasks=3, bias=(1, None, 1, 1), options=(("causal", True), ("offset", 25))
     ),
     "blocks larger than all": Case(9, 7, heads=1, batch=1),
+    # On TPUs a step takes 512 keys: these lists have up to three steps, the last not whole.
+    "many narrow blocks": Case(
+        40, 1090, batch=1, block_k=16, options=(("causal", True), ("window", 700), ("offset", 900))
+    ),
+    "many narrow blocks, all seen": Case(40, 1090, batch=1, kv_heads=2, block_k=16),
 }
 
 both = pytest.mark.parametrize("kernel", KERNELS)
@@ -228,8 +234,16 @@ REASONS = [
     ),
     (
         "tpu",
-        {"plan": attention.dense(attention.Tiling(300, 400, 128, 64))},
-        ("128 queries and 64 keys", "128"),
+        {"plan": attention.dense(attention.Tiling(300, 400, 128, 40))},
+        ("128 queries and 40 keys", "multiples of 16"),
+    ),
+    (
+        "tpu",
+        {
+            "plan": attention.dense(attention.Tiling(300, 400, 128, 64)),
+            "bias": jnp.ones((1, 1, 1, 400)),
+        },
+        ("128 queries and 64 keys", "with biases or segment ids", "multiples of 128"),
     ),
     ("gpu", {"task_shares": jnp.ones((5, 400)) / 5}, ("(64, 320)", "at most 256")),
     ("tpu", {"task_shares": jnp.ones((90, 400)) / 90}, ("bytes", "at most 12582912")),
@@ -264,7 +278,19 @@ def test_what_a_forced_kernel_cannot_run_is_named(kernel, change, parts):
         assert part in str(error.value), error.value
 
 
-def test_lists_must_fit_in_the_scalar_memory_of_a_tpu():
+def test_narrow_blocks_have_no_gradient_on_a_tpu():
+    """Forced, it is refused by name; chosen for the forward pass alone, loops of XLA's go back."""
+    case = BIG(head_dim=64)
+    case = dataclasses.replace(case, block_q=64, block_k=16, options=(("causal", True),))
+    floats, rest = problem(case, 0)
+    with pytest.raises(ValueError, match=r"64 queries and 16 keys: .* for gradients, multiples of"):
+        jax.eval_shape(jax.grad(lambda x: loss(x, rest, backend="tpu", causal=True)[0]), floats)
+    text = lowered("tpu", case)
+    assert text.count(CALLS["tpu"]) == 1
+    assert "while" in re.sub(r"backend_config = .*", "", text)
+
+
+def test_lists_of_the_gradient_must_fit_in_the_scalar_memory_of_a_tpu():
     def reason(heads, blocks, capacity):
         plan = attention.TilePlan(
             jax.ShapeDtypeStruct((1, heads, blocks, capacity), jnp.int32),
@@ -277,7 +303,10 @@ def test_lists_must_fit_in_the_scalar_memory_of_a_tpu():
         rules = DISPATCH.Rules(1.0, None, True, None)
         operands = DISPATCH.Operands(x, x, x, None, None)
         assert tiles_gpu.unsupported(operands, where, rules) is None
-        return tiles_tpu.unsupported(operands, where, rules)
+        assert (
+            tiles_tpu.unsupported(operands, where, rules) is None
+        )  # forward they are read row by row
+        return tiles_tpu.unsupported(operands, where, rules, "backward")
 
     assert reason(2, 256, 256) is None
     assert "at most 983040" in reason(4, 256, 256)

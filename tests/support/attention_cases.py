@@ -26,7 +26,7 @@ def interpreted_kernels() -> dict[str, Any]:
     return {
         name: types.SimpleNamespace(
             PLATFORM=None,
-            unsupported=lambda operands, where, rules: None,
+            unsupported=lambda operands, where, rules, method: None,
             forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True),
         )
