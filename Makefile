@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation vision vision.heads speech recall long_tail adaptivity long_text long_text.summaries
-.PHONY: experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
+.PHONY: compiled experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -60,6 +60,17 @@ experiments/others/.venv/.installed: experiments/others/requirements.txt
 	experiments/others/.venv/bin/pip install --quiet $(WHEELS) --no-deps --requirement $<
 	touch $@
 
+# Kernels by the accelerators' compilers, in an environment of their own beside ours: no accelerator is
+# needed. Some half an hour; what the file of results holds is not compiled again.
+compiled: venv experiments/compiled/.venv/.installed
+	experiments/compiled/.venv/bin/python -m experiments.compiled
+
+experiments/compiled/.venv/.installed: experiments/compiled/requirements.txt
+	$(PYTHON) -m venv experiments/compiled/.venv
+	experiments/compiled/.venv/bin/pip install --quiet $(WHEELS) --no-deps --requirement $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(experiments/compiled/.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	touch $@
+
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
@@ -81,4 +92,4 @@ experiments-smoke: venv
 	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --smoke --seeds 0 --json out/smoke/$$name.json || exit 1; done
 
 clean:
-	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv .cache out data build dist *.egg-info
+	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv .cache out data build dist *.egg-info

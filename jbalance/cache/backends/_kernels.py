@@ -10,6 +10,8 @@ from jax import lax
 from jbalance.attention import EMPTY, Partial
 from jbalance.cache import _codec
 
+_MANTISSA = 0x4B000000  # bits of 2^23 as a float32, behind which a whole number is its fraction
+_SIGN = -(1 << 31)
 _HEAD = -(1 << 16)  # mask of the bits that a float32 shares with a bfloat16
 
 
@@ -25,17 +27,29 @@ def merge_parts(y: jax.Array, mass: jax.Array, top: jax.Array) -> Partial:
 
 
 def whole_levels(codes: jax.Array, bits: int) -> jax.Array:
-    """`_codec.levels` of int32 codes over `_codec.step`: bfloat16 holds them exactly."""
+    """`_codec.levels` of int32 codes over `_codec.step`: bfloat16 holds them exactly.
+
+    Magnitudes are whole numbers below 128: four lie in a word, from which a shift takes one. The bits
+    of 2^23 before it make it a float32: on GPUs conversions are slow, and selects by rank would be most
+    of the kernel.
+    """
     if bits == 8:
         return (codes.astype(jnp.float32) - 127.5).astype(jnp.bfloat16)
     half = 2 ** (bits - 1)
-    below = codes < half
-    rank = jnp.where(below, half - 1 - codes, codes - half)
-    magnitudes = np.rint(_codec.levels(1, bits)[half:] / _codec.step(1, bits))
-    size = jnp.full(codes.shape, float(magnitudes[0]), jnp.float32)
-    for i, magnitude in enumerate(magnitudes[1:], 1):
-        size = jnp.where(rank >= i, float(magnitude), size)
-    return jnp.where(below, -size, size).astype(jnp.bfloat16)
+    magnitudes = np.rint(_codec.levels(1, bits)[half:] / _codec.step(1, bits)).astype(np.uint32)
+    below = ~((codes << (32 - bits)) >> 31)  # all bits where a code stands for a level below 0
+    rank = (codes ^ below) & (half - 1)
+    words = [
+        int(sum(int(m) << (8 * i) for i, m in enumerate(magnitudes[j : j + 4])))
+        for j in range(0, half, 4)
+    ]
+    word = jnp.full(codes.shape, words[0], jnp.int32)
+    if len(words) > 1:
+        word = jnp.where(rank < 4, words[0], words[1])
+    size = (word >> ((rank & 3) << 3)) & 127
+    size = lax.bitcast_convert_type(size | _MANTISSA, jnp.float32) - 2.0**23
+    turned = lax.bitcast_convert_type(size, jnp.int32) ^ (below & _SIGN)
+    return lax.bitcast_convert_type(turned, jnp.float32).astype(jnp.bfloat16)
 
 
 def digits(x: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,1 @@
+"""Kernels and programs, compiled by the accelerators' own compilers, without accelerators."""

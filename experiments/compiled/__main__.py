@@ -1,0 +1,88 @@
+"""Kernels compiled by the accelerators' own compilers: what their schedules and code say.
+
+    make compiled
+    experiments/compiled/.venv/bin/python -m experiments.compiled [--json OUT] [--page OUT] [--only PART]
+
+Compiles every case for every chip, some half an hour on two cores, and writes a file of results and a
+page. No accelerator is needed, and nothing is timed. Cases that the file holds are not compiled again;
+--only takes those whose name has that part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from experiments.compiled import cases, gpu, page, tpu
+from experiments.harness import cli, files, progress
+
+RESULTS, PAGE = Path("docs/results/compiled.json"), Path("docs/results/compiled.md")
+PACKAGES = ("jax", "libtpu", "triton")
+SECONDS = 600  # that a compiler may take
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit code; a bad input is one line on stderr."""
+    parser = cli.parser("experiments.compiled", __doc__)
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="OUT", help="file of results")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="OUT", help="page of them")
+    parser.add_argument("--only", default="", metavar="PART", help="of the names of cases")
+    return cli.run(parser, _job, arguments)
+
+
+def _job(options: argparse.Namespace) -> None:
+    chosen = [
+        (case, chip)
+        for case in cases.all_cases().values()
+        for chip in (tpu.CHIPS if case.platform == "tpu" else gpu.CHIPS)
+        if options.only in case.name
+    ]
+    if not chosen:
+        raise ValueError(f"--only is {options.only!r}: no case has that in its name")
+    versions = {name: version(name) for name in PACKAGES}
+    report: dict[str, Any] = {"versions": versions, "cases": {}}
+    if options.json.exists():
+        old = files.read_json(options.json)
+        if old["versions"] == versions:
+            report = old
+    with progress.bar("Compiling", len(chosen)) as advance:
+        for case, chip in chosen:
+            held = report["cases"].setdefault(case.name, {})
+            if chip not in held:
+                held[chip] = compile_one(case.name, chip)
+                files.write_json(options.json, report)
+            advance()
+    files.write_text(options.page, page.text_of(report))
+    print(options.page)
+
+
+def compile_one(name: str, chip: str) -> dict[str, Any]:
+    """What `one` prints, or why its process ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.compiled.one", name, chip, folder]
+        environment = {**os.environ, **tpu.environment(Path(folder))}
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"reason": f"not compiled within {SECONDS} s"}
+    if done.returncode:
+        return {"reason": f"the compiler ended its process: {done.stderr.strip()[-200:]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
