@@ -16,7 +16,9 @@ layer's, `ms_per_layer` the time of all layers at once, jitted, on one core, ove
 `excess_over_eplb` is max_over_bound - 1 over that of `eplb`, `max_over_eplb` the mean ratio of the
 fullest devices. Methods: `exchange` (ours), `longest_first` (ours without swaps), both with
 `_equal` where counts are equal; `contiguous`; `eplb`, the balancer of arXiv:2412.19437 in its
-global mode, from its description, in numpy.
+global mode, from its description, in numpy. `drift_*`: loads of the first case that change from round
+to round; `time_over_bound` is the time of the layers' steps over the bound's, `moved_a_round` the part
+of the experts that moved.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import _report
+from experiments.benchmarks import _drift, _report
 from experiments.benchmarks._report import Bar, Row
 from experiments.harness import files
 from jbalance import place
@@ -80,8 +82,10 @@ def measure(
     if loads is not None:
         yield from rows_of(from_file(loads, devices, slots))
         return
-    for case in cases(QUICK_LAYERS if quick else LAYERS):
+    found = cases(QUICK_LAYERS if quick else LAYERS)
+    for case in found:
         yield from rows_of(case)
+    yield from _drift.rows(found[0].loads)
 
 
 def from_file(path: Path, devices: int | None = None, slots: int | None = None) -> Case:

@@ -85,6 +85,7 @@ def report(kernel: Kernel, chip: str) -> dict[str, Any]:
         usage = _tool("cuobjdump", "--dump-resource-usage", str(binary))
         code = _tool("nvdisasm", "-c", str(binary))
     return {
+        "warps": kernel.warps,
         "registers": int(_number(r"REG:(\d+)", usage)),
         "spilled bytes": int(_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)),
         "shared KiB": made.metadata.shared / 1024,

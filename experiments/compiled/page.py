@@ -62,7 +62,7 @@ def _tpu(given, wanted, unit) -> Iterable[str]:
 
 def _gpu(given) -> Iterable[str]:
     names = (
-        *("registers", "spilled bytes", "shared KiB", "instructions in the loop"),
+        *("warps", "registers", "spilled bytes", "shared KiB", "instructions in the loop"),
         *(
             "matrix in the loop",
             "compare in the loop",

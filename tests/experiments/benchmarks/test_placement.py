@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.benchmarks import placement
+from experiments.benchmarks import _drift, placement
 
 LOADS = np.arange(12).reshape(2, 6)
 
@@ -59,3 +59,12 @@ def test_what_is_no_archive(tmp_path):
         placement.from_file(path)
     with pytest.raises(ValueError, match=r"not an \.npz file"):
         placement.from_file(tmp_path / "none.npz")
+
+
+def test_what_moves_under_loads_that_drift():
+    loads = placement.zipf(np.random.default_rng(0), 2, 0.6)
+    found = {(row.case.split("_")[-1], row.metric): row.value for row in _drift.rows(loads)}
+    assert found["stay", "moved_a_round"] == 0
+    assert 0 < found["rebalance", "moved_a_round"] < 0.2 * found["anew", "moved_a_round"]
+    times = [found[name, "time_over_bound"] for name in ("anew", "rebalance", "stay")]
+    assert 1 <= times[0] < times[1] < times[2] - 0.1
