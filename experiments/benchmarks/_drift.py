@@ -31,8 +31,10 @@ def rows(loads: np.ndarray, seed: int = 0) -> Iterator[Row]:
     pack = jax.jit(jax.vmap(functools.partial(place.pack, **settings)))
 
     def rebalanced(**more: Any) -> Callable[[jax.Array, jax.Array], Any]:
-        run = jax.vmap(functools.partial(place.rebalance, size=size, **settings, **more))
-        return jax.jit(lambda device_of, now: run(device_of, now).placement)
+        def one(device_of: jax.Array, now: jax.Array) -> Any:
+            return place.rebalance(device_of, now, size, **settings, **more).placement
+
+        return jax.jit(jax.vmap(one))
 
     ways = {
         "stay": rebalanced(swaps=0),
