@@ -43,6 +43,11 @@ ARMS = {
     "full, importance": Arm(
         "full", lambda: multitask.by_importance(jnp.eye(len(LANGUAGES)), floor=0.25)
     ),
+    "full, dwa": Arm("full", multitask.dwa),
+    "full, uncertainty": Arm("full", multitask.uncertainty),
+    "full, gradnorm": Arm("full", multitask.gradnorm),
+    "full, famo": Arm("full", multitask.famo),
+    "full, random": Arm("full", lambda: multitask.random(jax.random.key(0))),
 }
 
 
