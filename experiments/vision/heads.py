@@ -226,7 +226,11 @@ def _study(smoke: bool) -> study.Study:
             "a gate on each, over training pictures; what is left is trained for one more pass over "
             "the pictures, the whole model too. `uniform` keeps as many heads of every layer, "
             "`proportional` gives layers shares by their worth, `ladder` has one price a parameter. The "
-            "accuracy is that of the exported program, whose arrays are smaller."
+            "accuracy is that of the exported program, whose arrays are smaller. What is worth keeping "
+            "lies in the first layers: `ladder` takes six of eight heads from there and leaves the last "
+            "layers one or none. Where it does not help: `proportional` is as good at half of the "
+            "heads; attention is a third of what this model computes, so half of its heads saves that "
+            "part only; and after one more pass a model with a quarter of the heads loses a hundredth."
         ),
         "settings": {
             "sizes": sizes._asdict(),
