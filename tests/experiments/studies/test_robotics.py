@@ -101,7 +101,8 @@ def test_the_nearest_are_the_nearest():
 @pytest.mark.parametrize("arm", ["proportional", "ladder"])
 def test_a_rule_of_one_scene_spends_the_budget_over_all_and_cuts_what_is_least(arm):
     seen, worth = some()
-    rule = vehicles.Rule.of(arm, 0.5, seen, worth)
+    whole = vehicles.Rule.of(arm, 0.5, seen, worth)
+    rule = whole._replace(capacity=whole.capacity - 1)
     mask, beyond = rule.keep(seen, worth)
     alone = [rule.keep(scene[None], worth)[0][0] for scene in seen]
     np.testing.assert_array_equal(mask, alone)
