@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.harness import study
-from experiments.robotics import crossing, data, experiment, expert, policy, vehicles
+from experiments.robotics import crossing, data, experiment, expert, foresight, policy, vehicles
 from experiments.robotics.experiment import BATCH, Sizes
 
 WHOLE, SMOKE = Sizes(400, 80, 15, 30), Sizes(8, 2, 2, 1)
@@ -36,7 +36,7 @@ def _study(smoke: bool) -> study.Study:
             "batch": BATCH,
             "rate": experiment.PEAK_RATE,
             "weight decay": experiment.WEIGHT_DECAY,
-            "model": [policy.WIDTH, policy.HEADS, policy.HIDDEN],
+            "model": [policy.WIDTH, policy.HEADS, policy.HIDDEN, foresight.FORESEEN],
             "expert": expert.settings(),
             "stray": data.STRAY,
             "crossing": crossing.CONFIG,

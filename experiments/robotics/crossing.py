@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROWS, FEATURES = 15, ("presence", "x", "y", "vx", "vy", "cos_h", "sin_h")
+# The last two say where each is bound for, as its indicators would.
+ROWS, FEATURES = 15, ("presence", "x", "y", "vx", "vy", "cos_h", "sin_h", "cos_d", "sin_d")
 METRES, SPEED = 100.0, 20.0  # of a feature's 1
 ACTIONS = 3  # slower, as it is, faster
 CONFIG = {
@@ -26,6 +28,7 @@ CONFIG = {
         "absolute": False,
         "order": "shuffled",
         "see_behind": True,
+        "observe_intentions": True,
     }
 }
 
@@ -59,15 +62,44 @@ def make() -> Any:
         return gymnasium.make("intersection-v0", config=CONFIG)
 
 
-def drive(env: Any, seed: int, act: Callable[[np.ndarray], int]) -> Drive:
-    """One episode: `act` decides by what is seen [ROWS, FEATURES], once a second."""
+class Moment:
+    """A state of an episode, from which each action is driven once, whoever takes it.
+
+    Attributes:
+      env: as it is.
+      seen: [ROWS, FEATURES] float32.
+      reward: for coming here.
+      over: whether the episode ended.
+    """
+
+    def __init__(self, env: Any, seen: np.ndarray, reward: float, over: bool):
+        self.env, self.seen, self.reward, self.over = env, seen, reward, over
+        self._after: dict[int, Moment] = {}
+
+    def step(self, action: int) -> Moment:
+        """The moment a second later."""
+        if action not in self._after:
+            roads = self.env.road.network  # never change
+            env = copy.deepcopy(self.env, {id(roads): roads})
+            seen, reward, ended, late, _ = env.step(action)
+            self._after[action] = Moment(env, seen, float(reward), ended or late)
+        return self._after[action]
+
+
+def begin(seed: int) -> Moment:
+    """An episode's first moment."""
+    env = make().unwrapped
     seen, _ = env.reset(seed=seed)
-    total, steps = 0.0, 0
-    while True:
-        seen, reward, ended, late, info = env.step(act(seen))
-        total, steps = total + float(reward), steps + 1
-        if ended or late:
-            return Drive(total, bool(info["crashed"]), steps)
+    return Moment(env, seen, 0.0, False)
+
+
+def drive(start: Moment, act: Callable[[Moment], int]) -> Drive:
+    """One episode, decided once a second."""
+    moment, total, steps = start, 0.0, 0
+    while not moment.over:
+        moment = moment.step(act(moment))
+        total, steps = total + moment.reward, steps + 1
+    return Drive(total, bool(moment.env.vehicle.crashed), steps)
 
 
 def noisy(seen: np.ndarray, rng: np.random.Generator, metres: float, speed: float) -> np.ndarray:

@@ -30,21 +30,20 @@ class Scenes(NamedTuple):
 
 def record(first: int, episodes: int) -> Scenes:
     """The scenes of episodes whose seeds begin with `first`."""
-    env, seen, value, worth = crossing.make(), [], [], []
+    seen, value, worth = [], [], []
     for seed in range(first, first + episodes):
         stray = np.random.default_rng(seed)
 
-        def act(view: np.ndarray, stray: np.random.Generator = stray) -> int:
-            inner = env.unwrapped
-            found, speed = expert.hits(inner), inner.vehicle.speed
+        def act(now: crossing.Moment, stray: np.random.Generator = stray) -> int:
+            found, speed = expert.hits(now.env), now.env.vehicle.speed
             judged = expert.by_action(speed, found)
-            seen.append(view)
+            seen.append(now.seen)
             value.append(judged)
-            worth.append(_by_row(view, inner, expert.worth(speed, found)))
+            worth.append(_by_row(now.seen, now.env, expert.worth(speed, found)))
             drawn = int(stray.integers(crossing.ACTIONS))
             return drawn if stray.random() < STRAY else int(expert.best(judged))
 
-        crossing.drive(env, seed, act)
+        crossing.drive(crossing.begin(seed), act)
     return Scenes(np.array(seen, np.float32), np.array(value, np.float32), np.array(worth))
 
 

@@ -14,8 +14,9 @@ from flax import nnx
 from experiments.harness import logs, runs, training
 from experiments.models.packed_encoder import Packed, pack, places
 from experiments.robotics import crossing, data, expert, policy, vehicles
+from experiments.robotics.crossing import Moment
 from experiments.robotics.data import Scenes
-from experiments.robotics.foresight import Worth
+from experiments.robotics.foresight import Worth, foreseen
 from experiments.robotics.policy import Driver
 
 BATCH, PEAK_RATE, WEIGHT_DECAY = 64, 2e-3, 0.05
@@ -61,22 +62,21 @@ def prepare(sizes: Sizes) -> Material:
     return Material(train, data.read(HELD_OUT, sizes.test), Worth.of(train))
 
 
+# Drivers differ in few decisions: what one has driven is not driven again for another.
+start = functools.cache(crossing.begin)
+
+
 def baselines(drives: int) -> dict[str, dict[str, float]]:
     """Of the same episodes: those who do not look, and the expert, who knows everyone's route."""
-    env = crossing.make()
-
-    def drawn() -> Callable[[np.ndarray], int]:
-        rng = np.random.default_rng(0)
-        return lambda seen: int(rng.integers(crossing.ACTIONS))
-
-    known = {
-        "always faster": lambda seen: crossing.ACTIONS - 1,
-        "random": drawn(),
-        "the expert": lambda seen: expert.act(env.unwrapped),
+    rng = np.random.default_rng(0)
+    known: dict[str, Callable[[Moment], int]] = {
+        "always faster": lambda now: crossing.ACTIONS - 1,
+        "random": lambda now: int(rng.integers(crossing.ACTIONS)),
+        "the expert": lambda now: expert.act(now.env),
     }
     found = {}
     for name, act in known.items():
-        ends = [crossing.drive(env, seed, act) for seed in range(ROAD, ROAD + drives)]
+        ends = [crossing.drive(start(seed), act) for seed in range(ROAD, ROAD + drives)]
         found[name] = {
             "return": float(np.mean([x.total for x in ends])),
             "collisions": float(np.mean([x.crashed for x in ends])),
@@ -118,7 +118,7 @@ def run(
             weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
     graph, parameters = nnx.split(model)
-    decide = jax.jit(lambda parameters, batch: jnp.argmin(nnx.merge(graph, parameters)(batch), -1))
+    decide = jax.jit(lambda parameters, batch: jnp.argmax(nnx.merge(graph, parameters)(batch), -1))
     size = places(held_out, rows, 1)
     packed = [pack([held_out[i] for i in row], test_labels[row], size, BATCH) for row in rows]
     chosen = np.concatenate([
@@ -167,16 +167,16 @@ class Road:
         self, sensor: Sensor, number: int, advance: Callable[[], None]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Returns and collisions [number]; vehicles that a decision computed, and those cut off."""
-        env, looked, ends = crossing.make(), [], []
+        looked, ends = [], []
         for seed in range(ROAD, ROAD + number):
             rng = np.random.default_rng(seed)
 
-            def act(seen: np.ndarray, rng: np.random.Generator = rng) -> int:
-                packed, count, beyond = self.batch(sensor(seen, rng)[None])
+            def act(now: Moment, rng: np.random.Generator = rng) -> int:
+                packed, count, beyond = self.batch(sensor(now.seen, rng)[None])
                 looked.append((count, beyond))
                 return int(self.decide(packed)[0])
 
-            ends.append(crossing.drive(env, seed, act))
+            ends.append(crossing.drive(start(seed), act))
             advance()
         count, beyond = np.mean(looked, axis=0)
         figures = {
@@ -187,7 +187,8 @@ class Road:
 
 
 def _examples(seen: np.ndarray, mask: np.ndarray) -> list[dict[str, np.ndarray]]:
-    return [{"seen": x[m]} for x, m in zip(seen, mask, strict=True)]
+    told = np.concatenate([seen, foreseen(seen)], axis=-1)
+    return [{"seen": x[m]} for x, m in zip(told, mask, strict=True)]
 
 
 def _labels(seen: np.ndarray, value: np.ndarray) -> np.ndarray:

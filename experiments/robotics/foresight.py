@@ -15,15 +15,21 @@ EDGE, RADIUS, LANE = 11.0, 13.0, -2.0
 ARC = RADIUS * np.pi / 2
 FULL, LAG = 9.0, 0.6  # m/s of driving on, and s until it is reached
 TIMES = np.arange(1, 25) * 0.25  # s
+SPEEDS, REACHES = (
+    (0.0, 4.5, FULL),
+    (3.0, 10.0),
+)  # m/s that a driver may want; m, in which nearness falls
+FORESEEN = len(SPEEDS) * (1 + len(REACHES))
 WHEN, HOW_NEAR = np.array([0.0, 1, 2, 3, 4, 6]), np.array([0.0, 2, 4, 6, 10, 20, 60])  # s, m
 TRUST = 10.0  # vehicles of a class that count as much as there being no worth
 
 
-def approach(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """When (s) and how near (m) each row comes to a driver who drives on, itself straight on.
+def approach(seen: np.ndarray, wanted: float = FULL) -> tuple[np.ndarray, np.ndarray]:
+    """When (s) and how near (m) each row comes to a driver of this speed, itself straight on.
 
     Args:
       seen: [B, ROWS, FEATURES].
+      wanted: m/s, that the driver's speed becomes.
 
     Returns:
       [B, ROWS] twice.
@@ -31,8 +37,8 @@ def approach(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     own, others = seen[:, :1].astype(float), seen.astype(float)
     x, y = crossing.METRES * own[..., 1], crossing.METRES * own[..., 2]
     speed = crossing.SPEED * np.hypot(own[..., 3], own[..., 4])
-    rising = TIMES - LAG * (1 - np.exp(-TIMES / LAG))
-    way = speed * TIMES + (FULL - speed) * rising  # [B, times]
+    changed = TIMES - LAG * (1 - np.exp(-TIMES / LAG))
+    way = speed * TIMES + (wanted - speed) * changed  # [B, times]
     start = _along(x, y)
     lane = _place(start + way) - _place(start)
     # Others' places and speeds are relative to the driver's.
@@ -40,6 +46,15 @@ def approach(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     velocity = crossing.SPEED * (others[..., None, 3:5] + own[..., None, 3:5])
     apart = np.linalg.norm(place + velocity * TIMES[:, None] - lane[:, None], axis=-1)
     return TIMES[apart.argmin(-1)], apart.min(-1)
+
+
+def foreseen(seen: np.ndarray) -> np.ndarray:
+    """[B, ROWS, FORESEEN] in 0..1: when and how near each row comes to a driver of each speed."""
+    found = []
+    for wanted in SPEEDS:
+        when, near = approach(seen, wanted)
+        found += [when / TIMES[-1], *(np.exp(-near / reach) for reach in REACHES)]
+    return np.stack(found, -1).astype(np.float32)
 
 
 class Worth(NamedTuple):

@@ -1,9 +1,4 @@
-"""A driver's attention over the vehicles that a budget kept; what was dropped is not computed.
-
-It says what each action loses beside the best, by the expert's judgement, and the least loss is chosen.
-The expert knows everyone's route, which is not seen: the mean over what may be is what counts, and an
-action that is mostly the expert's can be a bad one.
-"""
+"""A driver's attention over the vehicles that a budget kept; what was dropped is not computed."""
 
 from __future__ import annotations
 
@@ -15,24 +10,25 @@ from jax import Array
 
 from experiments.models.packed_encoder import Packed
 from experiments.robotics.crossing import ACTIONS, FEATURES
+from experiments.robotics.foresight import FORESEEN
 
 WIDTH, HEADS, HIDDEN = 64, 2, 128
-UNIT = 2.0  # rewards
 # Places of 10 m and speeds of 5 m/s are about 1.
-SCALE = np.array([1, 10, 10, 4, 4, 1, 1], np.float32)
+SCALE = np.array([1, 10, 10, 4, 4, 1, 1, 1, 1], np.float32)
 
 
-def embedder(rngs: nnx.Rngs) -> nnx.Sequential:
-    """[..., FEATURES] -> [..., WIDTH]."""
-    first, *rest = (nnx.Linear(a, WIDTH, rngs=rngs) for a in (len(FEATURES), WIDTH, WIDTH))
+def embedder(inward: int, rngs: nnx.Rngs) -> nnx.Sequential:
+    """[..., inward] -> [..., WIDTH]."""
+    first, *rest = (nnx.Linear(a, WIDTH, rngs=rngs) for a in (inward, WIDTH, WIDTH))
     return nnx.Sequential(first, nnx.relu, rest[0], nnx.relu, rest[1], nnx.relu)
 
 
 class Driver(nnx.Module):
-    """Drivers and the packed vehicles around them to what actions lose [B, ACTIONS]."""
+    """Drivers and the packed vehicles around them to logits of the actions [B, ACTIONS]."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.own, self.others = embedder(rngs), embedder(rngs)
+        self.own = embedder(len(FEATURES), rngs)
+        self.others = embedder(len(FEATURES) + FORESEEN, rngs)
         self.query = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
         self.key_value = nnx.Linear(WIDTH, 2 * WIDTH, use_bias=False, rngs=rngs)
         self.mix = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
@@ -40,9 +36,9 @@ class Driver(nnx.Module):
         self.out = nnx.Linear(HIDDEN, ACTIONS, rngs=rngs)
 
     def __call__(self, batch: Packed) -> Array:
-        """In units of `UNIT`; `batch.labels` [B, ACTIONS + FEATURES]: losses, and the driver's row."""
+        """`batch.labels` [B, ACTIONS + FEATURES]: what actions lose, and the driver's row."""
         own = self.own(batch.labels[:, ACTIONS:] * SCALE)
-        others = self.others(batch.fields["seen"] * SCALE)
+        others = self.others(batch.fields["seen"] * np.append(SCALE, np.ones(FORESEEN, np.float32)))
         # A driver is among those that it attends to, so that nobody has nobody.
         number = len(own)
         example = jnp.concatenate([jnp.arange(number), batch.example])
@@ -78,9 +74,11 @@ def attend(query: Array, keys: Array, values: Array, example: Array) -> Array:
 
 
 def loss_of(model: Driver, batch: Packed, key: Array) -> Array:
-    """Mean square error of what each action loses, in units of `UNIT`."""
+    """Mean of -log p(any of the best actions)."""
     del key
     lost = batch.labels[:, :ACTIONS]
-    there = lost[:, :1] >= 0
-    error = model(batch) - lost / UNIT
-    return jnp.sum(jnp.where(there, error**2, 0)) / jnp.sum(there)
+    logits = model(batch)
+    best = jax.nn.logsumexp(jnp.where(lost <= 0, logits, -jnp.inf), axis=1)
+    each = jax.nn.logsumexp(logits, axis=1) - best
+    there = lost[:, 0] >= 0
+    return jnp.sum(jnp.where(there, each, 0)) / jnp.sum(there)

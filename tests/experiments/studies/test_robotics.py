@@ -137,7 +137,8 @@ def test_a_driver_says_the_same_alone_and_with_empty_places():
     seen, _ = some()
     model = policy.Driver(nnx.Rngs(0))
     labels = np.concatenate([np.zeros((SCENES, 3), np.float32), seen[:, 0]], axis=1)
-    rows = [{"seen": x[m]} for x, m in zip(seen, vehicles.present(seen), strict=True)]
+    told = np.concatenate([seen, foresight.foreseen(seen)], axis=-1)
+    rows = [{"seen": x[m]} for x, m in zip(told, vehicles.present(seen), strict=True)]
     together = np.asarray(model(pack(rows, labels, SCENES * ROWS, SCENES + 2)))
     alone = model(pack(rows[3:4], labels[3:4], ROWS, 1))
     np.testing.assert_allclose(alone[0], together[3], rtol=1e-4, atol=1e-5)
@@ -183,3 +184,18 @@ def test_recorded_worth_stands_in_the_rows_of_the_vehicles():
     _, near = foresight.approach(found.seen)
     chosen = found.worth[blocked].argmax(1)
     assert np.median(near[blocked, chosen]) < np.median(near[vehicles.present(found.seen)])
+
+
+def test_a_moment_is_what_the_same_actions_lead_to_and_is_driven_once():
+    actions = [2, 0, 2, 1]
+    env = crossing.make()
+    seen, _ = env.reset(seed=5)
+    start = now = crossing.begin(5)
+    np.testing.assert_array_equal(now.seen, seen)
+    start.step(1)  # a way that is not taken changes nothing
+    for action in actions:
+        seen, reward, *_ = env.step(action)
+        now = now.step(action)
+        np.testing.assert_array_equal(now.seen, seen)
+        assert now.reward == reward
+    assert start.step(2).step(0).step(2).step(1) is now
