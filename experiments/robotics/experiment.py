@@ -97,49 +97,13 @@ def run(
       advance: called after each step of training, and each drive.
     """
     material = prepare(sizes)
-    masks = [
-        vehicles.kept(arm, part, x.seen, material.worth, BATCH)
-        for x in (material.train, material.test)
-    ]
-    examples, held_out = (
-        _examples(x.seen, mask)
-        for x, mask in zip((material.train, material.test), masks, strict=True)
-    )
-    labels, test_labels = (_labels(x.seen, x.value) for x in (material.train, material.test))
-    orders = training.orders(len(examples), BATCH, sizes.epochs, seed)
-    rows = training.rows(len(held_out), BATCH)
-    room = places(examples, orders, 1)
-
-    model = Driver(nnx.Rngs(seed))
-    batches = (pack([examples[i] for i in row], labels[row], room, BATCH) for row in orders)
-    with logs.writer("robotics", f"{arm}-{part}", seed) as log:
-        training.train(
-            model, policy.loss_of, batches, len(orders), PEAK_RATE, seed, log, advance,
-            weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
-    graph, parameters = nnx.split(model)
+    graph, parameters = nnx.split(trained(material, arm, part, seed, sizes.epochs, advance))
     decide = jax.jit(lambda parameters, batch: jnp.argmax(nnx.merge(graph, parameters)(batch), -1))
-    size = places(held_out, rows, 1)
-    packed = [pack([held_out[i] for i in row], test_labels[row], size, BATCH) for row in rows]
-    chosen = np.concatenate([
-        np.asarray(decide(parameters, batch))[: len(row)]
-        for batch, row in zip(packed, rows, strict=True)
-    ])  # fmt: skip
-    lost = lost_by(material.test.value)[np.arange(len(chosen)), chosen]
-    flops = training.flops_of(decide.lower(parameters, packed[0]).compile())
+    figures, cases = judged(material, arm, part, decide, parameters)
     rule = vehicles.Rule.of(arm, part, material.train.seen, material.worth)
     road = Road(rule, material.worth, functools.partial(decide, parameters))
-    once = training.flops_of(
-        decide.lower(parameters, road.batch(material.test.seen[:1])[0]).compile()
-    )
-    figures = {
-        "agreement": float((lost == 0).mean()),
-        "lost a decision": float(lost.mean()),
-        "vehicles a scene": float(np.mean([len(x["seen"]) for x in held_out])),
-        "MFLOP a scene": flops / BATCH / 1e6,
-        "MFLOP a decision": once / 1e6,
-    }
-    cases = {"agreement": runs.packed(lost == 0), "lost a decision": runs.packed(lost)}
+    one = road.batch(material.test.seen[:1])[0]
+    figures["MFLOP a decision"] = training.flops_of(decide.lower(parameters, one).compile()) / 1e6
     for name in SENSORS if tried else ("",):
         ends, looked = road.drives(SENSORS[name], sizes.drives, advance)
         for figure, each in ends.items():
@@ -148,6 +112,49 @@ def run(
         if not name:
             figures |= looked
     return {"figures": figures, "cases": cases}
+
+
+def trained(
+    material: Material, arm: str, part: float, seed: int, epochs: int, advance: Callable[[], None]
+) -> Driver:
+    """A driver that imitates the expert by what an arm keeps of each scene."""
+    known = material.train
+    examples = _examples(known.seen, vehicles.kept(arm, part, known.seen, material.worth, BATCH))
+    labels = _labels(known.seen, known.value)
+    orders = training.orders(len(examples), BATCH, epochs, seed)
+    room = places(examples, orders, 1)
+    model = Driver(nnx.Rngs(seed))
+    batches = (pack([examples[i] for i in row], labels[row], room, BATCH) for row in orders)
+    with logs.writer("robotics", f"{arm}-{part}", seed) as log:
+        training.train(
+            model, policy.loss_of, batches, len(orders), PEAK_RATE, seed, log, advance,
+            weight_decay=WEIGHT_DECAY,
+        )  # fmt: skip
+    return model
+
+
+def judged(
+    material: Material, arm: str, part: float, decide: Any, parameters: Any
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Figures and cases of the decisions in held-out scenes, a batch of them in one budget."""
+    known = material.test
+    examples = _examples(known.seen, vehicles.kept(arm, part, known.seen, material.worth, BATCH))
+    labels, rows = _labels(known.seen, known.value), training.rows(len(examples), BATCH)
+    room = places(examples, rows, 1)
+    packed = [pack([examples[i] for i in row], labels[row], room, BATCH) for row in rows]
+    chosen = np.concatenate([
+        np.asarray(decide(parameters, batch))[: len(row)]
+        for batch, row in zip(packed, rows, strict=True)
+    ])  # fmt: skip
+    lost = lost_by(known.value)[np.arange(len(chosen)), chosen]
+    flops = training.flops_of(decide.lower(parameters, packed[0]).compile())
+    figures = {
+        "agreement": float((lost == 0).mean()),
+        "lost a decision": float(lost.mean()),
+        "vehicles a scene": float(np.mean([len(x["seen"]) for x in examples])),
+        "MFLOP a scene": flops / BATCH / 1e6,
+    }
+    return figures, {"agreement": runs.packed(lost == 0), "lost a decision": runs.packed(lost)}
 
 
 class Road:

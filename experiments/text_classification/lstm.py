@@ -9,9 +9,10 @@ run again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -220,46 +221,43 @@ def prepare(texts: int) -> Material:
     return Material(split._replace(train=known), ids, test, worth, vocabulary)
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Texts in batches, which of them are in each, and where they stand."""
+
+    texts: list[list[Text]]
+    rows: Sequence[np.ndarray]
+    lines: list[list[list[int]]]
+    room: Room
+    positive: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], rows: Sequence[np.ndarray], positive: np.ndarray) -> Batches:
+        own = [[texts[i] for i in row] for row in rows]
+        lines = [lines_of(x) for x in own]
+        return cls(own, rows, lines, Room.of(own, lines), positive)
+
+    def __iter__(self) -> Iterator[Lines]:
+        for texts, row, lines in zip(self.texts, self.rows, self.lines, strict=True):
+            yield pack(texts, lines, self.positive[row], self.room)
+
+
 def run(
     arm: str, part: float, seed: int, sizes: Sizes, advance: Callable[[], None]
 ) -> Mapping[str, Any]:
     """How many held-out texts are told right, and what a text takes."""
     material = prepare(sizes.texts)
     train, test = (budgeted(x, material.worth, arm, part) for x in (material.train, material.test))
-    labels, truth = material.split.train.positive, material.split.test.positive
-    orders, rows = (
-        training.orders(len(train), BATCH, sizes.epochs, seed),
-        training.rows(len(test), BATCH),
-    )
-    batches = [[train[i] for i in order] for order in orders]
-    held_out = [[test[i] for i in row] for row in rows]
-    stands = [lines_of(x) for x in (*batches, *held_out)]
-    room, room_test = (
-        Room.of(batches, stands[: len(orders)]),
-        Room.of(held_out, stands[len(orders) :]),
-    )
-    packed = (
-        pack(texts, lines, labels[order], room)
-        for texts, lines, order in zip(batches, stands, orders, strict=False)
-    )
+    orders = training.orders(len(train), BATCH, sizes.epochs, seed)
+    known = Batches.of(train, orders, material.split.train.positive)
     model = Reader(material.vocabulary, nnx.Rngs(seed))
     with logs.writer("text_classification.lstm", f"{arm}-{part}", seed) as log:
         training.train(
-            model, loss_of, packed, len(orders), PEAK_RATE, seed, log, advance,
+            model, loss_of, known, len(orders), PEAK_RATE, seed, log, advance,
             weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
-    graph, parameters = nnx.split(model)
-    predict = jax.jit(lambda parameters, batch: nnx.merge(graph, parameters)(batch) > 0)
-    tests = [
-        pack(texts, lines, truth[row], room_test)
-        for texts, lines, row in zip(held_out, stands[len(orders) :], rows, strict=True)
-    ]
-    hits = np.concatenate([
-        np.asarray(predict(parameters, batch))[: len(row)] == truth[row]
-        for batch, row in zip(tests, rows, strict=True)
-    ])  # fmt: skip
-    flops = training.flops_of(predict.lower(parameters, tests[0]).compile())
-    flops += 2 * (room_test.line - 1) * flops_of_step(model)
+    rows = training.rows(len(test), BATCH)
+    hits, flops = told(model, Batches.of(test, rows, material.split.test.positive))
     return {
         "figures": {
             "accuracy": float(hits.mean()),
@@ -269,6 +267,19 @@ def run(
         },
         "cases": {"accuracy": runs.packed(hits)},
     }
+
+
+def told(model: Reader, held_out: Batches) -> tuple[np.ndarray, float]:
+    """[texts] whether each is told right; what the program of a batch computes."""
+    graph, parameters = nnx.split(model)
+    predict = jax.jit(lambda parameters, batch: nnx.merge(graph, parameters)(batch) > 0)
+    hits = np.concatenate([
+        np.asarray(predict(parameters, batch))[: len(row)] == held_out.positive[row]
+        for batch, row in zip(held_out, held_out.rows, strict=True)
+    ])  # fmt: skip
+    one = next(iter(held_out))
+    flops = training.flops_of(predict.lower(parameters, one).compile())
+    return hits, flops + 2 * (held_out.room.line - 1) * flops_of_step(model)
 
 
 def flops_of_step(model: Reader) -> float:
