@@ -55,7 +55,8 @@ def _study(smoke: bool) -> study.Study:
                 f"nearest, {part}",
                 f"proportional, {part}",
             )
-        ],
+        ]
+        + [["ladder, quarter", "nearest, half"]],  # programs of nearly the same size
     }
 
     def one(arm: str, seed: int, advance: Callable[[], None]) -> Mapping[str, Any]:
@@ -67,7 +68,24 @@ def _study(smoke: bool) -> study.Study:
     return study.Study(about, list(ARMS), steps, one)
 
 
-NOTES = "."
+NOTES = (
+    "A left turn at highway-env's crossing, with up to 14 others. A planner that foresees everyone on "
+    "their route is imitated: its decisions in 400 crossings, a quarter of them strayed from, of what "
+    "is seen (places, speeds, headings, indicators) by one attention from the driver to the others. "
+    "`full` attends to all who are there; the others to half or a quarter of them: `uniform` as many "
+    "of every scene, `nearest` the nearest of them, `proportional` by each scene's share of "
+    "importance, `ladder` at one price. A vehicle is worth what the planner's reward loses without "
+    "it, learned for classes of when and how near it will come to a driver who drives on. `agreement` "
+    "is with the planner in held-out scenes, a batch of them in one budget. On the road decisions "
+    "come one at a time: the price is that of the training part, and the program has room for what it "
+    "asked for in 99 of 100 scenes; beyond that the least is left out (`over capacity`). A driver of "
+    "a quarter at one price decides as well as one who attends to all; even parts and the nearest "
+    "miss those who matter. At a program of nearly the same size, a quarter at one price agrees more "
+    "often than half by nearness. Where it does not help: a program for one scene must have room for "
+    "the fullest, so one price saves less of its time than of a batch's; the returns of most arms "
+    "differ by less than 30 crossings can tell; and with noise of 2 m and 1 m/s all drivers crash "
+    "more often, those of the ladder no less."
+)
 
 if __name__ == "__main__":
     sys.exit(main())
