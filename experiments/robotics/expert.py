@@ -30,8 +30,22 @@ PLANS = np.array(list(itertools.product((2, 1, 0), repeat=3)))
 
 def settings() -> dict[str, Any]:
     """All that the expert's decisions depend on."""
-    names = "LAG STEP SECONDS GAIN LIMIT HALF TOUCH GROWTH FAST ONWARD CRASH LATER GRID"
-    return {name: globals()[name] for name in names.split()} | {"speeds": SPEEDS.tolist()}
+    return {
+        "LAG": LAG,
+        "STEP": STEP,
+        "SECONDS": SECONDS,
+        "GAIN": GAIN,
+        "LIMIT": LIMIT,
+        "HALF": HALF,
+        "TOUCH": TOUCH,
+        "GROWTH": GROWTH,
+        "FAST": FAST,
+        "ONWARD": ONWARD,
+        "CRASH": CRASH,
+        "LATER": LATER,
+        "GRID": GRID,
+        "speeds": SPEEDS.tolist(),
+    }
 
 
 def driven(speed: float) -> tuple[np.ndarray, np.ndarray]:
