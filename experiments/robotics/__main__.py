@@ -83,8 +83,8 @@ NOTES = (
     "miss those who matter. At a program of nearly the same size, a quarter at one price agrees more "
     "often than half by nearness. Where it does not help: a program for one scene must have room for "
     "the fullest, so one price saves less of its time than of a batch's; the returns of most arms "
-    "differ by less than 30 crossings can tell; and with noise of 2 m and 1 m/s all drivers crash "
-    "more often, those of the ladder no less."
+    "differ by less than 30 crossings can tell; and with noise of 2 m and 1 m/s, or three of ten "
+    "vehicles unseen, drivers crash more often, with the ladder as without it."
 )
 
 if __name__ == "__main__":

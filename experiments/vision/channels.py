@@ -27,6 +27,7 @@ from jbalance import adapters, allocate, shares
 
 BATCH, PEAK_RATE, LATER_RATE = 64, 3e-3, 1e-3
 CHANNELS, STRIDES = (16, 32, 48, 64), (2, 1, 2, 1)
+POOLED = 4  # places of a side that are told apart in the end
 SQUEEZED = 8  # inner width of squeeze-and-excitation
 SCORED = 20  # batches of which the excitations' gradients are taken
 UNIT = 1 << 10  # multiplications that a channel's cost is counted in
@@ -51,14 +52,15 @@ class Layer(nnx.Module):
     """Convolution, then every channel by its excitation (Hu et al., arXiv:1709.01507)."""
 
     def __init__(self, inward: int, outward: int, stride: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(inward, outward, (3, 3), strides=stride, rngs=rngs)
+        start = nnx.initializers.he_normal()
+        self.conv = nnx.Conv(inward, outward, (3, 3), stride, kernel_init=start, rngs=rngs)
         self.squeeze = nnx.Linear(outward, SQUEEZED, rngs=rngs)
         self.excite = nnx.Linear(SQUEEZED, outward, rngs=rngs)
 
     def __call__(self, x: Array, gate: Array | None = None) -> Array:
         x = jax.nn.relu(self.conv(x))
         inner = jax.nn.relu(self.squeeze(x.mean(axis=(1, 2))))
-        excitation = jax.nn.sigmoid(self.excite(inner))
+        excitation = 2 * jax.nn.sigmoid(self.excite(inner))  # 1 at first
         if gate is not None:
             excitation = excitation * gate
         return x * excitation[:, None, None]
@@ -72,14 +74,16 @@ class Classifier(nnx.Module):
         self.layers = nnx.List([
             Layer(inward[i], channels[i], stride, rngs) for i, stride in enumerate(STRIDES)
         ])  # fmt: skip
-        self.out = nnx.Linear(channels[-1], data.CLASSES, rngs=rngs)
+        self.out = nnx.Linear(POOLED**2 * channels[-1], data.CLASSES, rngs=rngs)
 
     def __call__(self, pixels: Array, gates: Sequence[Array] | None = None) -> Array:
         """With `gates` [B, channels] of each layer, its excitations times these."""
         x = pixels[..., None] - 0.3  # their mean
         for layer, gate in zip(self.layers, gates or (None,) * len(STRIDES), strict=True):
             x = layer(x, gate)
-        return self.out(x.mean(axis=(1, 2)))
+        pool = x.shape[1] // POOLED
+        x = nnx.avg_pool(x, (pool, pool), (pool, pool))
+        return self.out(x.reshape(len(x), -1))
 
 
 def loss_of(model: Classifier, batch: tuple[Array, Array], key: Array) -> Array:
@@ -193,7 +197,9 @@ def pruned(model: Classifier, worth: Sequence[np.ndarray], channels: Sequence[in
         _put(new.squeeze, old.squeeze, np.ix_(own, every), every)
         _put(new.excite, old.excite, np.ix_(every, own), own)
     classes = np.arange(data.CLASSES)
-    _put(smaller.out, model.out, np.ix_(keep[-1], classes), classes)
+    # Places, and in each of them the channels.
+    inputs = (np.arange(POOLED**2)[:, None] * len(worth[-1]) + keep[-1]).ravel()
+    _put(smaller.out, model.out, np.ix_(inputs, classes), classes)
     return smaller
 
 
@@ -288,7 +294,7 @@ def _study(smoke: bool) -> study.Study:
         "notes": NOTES,
         "settings": {
             "sizes": sizes._asdict(),
-            "model": [list(CHANNELS), list(STRIDES), SQUEEZED],
+            "model": [list(CHANNELS), list(STRIDES), SQUEEZED, POOLED],
             "rates": [PEAK_RATE, LATER_RATE],
             "scored": SCORED,
         },

@@ -78,8 +78,11 @@ def test_a_pruned_network_says_what_the_whole_one_says_without_these_channels(wh
     # In the whole network, a channel is gone whose outward weights are zero.
     for i in range(len(STRIDES)):
         gone = np.setdiff1d(np.arange(CHANNELS[i]), keep[i])
-        after = model.layers[i + 1].conv if i + 1 < len(STRIDES) else model.out
-        for part, rows in ((model.layers[i].squeeze, gone), (after, (..., gone, slice(None)))):
+        last = i + 1 == len(STRIDES)
+        after = model.out if last else model.layers[i + 1].conv
+        places = np.arange(channels.POOLED**2)[:, None] * CHANNELS[-1]
+        inputs = (places + gone).ravel() if last else gone
+        for part, rows in ((model.layers[i].squeeze, gone), (after, (..., inputs, slice(None)))):
             kernel = np.array(part.kernel[...])
             kernel[rows] = 0
             part.kernel[...] = jnp.asarray(kernel)
