@@ -332,13 +332,13 @@ def _study(smoke: bool) -> study.Study:
 NOTES = (
     "Sign of human sentiment of film snippets, by a bidirectional LSTM and attention over its states. "
     "`uniform`, `proportional` and `ladder` read half or a quarter of a batch's tokens: what is not "
-    "read, the LSTM does not step over. `states` reads every token, and attends to the states of those "
-    "that the ladder would read. A quarter of the tokens by one price tells the class as well as all of "
-    "them, at a quarter of the computation; even parts of the texts lose much of it. "
-    "Where it does not help: a budget of states saves next to nothing, for the LSTM that makes them is "
-    "nearly all of the computation; that the listing's attention comes after it is why tokens, not "
-    "states, are what to leave out. Shares by importance do nearly as well as one price here, and the "
-    "linear baseline is better than any of these networks."
+    "read, the LSTM does not step over. `states` reads every token, and attends to the states of "
+    "those that the ladder would read. A quarter of the tokens by one price tells the class within a "
+    "hundredth as often as all of them, at a quarter of the computation; even parts of the texts lose "
+    "much of it. Where it does not help: a budget of states saves next to nothing, for the LSTM that "
+    "makes them is nearly all of the computation; that the listing's attention comes after it is why "
+    "tokens, not states, are what to leave out. Shares by importance do nearly as well as one price "
+    "here, and the linear baseline is better than any of these networks."
 )
 
 if __name__ == "__main__":
