@@ -315,11 +315,14 @@ def _study(smoke: bool) -> study.Study:
 NOTES = (
     "A convolutional network with squeeze-and-excitation, on pictures of Fashion-MNIST. Channels are "
     "taken out by the squared gradient of a gate on their excitation, over training pictures; what is "
-    "left, a smaller dense network, is trained for one more pass over the pictures, the whole one too. "
-    "`half` and `quarter` are of the convolutions' multiplications: `uniform` keeps the same part of "
-    "every layer's channels, `proportional` gives layers shares by their worth, `ladder` has one price "
-    "a multiplication. Every arm keeps the best channels of a layer, and the accuracy is that of the "
-    "exported program."
+    "left, a smaller dense network, is trained for one more pass over the pictures, the whole one "
+    "too. `half` and `quarter` are of the convolutions' multiplications: `uniform` keeps the same "
+    "part of every layer's channels, `proportional` gives layers shares by their worth, `ladder` has "
+    "one price a multiplication. Every arm keeps the best channels of a layer, and the accuracy is "
+    "that of the exported program. Half of the computation costs less than a hundredth of the "
+    "pictures. Where it does not help: how the channels are divided among the layers hardly matters. "
+    "All arms choose within a layer by the same worth, and a pass of training mends what they leave, "
+    "so the same part of every layer does as well as one price."
 )
 
 if __name__ == "__main__":
