@@ -95,7 +95,7 @@ class Reader(nnx.Module):
         back = read(self.back, x[:, ::-1], batch.last[:, ::-1])[:, ::-1]
         states = jnp.concatenate([forth, back], axis=-1).reshape(-1, 2 * HIDDEN)
         states = states[batch.at]
-        # The source's listing: softmax over the states of what a small network says of each.
+        # Softmax over the states of what a small network says of each.
         said = self.weigh(jnp.tanh(self.look(states)))[:, 0]
         pooled = attend(said, states, batch.example, len(batch.labels))
         return self.out(drop(pooled))[:, 0]
@@ -333,12 +333,12 @@ NOTES = (
     "Sign of human sentiment of film snippets, by a bidirectional LSTM and attention over its states. "
     "`uniform`, `proportional` and `ladder` read half or a quarter of a batch's tokens: what is not "
     "read, the LSTM does not step over. `states` reads every token, and attends to the states of "
-    "those that the ladder would read. A quarter of the tokens by one price tells the class within a "
-    "hundredth as often as all of them, at a quarter of the computation; even parts of the texts lose "
-    "much of it. Where it does not help: a budget of states saves next to nothing, for the LSTM that "
-    "makes them is nearly all of the computation; that the listing's attention comes after it is why "
-    "tokens, not states, are what to leave out. Shares by importance do nearly as well as one price "
-    "here, and the linear baseline is better than any of these networks."
+    "those that the ladder would read. Half of the tokens by one price tell the class as often as all "
+    "of them, at half of the computation, and a quarter about a hundredth less often; even parts of "
+    "the texts lose much. Where it does not help: a budget of states costs no accuracy but saves next "
+    "to nothing, for the LSTM that makes them is nearly all of the computation: tokens before it, not "
+    "states after it, are what to leave out. Shares by importance do as well as one price here, and "
+    "the linear baseline is better than any of these networks."
 )
 
 if __name__ == "__main__":
