@@ -3,7 +3,7 @@
     python -m experiments.robotics [--json OUT] [--seeds 0,1,2] [--arms NAMES] [--smoke]
 
 Every arm trains a small driver from nothing to imitate a planner, on the vehicles that its budget keeps;
-then it drives with the same budget, which is set for one scene at a time. Some 20 minutes on one core,
+then it drives with the same budget, which is set for one scene at a time. Some 25 minutes on one core,
 most of them in the simulator; runs that the file holds are not run again.
 """
 
