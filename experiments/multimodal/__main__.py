@@ -39,6 +39,7 @@ def _study(smoke: bool) -> study.Study:
             "batch": BATCH,
             "rate": experiment.PEAK_RATE,
             "weight decay": experiment.WEIGHT_DECAY,
+            "price of noise": experiment.PRICE,
         },
         "baselines": baselines.of_parts(known, held),
         "compare": [

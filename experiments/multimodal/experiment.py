@@ -26,7 +26,7 @@ from jbalance import importance, rescale, shares
 
 BATCH, PEAK_RATE, WEIGHT_DECAY = 32, 4e-3, 0.1
 DIMENSIONS, TEMPERATURE, SMOOTHING = 128, 0.07, 0.1
-SCORER_EPOCHS = 20
+SCORER_EPOCHS, PRICE = 20, 5.0  # what a scorer pays for looking at noise
 
 
 class Sizes(NamedTuple):
@@ -137,12 +137,12 @@ def spaces(known: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, np.nd
 
 
 def _worth(mass: np.ndarray) -> np.ndarray:
-    """[n] of an example's tokens: what the tasks look at, [n, tasks]."""
+    """[n] of an example's tokens, by the tasks' mass [n, tasks]."""
     return np.asarray(importance.weighted(mass, np.ones(len(TASKS), np.float32)))
 
 
 def _association(examples: Sequence[Example], mass: Sequence[np.ndarray]) -> np.ndarray:
-    """a [tasks, modalities]: the mean mass of each task on each modality."""
+    """a [tasks, modalities]: the part of each modality in what each task looks at."""
     own = np.asarray(claims(jnp.asarray(np.concatenate([x["place"] for x in examples]))))
     found = (own @ np.concatenate(mass)).T
     return (found / found.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -168,16 +168,16 @@ def loss_of(captions: Array) -> Callable[[Any, Packed, Array], Array]:
 
 def _trained(
     model: Any,
+    loss: Callable[[Any, Packed, Array], Array],
     examples: Sequence[Example],
     labels: np.ndarray,
-    captions: np.ndarray,
+    number: int,
     epochs: int,
     seed: int,
     name: str,
     advance: Callable[[], None],
 ) -> None:
-    """In place, a copy of the stamps in an epoch."""
-    number = len(captions)
+    """In place, a copy of the `number` stamps in an epoch."""
     orders = [
         order + epoch % (len(labels) // number) * number
         for epoch in range(epochs)
@@ -187,8 +187,8 @@ def _trained(
     batches = (pack([examples[i] for i in x], labels[x], size, BATCH) for x in orders)
     with logs.writer("multimodal", name, seed) as log:
         training.train(
-            model, loss_of(jnp.asarray(captions)), batches, len(orders), PEAK_RATE, seed, log,
-            advance, weight_decay=WEIGHT_DECAY,
+            model, loss, batches, len(orders), PEAK_RATE, seed, log, advance,
+            weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
 
 
@@ -196,8 +196,14 @@ def _scorer(
     examples: Sequence[Example], labels: np.ndarray, captions: np.ndarray, sizes: Sizes
 ) -> Scorer:
     scorer = Scorer(DIMENSIONS, nnx.Rngs(0))
+    tasks = loss_of(jnp.asarray(captions))
+
+    def loss(model: Scorer, batch: Packed, key: Array) -> Array:
+        # Or noise is where attention goes that has nowhere to go: it says the same in all examples.
+        return tasks(model, batch, key) + PRICE * model.misled(batch)
+
     epochs = min(SCORER_EPOCHS, sizes.epochs)
-    _trained(scorer, examples, labels, captions, epochs, 0, "scorer", lambda: None)
+    _trained(scorer, loss, examples, labels, len(captions), epochs, 0, "scorer", lambda: None)
     return scorer
 
 
@@ -244,8 +250,8 @@ def train(
     one_read = None if arm == "separate" else jnp.asarray(material.shares)
     model = Reader(DIMENSIONS, one_read, nnx.Rngs(seed))
     _trained(
-        model, kept, material.labels, material.captions, sizes.epochs, seed, f"{arm}-{part}",
-        advance,
+        model, loss_of(jnp.asarray(material.captions)), kept, material.labels,
+        len(material.captions), sizes.epochs, seed, f"{arm}-{part}", advance,
     )  # fmt: skip
     return model, held
 

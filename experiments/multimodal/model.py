@@ -139,7 +139,7 @@ class Scorer(nnx.Module):
         self.dropout = nnx.Dropout(0.2)
 
     def mass(self, x: Array, batch: Packed) -> Array:
-        """[N, tasks] of embedded tokens, that of an example's tokens sums to 1."""
+        """[N, tasks] of embedded tokens; that of an example's tokens sums to 1."""
         number = len(batch.labels) + 1  # the last one has the places without a token
         logits = self.logits(jax.nn.relu(x))
         captions = claims(batch.fields["place"])[CAPTION] > 0
@@ -157,3 +157,9 @@ class Scorer(nnx.Module):
         rngs = None if key is None else nnx.Rngs(dropout=key)
         y = self.dropout(y, deterministic=key is None, rngs=rngs)
         return self.category(y[:, CATEGORY]), self.caption(y[:, RETRIEVAL])
+
+    def misled(self, batch: Packed) -> Array:
+        """The mean over examples and tasks of the mass on noisy tokens."""
+        mass = self.mass(self.embed(batch), batch)
+        noise = mass * batch.fields["noisy"][:, None]
+        return jnp.sum(noise) / (len(batch.labels) * len(TASKS))

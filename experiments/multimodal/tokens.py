@@ -54,7 +54,7 @@ def augmented(rng: np.random.Generator) -> Change:
 
 
 def of_stamp(stamps: Stamps, i: int, change: Change, rng: np.random.Generator) -> Example:
-    """The tokens of a stamp: values, hashes of n-grams and places; captions last."""
+    """The tokens of a stamp: values, hashes of n-grams, places, whether noisy; captions last."""
     values = [_patches(stamps.pictures[i], change, rng), _sounds(stamps.sounds[i], change, rng)]
     words = _words(stamps.captions[i])
     if change.missing is not None and change.missing != CAPTION:
@@ -62,12 +62,14 @@ def of_stamp(stamps: Stamps, i: int, change: Change, rng: np.random.Generator) -
     if change.missing == CAPTION:
         words = words[:0]
     counts = [*map(len, values), len(words)]
+    places = [first + np.arange(n) for first, n in zip(FIRST, counts, strict=False)]
+    kinds = np.repeat(np.arange(len(counts)), counts)
     return {
         "values": np.concatenate([*values, np.zeros((len(words), VALUES), np.float32)]),
         "grams": np.concatenate([np.zeros((sum(counts[:2]), GRAMS), np.int32), words]),
-        "place": np.concatenate([f + np.arange(n) for f, n in zip(FIRST, counts, strict=False)])
-        .astype(np.int32),
-    }  # fmt: skip
+        "place": np.concatenate(places).astype(np.int32),
+        "noisy": (kinds == (-1 if change.noisy is None else change.noisy)).astype(np.float32),
+    }
 
 
 def modality_of(place: np.ndarray) -> np.ndarray:

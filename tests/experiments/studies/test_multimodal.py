@@ -73,6 +73,8 @@ def test_what_is_missing_or_noisy_is_one_modality(modality):
         noisy = tokens_of(stamps, 1, Change(noisy=modality))
         changed = np.any(noisy["values"] != whole["values"], axis=1)
         np.testing.assert_array_equal(changed, own)
+        np.testing.assert_array_equal(noisy["noisy"], own)
+        assert not whole["noisy"].any()
 
 
 def test_a_third_lack_something_and_two_thirds_are_noisy():
@@ -149,7 +151,10 @@ def test_a_scorer_looks_at_what_each_task_may_see():
     stamps = some()
     alone = tokens_of(stamps, 0)
     words = tokens.modality_of(alone["place"]) == CAPTION
-    examples = [tokens_of(stamps, 1), {name: x[words] for name, x in alone.items()}]
+    examples = [
+        tokens_of(stamps, 1, Change(noisy=SOUND)),
+        {name: x[words] for name, x in alone.items()},
+    ]
     batch = pack(examples, np.zeros((2, 2), np.int32), 64, 2)
     scorer = Scorer(8, nnx.Rngs(0))
     mass = np.asarray(scorer.mass(scorer.embed(batch), batch))
@@ -159,6 +164,8 @@ def test_a_scorer_looks_at_what_each_task_may_see():
     assert np.all(mass[captions, RETRIEVAL] == 0)
     np.testing.assert_allclose(mass[batch.example == 1].sum(axis=0)[CATEGORY], 1, rtol=1e-5)
     assert np.isfinite(np.concatenate([np.ravel(x) for x in scorer(batch)])).all()
+    sounds = tokens.modality_of(batch.fields["place"]) == SOUND
+    np.testing.assert_allclose(scorer.misled(batch), mass[sounds].sum() / 4, rtol=1e-5)
 
 
 def test_ranks_by_brute_force():
