@@ -77,7 +77,10 @@ def counts(examples: Sequence[Example]) -> np.ndarray:
 
 
 def prices(scored: Scored, part: float) -> tuple[float, np.ndarray]:
-    """What the next token is worth: under one budget, and [modalities] if each had `part` of its own."""
+    """What the next token is worth: under one budget, and [modalities] if each had `part` of its own.
+
+    Of the tokens' worth as it is: the arm `ladder` also counts how many better ones a stamp has.
+    """
     w = np.concatenate(scored.worth).astype(np.float32)
     owner = np.concatenate([modality_of(x["place"]) for x in scored.examples])
     steps, costs = jnp.stack([jnp.zeros(w.size), w], axis=1), jnp.array([0, 1])
