@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
-STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation vision speech recall long_tail adaptivity
+STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation vision multimodal robustness speech recall long_tail adaptivity
 .PHONY: experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv

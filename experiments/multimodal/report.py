@@ -31,7 +31,8 @@ def draw(report: Mapping[str, Any]) -> bytes:
         panel.invert_yaxis()
         panel.set_title(f"parts of what is kept, {condition}", fontsize=10)
     panels[1].set_yticks([])
-    panels[0].legend(fontsize=7, loc="lower left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=7, frameon=False)
     priced = {arm: found["prices"] for arm, found in details.items() if found["prices"]}
     for i, (arm, found) in enumerate(priced.items()):
         x = np.arange(len(MODALITIES)) + 0.4 * (i - 0.5)
@@ -39,7 +40,7 @@ def draw(report: Mapping[str, Any]) -> bytes:
         prices.bar(x, own, 0.35, color=palette.SERIES[3 + i], label=arm)
         prices.axhline(found["one"], color=palette.SERIES[3 + i], linestyle="--", linewidth=1)
     prices.set_xticks(range(len(MODALITIES)), [f"{name}s" for name in MODALITIES])
-    prices.set_title("price with a budget of its own (line: one)", fontsize=10)
+    prices.set_title("prices of a token (line: one budget)", fontsize=10)
     prices.legend(fontsize=7)
     for panel in (*panels, prices):
         panel.tick_params(labelsize=8)
