@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # No build code of a package runs here.
 WHEELS := --only-binary :all:
-STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation vision vision.heads vision.channels speech recall long_tail adaptivity robotics text_classification.lstm long_text long_text.summaries
+STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
+	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
+	text_classification.lstm long_text long_text.summaries
 .PHONY: compiled experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv

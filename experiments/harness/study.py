@@ -27,12 +27,14 @@ class Study(NamedTuple):
       arms: names, in the order of the runs.
       steps: of one run, for the progress bar.
       one: (arm, seed, advance) -> a run's figures and cases.
+      pictures: beside the file of results, by name: what each shows, and the PNG of a report.
     """
 
     about: Mapping[str, Any]
     arms: Sequence[str]
     steps: int
     one: runs.RunOne
+    pictures: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], bytes]]] = {}
 
 
 def at_parts(whole: str, arms: Sequence[str]) -> dict[str, tuple[str, float]]:
@@ -75,7 +77,12 @@ def main(
         command = f"python -m experiments.{name}" + (" --smoke" if options.smoke else "")
         notes = textwrap.wrap(study.about["notes"], 100)
         about = {**study.about, "notes": notes, "command": command}
-        show(runs.run_all(out, about, arms, seeds, study.steps, study.one))
+        if study.pictures:
+            about["pictures"] = {name: shows for name, (shows, _) in study.pictures.items()}
+        report = runs.run_all(out, about, arms, seeds, study.steps, study.one)
+        for picture, (_, draw) in study.pictures.items():
+            files.write_bytes(out.with_name(picture), draw(report))
+        show(report)
 
     return cli.run(parser, job, arguments)
 

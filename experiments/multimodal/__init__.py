@@ -1,0 +1,1 @@
+"""Pictures, captions and spoken captions of stamps under one budget of tokens."""

@@ -1,0 +1,1 @@
+"""Budgets under noise, loss, attack and stuffing, and how the groups of texts fare."""
