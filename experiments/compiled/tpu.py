@@ -98,12 +98,20 @@ def schedule_of(bundles: Sequence[Bundle]) -> Schedule:
     """Cycles by parts."""
     depth = max(x.depth for x in bundles if MATRIX.search(x.code))
     first, last = _loop(bundles, depth)
-    inside = [(a, b) for a, b in _predicated(bundles) if first <= a and b <= last]
-    outer = [(a, b) for a, b in inside if not any(c < a and b < d for c, d in inside)]
-    lengths = [(b - a, any(MATRIX.search(x.code) for x in bundles[a:b])) for a, b in outer]
-    branches = tuple(sorted(n for n, products in lengths if products))
-    step = last - first - sum(n for n, _ in lengths)
+    parts = [(a, b) for a, b in _predicated(bundles) if first <= a and b <= last]
+    products = {part for part in parts if any(MATRIX.search(x.code) for x in bundles[slice(*part)])}
+    # What holds a part with products, the whole of a step's work, is no branch of its own.
+    leaves = [x for x in products if not any(_holds(x, other) for other in products)]
+    rest = [x for x in parts if x not in products and not any(_holds(y, x) for y in leaves)]
+    rest = [x for x in rest if not any(_holds(other, x) for other in rest)]
+    branches = tuple(sorted(b - a for a, b in leaves))
+    step = last - first - sum(branches) - sum(b - a for a, b in rest)
     return Schedule(step, branches, len(bundles) - step - sum(branches))
+
+
+def _holds(part, other):
+    """Whether another part lies in this one."""
+    return part != other and part[0] <= other[0] and other[1] <= part[1]
 
 
 def _loop(bundles, depth):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance import _axes, checks
+from jbalance import _axes, _fallback, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import reference, tiles_gpu, tiles_tpu, tiles_xla
 from jbalance.attention._operands import Operands, Rules, Visibility
@@ -165,6 +165,10 @@ def _dispatch(method, backend, rules, operands, where, *rest):
         _check_backend(method, backend, operands, where, rules)
         return on(_TILED[backend])(*args)
     able = [m for m in _TILED.values() if not m.unsupported(operands, where, rules, method)]
+    own = _TILED.get(jax.default_backend())
+    if own is not None and own not in able:
+        what = "attend" if method == "forward" else "the gradient of attend"
+        _fallback.say(what, own.unsupported(operands, where, rules, method))
     platforms = {m.PLATFORM: on(m) for m in reversed(able) if m.PLATFORM}
     default = next(on(m) for m in able if m.PLATFORM is None)
     return (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbalance import checks
+from jbalance import _fallback, checks
 from jbalance.attention.partial import EMPTY, Partial
 from jbalance.cache import _codec
 from jbalance.cache._pages import Arena
@@ -94,7 +94,10 @@ def _by_backend(q, arena, units, sight, backend) -> Partial:
         return xla.attend_rotated(q, arena, units, sight)
     if backend in _KERNELS:
         return _KERNELS[backend].attend_rotated(q, arena, units)
-    if backend == "xla" or gpu.unsupported(arena):
+    reason = gpu.unsupported(arena)
+    if reason and backend is None and jax.default_backend() == "gpu":
+        _fallback.say("attention over the cache's pages", reason)
+    if backend == "xla" or reason:
         return xla.attend_rotated(q, arena, units)
     return lax.platform_dependent(
         q, arena, units, cuda=gpu.attend_rotated, default=xla.attend_rotated

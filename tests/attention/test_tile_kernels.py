@@ -4,6 +4,7 @@ lowered for the accelerators that these tests do not have."""
 import dataclasses
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,23 @@ def test_what_a_kernel_cannot_run_goes_to_xla(kernel):
     text = lowered(kernel, BIG(head_dim=64, relative_heads=4))
     assert CALLS[kernel] not in text
     assert "while" in text
+
+
+def test_a_fallback_is_said_by_its_reason(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 96, 1, 64), jnp.float32)
+
+    def run(size, platform):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        plan = attention.dense(attention.Tiling(96, 96, size, size))
+        jax.eval_shape(lambda q: attention.attend(q, q, q, plan, causal=True), x)
+
+    message = r"attend runs as loops of XLA's on this TPU.*24 queries and 24 keys.* multiples of 16"
+    with pytest.warns(RuntimeWarning, match=message):
+        run(24, "tpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(16, "tpu")
+        run(24, "cpu")
 
 
 def test_inside_of_shard_map():

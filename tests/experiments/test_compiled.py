@@ -53,6 +53,17 @@ def test_a_schedule_by_its_parts():
     assert found.cycles == 9
 
 
+def test_a_part_around_the_work_of_a_step_is_no_branch():
+    """As kernels of a grid alone are: a predicate around everything, and one around what ends a row."""
+    around = SCHEDULE.replace("%s2 = sphi %s1 }", "%9 = sbr.rel (%p0) target = $region10 }")
+    around = around.replace(
+        "%s3 = sadd.s32 1 } /* Start/End empty region 9 */",
+        "%s3 = smov 0 } /* Start/End empty region 9 :: Start/End empty region 10 */",
+    )
+    found = tpu.schedule_of(tpu.read(around))
+    assert (found.branches, found.cycles) == ((2, 3), 9)
+
+
 def test_disassembled_code():
     found = gpu.counts(CODE)
     assert found["instructions"] == 9
