@@ -1,15 +1,15 @@
 """The forward pass over lists of tiles on TPUs: a step takes several listed key blocks at once.
 
-The matrix unit wants wide products, a plan's quality narrow key blocks. So the blocks of a step are
-copied side by side from the main memory into one buffer, keys and values of a block together, while the
-step before is computed; then there is one product over all of them. The copies of a row's first step are
-begun by the row before.
+The matrix unit wants wide products, a plan's quality narrow key blocks. So the listed blocks of a step
+lie side by side in one product. Keys and values of a head, together, are in vector memory where they fit
+there, and a step takes its blocks from them. Where they do not, the blocks are copied from the main
+memory into one buffer while the step before is computed; the copies of a row's first step are begun by
+the row before.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,63 +21,15 @@ from jbalance._exp2 import LOG2_E
 from jbalance.attention import _tile_kernels
 from jbalance.attention._grid_tpu import LANES, column_of, lane_width
 from jbalance.attention._operands import Operands, Rules, Visibility
-from jbalance.attention._slices import concatenate, pad
+from jbalance.attention._slices import pad
+from jbalance.attention._steps_tpu import Copied, Read, Resident, Step, buffers
 from jbalance.attention._tile_kernels import Side, dot
 from jbalance.attention._varying import like
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.attention.plan import TilePlan
 
 STEP_KEYS = 512  # of a step, in as many blocks as there are in so many keys
-NOWHERE = 1 << 30  # the position of a key that no query sees
-
-
-class Step(NamedTuple):
-    """What is known when the kernel is compiled."""
-
-    rules: Rules
-    lists: tuple[int, ...]  # [B|1, H|1, I, C], C whole steps
-    group: int  # query heads that share keys
-    block_q: int
-    block_k: int
-    joined: int  # blocks of a step
-    num_keys: int
-    key_lanes: int  # of a key in a row of the buffer; its values follow, or lie in the same lanes
-
-    @property
-    def keys(self) -> int:
-        """Of a step."""
-        return self.joined * self.block_k
-
-    def position(self, blocks_ref, step, count) -> jax.Array:
-        """[1, keys] int32: where each key of a step is; NOWHERE behind the end of the list."""
-        column = lax.broadcasted_iota(jnp.int32, (1, self.keys), 1)
-        at = column
-        for j in range(self.joined):
-            begin = blocks_ref[0, step * self.joined + j] * self.block_k - j * self.block_k
-            begin = jnp.where(step * self.joined + j < count, begin, NOWHERE)
-            at = jnp.where(column >= j * self.block_k, column + begin, at)
-        return at
-
-    def along(self, ref, blocks_ref, step) -> jax.Array | None:
-        """[1, keys]: what a row over all keys has for those of a step."""
-        if ref is None:
-            return None
-        size, parts = self.block_k, []
-        for j in range(self.joined):
-            begin = pl.multiple_of(blocks_ref[0, step * self.joined + j] * size, size)
-            parts.append(ref[:, pl.ds(begin, size)])
-        return concatenate(parts, 1)
-
-
-class Read(NamedTuple):
-    """What the kernel reads: arrays, specifications or references."""
-
-    blocks: Any  # [B|1, H|1, I, 1, C + joined], a row's list and the next one's first step
-    q: Any  # [B, H, T, D]
-    kv: Any  # [B, K, J, block_k, D + E], in the chip's main memory
-    bias: Any  # [B|1, H|1, 1, S] or None
-    q_ids: Any  # [B, 1, T] or None
-    k_ids: Any  # [B, 1, S] or None
+RESIDENT_BYTES = 8 << 20  # of two heads' keys and values, at most, that lie in vector memory whole
 
 
 def joined_blocks(plan: TilePlan) -> int:
@@ -89,8 +41,10 @@ def step_bytes(operands: Operands, plan: TilePlan) -> int:
     """About what the kernel keeps in vector memory: two buffers, sums and scores."""
     keys = joined_blocks(plan) * plan.block_k
     width = lane_width(operands.k) + lane_width(operands.v)
-    ring = 2 * keys * width * operands.q.dtype.itemsize
-    return ring + 4 * plan.block_q * (2 * width + 3 * keys)
+    row = 2 * width * operands.q.dtype.itemsize
+    resident = operands.k.shape[1] * row
+    held = resident if resident <= RESIDENT_BYTES else keys * row
+    return held + 4 * plan.block_q * (2 * width + 3 * keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))  # a constraint of memory is for programs only
@@ -102,12 +56,13 @@ def run(rules: Rules, operands: Operands, where: Visibility, interpret: bool) ->
     if not together:
         inputs = inputs._replace(k=_whole_lanes(inputs.k), v=_whole_lanes(inputs.v))
     kv = _whole_lanes(jnp.concatenate([inputs.k, inputs.v], axis=3))
-    step = _step(rules, plan, operands, LANES if together else inputs.k.shape[3])
-    kv = kv.reshape(*kv.shape[:2], -1, plan.block_k, kv.shape[3])
-    if (
-        not interpret
-    ):  # XLA would keep what is small in vector memory, where a copy is a loop of moves
-        kv = pltpu.with_memory_space_constraint(kv, pltpu.HBM)
+    resident = 2 * kv.shape[2] * kv.shape[3] * kv.dtype.itemsize <= RESIDENT_BYTES
+    key_lanes = LANES if together else inputs.k.shape[3]
+    step = _step(rules, plan, operands, key_lanes, resident)
+    if not resident:
+        kv = kv.reshape(*kv.shape[:2], -1, plan.block_k, kv.shape[3])
+        # XLA may put it into vector memory, where a copy is a loop of moves.
+        kv = kv if interpret else pltpu.with_memory_space_constraint(kv, pltpu.HBM)
     read = Read(
         _lists(plan, step),
         pad(inputs.q, 3, step.key_lanes - width),
@@ -128,10 +83,8 @@ def run(rules: Rules, operands: Operands, where: Visibility, interpret: bool) ->
                 pl.BlockSpec((None, None, rows, plan.block_q), lambda b, h, i, *_: (b, h, 0, 0)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((2, step.keys, read.kv.shape[4]), operands.q.dtype),
                 *(pltpu.VMEM((plan.block_q, n), jnp.float32) for n in (wide, LANES, LANES)),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2,)),
+                *([] if resident else buffers(step, read.kv)),
             ],
         ),
         out_shape=[
@@ -151,13 +104,13 @@ def run(rules: Rules, operands: Operands, where: Visibility, interpret: bool) ->
     return Partial(y, lse[:, :queries])
 
 
-def _step(rules, plan, operands, key_lanes):
+def _step(rules, plan, operands, key_lanes, resident):
     joined = joined_blocks(plan)
     capacity = plan.blocks.shape[3] + -plan.blocks.shape[3] % joined
     group = operands.q.shape[2] // operands.k.shape[2]
     lists = *plan.blocks.shape[:3], capacity
     blocks = plan.block_q, plan.block_k
-    return Step(rules, lists, group, *blocks, joined, plan.num_keys, key_lanes)
+    return Step(rules, lists, group, *blocks, joined, plan.num_keys, key_lanes, resident)
 
 
 def _lists(plan, step):
@@ -192,11 +145,15 @@ def _specs(read, step):
 
         return pl.BlockSpec((*none, 1, x.shape[-1]), index)
 
+    def of_head(b, h, i, *_):
+        return b, lax.div(h, jnp.int32(step.group)), 0, 0
+
+    whole = pl.BlockSpec((None, None, *read.kv.shape[2:]), of_head)
     q_ids = pl.BlockSpec((None, 1, step.block_q), lambda b, h, i, *_: (b, 0, i))
     return Read(
         pl.BlockSpec((None, None, None, *read.blocks.shape[3:]), listed, memory_space=pltpu.SMEM),
         own(step.block_q, read.q.shape[3]),
-        pl.BlockSpec(memory_space=pltpu.HBM),
+        whole if step.resident else pl.BlockSpec(memory_space=pltpu.HBM),
         None if read.bias is None else of_keys(read.bias),
         None if read.q_ids is None else q_ids,
         None if read.k_ids is None else of_keys(read.k_ids),
@@ -213,56 +170,34 @@ def _kernel(
     x: Read,  # blocks [1, C + joined], q [bq, D], bias and k_ids [1, S], q_ids [1, bq]
     y_ref,  # [bq, E]
     lse_ref,  # [I, bq], of all query blocks
-    ring_ref,  # [2, joined bk, D + E]
     sum_ref,  # [bq, E]
     mass_ref,  # [bq, 128], of equal columns
     top_ref,  # [bq, 128]
-    slot_ref,  # [1], of the ring, that the row's first step lies in
-    arrived,  # [2] semaphores
-    *,
+    *ring,  # of `buffers`, if keys and values are in the main memory
     step: Step,
 ):
     """A block of queries of one head, and all blocks of its list."""
     batches, heads, rows, _ = step.lists
     batch, head, own = (pl.program_id(axis) for axis in range(3))
-    kv_head = lax.div(head, jnp.int32(step.group))
     first_row = ((0 if batches == 1 else batch) * heads + (0 if heads == 1 else head)) * rows
     count = count_ref[first_row + own]
     steps = jnp.maximum(pl.cdiv(count, step.joined), 1)
-
-    def copy(first, slot):
-        for j in range(step.joined):
-            source = x.kv.at[batch, kv_head, x.blocks[0, first + j]]
-            target = ring_ref.at[slot, pl.ds(j * step.block_k, step.block_k)]
-            pltpu.make_async_copy(source, target, arrived.at[slot]).start()
-
-    def wait(slot):  # for all blocks of a step at once
-        pltpu.make_async_copy(ring_ref.at[slot], ring_ref.at[slot], arrived.at[slot]).wait()
-
-    @pl.when(own == 0)
-    def begin():
-        slot_ref[0] = 0
-        copy(0, 0)
-
+    place = batch, lax.div(head, jnp.int32(step.group))
+    source = Resident(step, x) if step.resident else Copied(step, x, place, steps, *ring)
+    pl.when(own == 0)(source.begin)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     mass_ref[...] = jnp.zeros_like(mass_ref)
     top_ref[...] = jnp.full_like(top_ref, NO_TOP)
-    first_slot = slot_ref[0]
     q_first = own * step.block_q + offset_ref[0]
+    needs = _needs_mask(step, x)
 
     def one(s, carry):
-        slot = lax.rem(first_slot + s, 2)
-        # Behind the last row its own first step is copied once more, and never looked at.
-        copy(jnp.where(s + 1 < steps, (s + 1) * step.joined, step.lists[3]), 1 - slot)
-        wait(slot)
+        ready = source.ready(s)
 
         def update(masked):
-            _add(x, ring_ref, slot, (sum_ref, mass_ref, top_ref), seen_by(masked), step)
+            logits = functools.partial(_logits, step, x, s, count, q_first, masked)
+            _add(x, source.take(ready), (sum_ref, mass_ref, top_ref), logits, step)
 
-        def seen_by(masked):
-            return functools.partial(_logits, step, x, s, count, q_first, masked)
-
-        needs = _needs_mask(step, x)
         if needs and step.joined > 4:  # positions of many blocks cost more than the branch
             free = _all_seen(step, x.blocks, s, count, q_first)
             pl.when(free & (count > 0))(lambda: update(False))
@@ -272,12 +207,7 @@ def _kernel(
         return carry
 
     lax.fori_loop(0, steps, one, None)
-    slot_ref[0] = lax.rem(first_slot + steps, 2)
-
-    @pl.when(own == rows - 1)
-    def end():
-        wait(lax.rem(first_slot + steps, 2))
-
+    source.end(own == rows - 1)
     some = mass_ref[...] > 0
     mass = jnp.where(some, mass_ref[...], 1.0)
     y_ref[...] = (sum_ref[...] / _tiled(mass, sum_ref.shape[1])).astype(y_ref.dtype)
@@ -323,10 +253,9 @@ def _logits(step, x, s, count, q_first, masked, scores):
     return _tile_kernels.logits(rules, scores, query, key._replace(bias=bias), end)[0]
 
 
-def _add(x, ring_ref, slot, sums, logits, step):
+def _add(x, kv, sums, logits, step):
     """The softmax so far with that of a step."""
     sum_ref, mass_ref, top_ref = sums
-    kv = ring_ref[slot]
     together = kv.shape[1] == step.key_lanes
     values = kv if together else kv[:, step.key_lanes :]
     scores = logits(dot(x.q[...], kv[:, : step.key_lanes], turned=True))

@@ -14,7 +14,7 @@ from jax import export
 from jax.sharding import AxisType
 
 from jbalance import attention
-from jbalance.attention import EMPTY, tiles_gpu, tiles_tpu
+from jbalance.attention import EMPTY, _forward_tpu, tiles_gpu, tiles_tpu
 from tests.support.attention_cases import (
     DISPATCH,
     KERNELS,
@@ -90,6 +90,20 @@ def test_values_and_gradients_are_those_of_dense_masked_attention(interpreted, n
         assert_near(without_empty(out.lse), without_empty(want.lse), 1e-5)
         assert_near(gradients, want_gradients, 1e-4)
         assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, floats)
+
+
+@pytest.mark.parametrize("options", [(("causal", True), ("offset", 900)), ()])
+def test_on_tpus_keys_of_long_texts_are_copied_by_blocks(interpreted, monkeypatch, options):
+    """Where they do not fit into vector memory; three steps of 512 keys, the last not whole."""
+    monkeypatch.setattr(_forward_tpu, "RESIDENT_BYTES", 0)
+    case = Case(50, 1100, heads=4, kv_heads=2, batch=1, block_k=16, options=options)
+    floats, rest = problem(case, 0)
+    got, want = (
+        attention.attend(**floats, **rest, backend=backend, **dict(options))
+        for backend in ("tpu", "reference")
+    )
+    assert_near(got.y, want.y, 1e-5)
+    assert_near(without_empty(got.lse), without_empty(want.lse), 1e-5)
 
 
 def test_the_cases_have_queries_that_see_nothing():
