@@ -29,7 +29,11 @@ def text_of(report: Mapping[str, Any]) -> str:
     gpu = {name: of for name, of in given.items() if name.endswith("GPU")}
     return "\n".join([
         TEXT.format(versions=versions, tokens=cases.TOKENS),
-        "## TPUs: attention\n",
+        "## TPUs: beside JAX's own kernel\n",
+        "Cycles a tile over those of splash attention at its best blocks; the gradient is both kernels "
+        "of it.\n",
+        *_beside(tpu),
+        "\n## TPUs: attention\n",
         *_tpu(tpu, lambda name: not name.startswith("pages"), "a tile"),
         "\n## TPUs: the cache's pages\n",
         *_tpu(tpu, lambda name: name.startswith("pages"), "a thousand"),
@@ -38,6 +42,37 @@ def text_of(report: Mapping[str, Any]) -> str:
         "\n## Refused\n",
         *_refused(given),
     ]) + "\n"  # fmt: skip
+
+
+def _beside(given) -> list[str]:
+    rows: list[list[str]] = []
+    chips = dict.fromkeys(chip for of in given.values() for chip in of)
+    for chip in chips:
+        for part in ("D=64", "D=128", "D=256"):
+            for method in ("forward", "backward"):
+                found = {
+                    name: _cycles(of[chip], method)
+                    for name, of in given.items()
+                    if part in name and method in name and "bf16" in name and chip in of
+                }
+                found = {name: x for name, x in found.items() if x}
+                theirs = [x for name, x in found.items() if name.startswith("splash")]
+                ours = {
+                    name.split(", ")[1]: x for name, x in found.items() if name.startswith("tiles")
+                }
+                if theirs and ours:
+                    ratios = (f"{size}: {x / min(theirs):.2f}" for size, x in ours.items())
+                    rows.append([chip, part, method, f"{min(theirs):.0f}", ", ".join(ratios)])
+    return _table(["chip", "head", "pass", "splash", "ours over it, by blocks"], rows)
+
+
+def _cycles(found, method) -> float:
+    """Cycles for a tile, of all kernels of a pass; 0 where there are none."""
+    return sum(
+        x["cycles for its work"]
+        for kernel, x in found.get("kernels", {}).items()
+        if (method == "forward") == ("forward" in kernel or "fwd" in kernel)
+    )
 
 
 def _tpu(given, wanted, unit) -> Iterable[str]:

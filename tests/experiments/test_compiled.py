@@ -105,6 +105,24 @@ def test_the_page_names_what_was_refused():
     assert "| b | v6e | no / way |" in text
 
 
+def test_the_page_holds_kernels_against_the_best_of_the_others():
+    def of(**cycles):
+        step = {"cycles of a step": 0, "cycles of a step, longest branch": 0, "cycles beside": 0}
+        kernels = {name: step | {"cycles for its work": x} for name, x in cycles.items()}
+        return {"v5e": {"kernels": kernels, "work of a step": 1.0, "temporary bytes": 0}}
+
+    given = {
+        "tiles forward, 64 x 16, D=64, bf16": of(attend_forward=150.0),
+        "splash forward, 512 x 512 by 512, D=64, bf16": of(splash_fwd=120.0),
+        "splash forward, 1024 x 1024 by 512, D=64, bf16": of(splash_fwd=100.0),
+        "tiles backward, 128 x 128, D=64, bf16": of(attend_forward=9.0, queries=60.0, keys=60.0),
+        "splash backward, 512 x 512, D=64, bf16": of(fwd_residuals=9.0, dq=40.0, dkv=40.0),
+    }
+    text = page.text_of({"versions": {}, "cases": given})
+    assert "| v5e | D=64 | forward | 100 | 64 x 16: 1.50 |" in text
+    assert "| v5e | D=64 | backward | 80 | 128 x 128: 1.50 |" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="make compiled installs it")
 def test_a_kernel_compiles_for_a_gpu():
