@@ -14,6 +14,7 @@ ROOT = Path(jbalance.__file__).parent
 ORDER = [
     "checks",
     "_axes",
+    "_fallback",
     "tiling",
     "types",
     "_exp2",

@@ -195,9 +195,9 @@ def _study(smoke: bool) -> study.Study:
             "knows the answer. `written`: what the model says after "
             f"`{BEGINNING.strip()}`, from the whole cache or from a tenth of its bytes. Where it does "
             "not help: what the cache needs of a text is not what sums it up. The sentences of most "
-            "worth are no nearer to the authors' summaries than any sentences, the attention of later tokens "
-            "is none either, and TextRank is nearest; the summaries say what a chapter is for, of which "
-            "its sentences hold a third at best."
+            "worth are no nearer to the authors' summaries than any sentences, nor are those that later "
+            "tokens attend to, and TextRank is nearest; the summaries say what a chapter is for, of "
+            "which its sentences hold a third at best."
         ),
         "settings": {"tokens": WINDOW, "words": WORDS},
         "compare": [
