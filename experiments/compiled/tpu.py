@@ -73,8 +73,8 @@ def schedules(folder: Path) -> dict[str, Schedule]:
     """By kernel, those whose schedules lie in the folder; XLA's own fusions are left out."""
     found = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
-        name = re.sub(r"^\d+-|\.\d+-\d+-final_bundles\.txt$", "", path.name)
-        if "schedule-analysis" in path.name or re.match(r"fusion|copy|TLP|while|slice", name):
+        name = re.sub(r"^\d+-|(\.\d+)?-\d+-final_bundles\.txt$", "", path.name)
+        if re.search(r"schedule-analysis|fusion|^copy|^TLP|^while|^slice", name):
             continue
         bundles = read(path.read_text())
         if any(MATRIX.search(bundle.code) for bundle in bundles):

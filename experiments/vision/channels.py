@@ -23,7 +23,8 @@ from jax import Array
 
 from experiments.harness import logs, runs, study, training
 from experiments.vision import data
-from jbalance import adapters, allocate, shares
+from experiments.vision.export import exported
+from jbalance import allocate, shares
 
 BATCH, PEAK_RATE, LATER_RATE = 64, 3e-3, 1e-3
 CHANNELS, STRIDES = (16, 32, 48, 64), (2, 1, 2, 1)
@@ -250,7 +251,8 @@ def run(
     model = pruned(whole, worth, channels)
     orders = training.orders(sizes.train, BATCH, 1, seed + 100)
     fit(model, orders, LATER_RATE, sizes, seed, f"{arm}-{part}", advance)
-    hits, flops, size = exported(model, prepare(sizes)[1])
+    test = prepare(sizes)[1]
+    hits, flops, size = exported(model, test.pixels, test.labels, BATCH)
     return {
         "figures": {
             "accuracy": float(hits.mean()),
@@ -261,25 +263,6 @@ def run(
         "channels of layers": channels,
         "cases": {"accuracy": runs.packed(hits)},
     }
-
-
-def exported(model: Classifier, test: data.Pictures) -> tuple[np.ndarray, float, int]:
-    """Which pictures the exported program knows, what it computes, and its bytes."""
-    graph, parameters = nnx.split(model)
-
-    def predict(pixels: Array) -> Array:
-        return jnp.argmax(nnx.merge(graph, parameters)(pixels), -1)
-
-    example = test.pixels[:BATCH]
-    flops = training.flops_of(jax.jit(predict).lower(example).compile())
-    content = adapters.serialize(predict, example)
-    call = jax.jit(jax.export.deserialize(bytearray(content)).call)
-    hits = np.zeros(len(test.labels), bool)
-    for row in training.rows(len(test.labels), BATCH):
-        batch = np.zeros_like(example)
-        batch[: len(row)] = test.pixels[row]
-        hits[row] = np.asarray(call(batch))[: len(row)] == test.labels[row]
-    return hits, flops, len(content)
 
 
 def main(arguments: list[str] | None = None) -> int:

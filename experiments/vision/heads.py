@@ -24,6 +24,7 @@ from jax import Array
 
 from experiments.harness import budgets, logs, runs, study, training
 from experiments.vision import data, tokens
+from experiments.vision.export import exported
 from jbalance import adapters
 
 BATCH, PEAK_RATE, LATER_RATE = 64, 2e-3, 5e-4
@@ -176,7 +177,7 @@ def run(
     with logs.writer("vision_heads", f"{arm}-{part}", seed) as log:
         batches = (tuple(x[order] for x in material.train) for order in orders)
         training.train(model, loss_of, batches, len(orders), LATER_RATE, seed, log, advance)
-    hits, flops, size = exported(model, material.test)
+    hits, flops, size = exported(model, *material.test, BATCH)
     return {
         "figures": {
             "accuracy": float(hits.mean()),
@@ -187,28 +188,6 @@ def run(
         "heads of layers": left,
         "cases": {"accuracy": runs.packed(hits)},
     }
-
-
-def exported(
-    model: Classifier, test: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, float, int]:
-    """Which of the pictures the exported model knows, what its program computes, and its bytes."""
-    graph, parameters = nnx.split(model)
-
-    def predict(pixels: Array) -> Array:
-        return jnp.argmax(nnx.merge(graph, parameters)(pixels), -1)
-
-    pixels, labels = test
-    example = pixels[:BATCH]
-    flops = training.flops_of(jax.jit(predict).lower(example).compile())
-    content = adapters.serialize(predict, example)
-    call = jax.jit(jax.export.deserialize(bytearray(content)).call)
-    hits = np.zeros(len(labels), bool)
-    for row in training.rows(len(labels), BATCH):
-        batch = np.zeros_like(example)
-        batch[: len(row)] = pixels[row]
-        hits[row] = np.asarray(call(batch))[: len(row)] == labels[row]
-    return hits, flops, len(content)
 
 
 def main(arguments: list[str] | None = None) -> int:

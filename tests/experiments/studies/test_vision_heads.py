@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from experiments.vision import data, heads, tokens
+from experiments.vision.export import exported
 from jbalance import adapters
 
 
@@ -20,12 +21,12 @@ def test_arms_keep_their_number_of_heads():
 def test_the_export_is_the_pruned_model():
     model = heads.Classifier(nnx.Rngs(0))
     pixels = np.random.default_rng(0).random((70, tokens.FINE, tokens.PATCH**2), np.float32)
-    _, whole, bytes_of_all = heads.exported(model, (pixels, np.zeros(70, np.int32)))
+    _, whole, bytes_of_all = exported(model, pixels, np.zeros(70, np.int32), heads.BATCH)
     worth = [jax.numpy.arange(8.0)] * heads.LAYERS
     adapters.prune_heads(model, adapters.heads_to_keep(model, worth, 0.5))
     labels = np.asarray(model(pixels).argmax(-1)).astype(np.int32)
     labels[::2] = (labels[::2] + 1) % data.CLASSES
-    hits, flops, size = heads.exported(model, (pixels, labels))
+    hits, flops, size = exported(model, pixels, labels, heads.BATCH)
     assert hits.tolist() == [False, True] * 35
     assert size < bytes_of_all
     # A head takes 4 projections of 64 x 8 for each of 64 tokens, two products over all tokens, and some
