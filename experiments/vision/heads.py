@@ -209,7 +209,8 @@ def _study(smoke: bool) -> study.Study:
             "lies in the first layers: `ladder` takes six of eight heads from there and leaves the last "
             "layers one or none. Where it does not help: `proportional` is as good at half of the "
             "heads; attention is a third of what this model computes, so half of its heads saves that "
-            "part only; and after one more pass a model with a quarter of the heads loses a hundredth."
+            "part only; and after one more pass a model with a quarter of the heads loses less than two "
+            "hundredths."
         ),
         "settings": {
             "sizes": sizes._asdict(),
