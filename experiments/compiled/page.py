@@ -14,8 +14,9 @@ assembler's.
 
 Attention is causal, of {tokens:,} tokens. A tile is 128 queries by 128 keys; `a tile` is the cycles of a
 step of the innermost loop with products, over the tiles in it; what a row begins and ends with is told
-apart (`beside`), as is the longer branch of a step in which some keys are masked. `a thousand` counts
-cached numbers, keys and values.
+apart (`beside`), as is the longer branch of a step in which some keys are masked. At these sizes a
+head's keys and values lie in vector memory; beyond 8 MiB (8,192 tokens at D = 128) the listed blocks
+are copied, some six cycles each. `a thousand` counts cached numbers, keys and values.
 """
 
 
