@@ -40,23 +40,37 @@ def joined_blocks(plan: TilePlan) -> int:
 def step_bytes(operands: Operands, plan: TilePlan) -> int:
     """About what the kernel keeps in vector memory: two buffers, sums and scores."""
     keys = joined_blocks(plan) * plan.block_k
-    width = lane_width(operands.k) + lane_width(operands.v)
-    row = 2 * width * operands.q.dtype.itemsize
-    resident = operands.k.shape[1] * row
-    held = resident if resident <= RESIDENT_BYTES else keys * row
-    return held + 4 * plan.block_q * (2 * width + 3 * keys)
+    width, size = _key_value_lanes(operands), operands.q.dtype.itemsize
+    tokens = operands.k.shape[1] if _resident(operands) else keys
+    return 2 * tokens * width * size + 4 * plan.block_q * (2 * width + 3 * keys)
+
+
+def _resident(operands):
+    """Whether keys and values of two heads fit into their part of vector memory."""
+    row = _key_value_lanes(operands) * operands.k.dtype.itemsize
+    return 2 * operands.k.shape[1] * row <= RESIDENT_BYTES
+
+
+def _together(operands):
+    """Whether keys and values lie in the lanes that keys alone would fill."""
+    return operands.k.shape[3] + operands.v.shape[3] <= LANES
+
+
+def _key_value_lanes(operands):
+    """Of a key and its values in their row."""
+    wide = lane_width(operands.k) + lane_width(operands.v)
+    return LANES if _together(operands) else wide
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))  # a constraint of memory is for programs only
 def run(rules: Rules, operands: Operands, where: Visibility, interpret: bool) -> Partial:
     """y [B, T, H, E] and lse [B, T, H]."""
     plan, (batch, queries, heads, width) = where.plan, operands.q.shape
-    together = width + operands.v.shape[3] <= LANES  # in the lanes that keys alone would fill
+    together, resident = _together(operands), _resident(operands)
     inputs = _tile_kernels.inputs_of(operands, where, lambda x: jnp.swapaxes(x, 1, 2))
     if not together:
         inputs = inputs._replace(k=_whole_lanes(inputs.k), v=_whole_lanes(inputs.v))
     kv = _whole_lanes(jnp.concatenate([inputs.k, inputs.v], axis=3))
-    resident = 2 * kv.shape[2] * kv.shape[3] * kv.dtype.itemsize <= RESIDENT_BYTES
     key_lanes = LANES if together else inputs.k.shape[3]
     step = _step(rules, plan, operands, key_lanes, resident)
     if not resident:

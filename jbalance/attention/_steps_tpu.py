@@ -134,5 +134,5 @@ class Copied(NamedTuple):
 
 def buffers(step: Step, kv: jax.Array) -> tuple[Any, ...]:
     """Two buffers of a step's blocks, which of them the row's first step lies in, and semaphores."""
-    buffers = pltpu.VMEM((2, step.keys, kv.shape[4]), kv.dtype)
-    return buffers, pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2,))
+    two = pltpu.VMEM((2, step.keys, kv.shape[4]), kv.dtype)
+    return two, pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2,))
