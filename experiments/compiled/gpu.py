@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.compiled.cases import Program
+from experiments.harness import files
 
 CHIPS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 KERNEL = re.compile(
@@ -77,11 +78,11 @@ def report(kernel: Kernel, chip: str) -> dict[str, Any]:
         dialect.dialect.register_dialect(context)
         context.allow_unregistered_dialects = True
         path = Path(folder) / "kernel.ttir"
-        path.write_text(str(ir.Module.parse(kernel.ir, context)))
+        files.write_text(path, str(ir.Module.parse(kernel.ir, context)))
         options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
         made = triton.compile(str(path), target=GPUTarget("cuda", CHIPS[chip], 32), options=options)
         binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(made.asm["cubin"])
+        files.write_bytes(binary, made.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", str(binary))
         code = _tool("nvdisasm", "-c", str(binary))
     return {
