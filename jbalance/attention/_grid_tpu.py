@@ -1,4 +1,4 @@
-"""The grid of the TPU kernels: one step for each tile of a plan's lists, and the blocks it loads."""
+"""The grid of the TPU kernels of the gradient: a step for each tile of a plan's lists, what it loads."""
 
 from __future__ import annotations
 

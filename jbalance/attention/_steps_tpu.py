@@ -34,25 +34,29 @@ class Step(NamedTuple):
         """Of a step."""
         return self.joined * self.block_k
 
+    def begins(self, blocks_ref, step) -> list[jax.Array]:
+        """Where the keys of each block of a step begin."""
+        first = step * self.joined
+        return [
+            pl.multiple_of(blocks_ref[0, first + j] * self.block_k, self.block_k)
+            for j in range(self.joined)
+        ]
+
     def position(self, blocks_ref, step, count) -> jax.Array:
         """[1, keys] int32: where each key of a step is; NOWHERE behind the end of the list."""
         column = lax.broadcasted_iota(jnp.int32, (1, self.keys), 1)
         at = column
-        for j in range(self.joined):
-            begin = blocks_ref[0, step * self.joined + j] * self.block_k - j * self.block_k
-            begin = jnp.where(step * self.joined + j < count, begin, NOWHERE)
-            at = jnp.where(column >= j * self.block_k, column + begin, at)
+        for j, begin in enumerate(self.begins(blocks_ref, step)):
+            ahead = jnp.where(step * self.joined + j < count, begin - j * self.block_k, NOWHERE)
+            at = jnp.where(column >= j * self.block_k, column + ahead, at)
         return at
 
     def along(self, ref, blocks_ref, step) -> jax.Array | None:
         """[1, keys]: what a row over all keys has for those of a step."""
         if ref is None:
             return None
-        size, parts = self.block_k, []
-        for j in range(self.joined):
-            begin = pl.multiple_of(blocks_ref[0, step * self.joined + j] * size, size)
-            parts.append(ref[:, pl.ds(begin, size)])
-        return concatenate(parts, 1)
+        begins = self.begins(blocks_ref, step)
+        return concatenate([ref[:, pl.ds(begin, self.block_k)] for begin in begins], 1)
 
 
 class Read(NamedTuple):
@@ -79,11 +83,8 @@ class Resident(NamedTuple):
         return s
 
     def take(self, s):
-        size, parts = self.step.block_k, []
-        for j in range(self.step.joined):
-            first = self.x.blocks[0, s * self.step.joined + j] * size
-            parts.append(self.x.kv[pl.ds(pl.multiple_of(first, size), size)])
-        return concatenate(parts, 0)
+        size, begins = self.step.block_k, self.step.begins(self.x.blocks, s)
+        return concatenate([self.x.kv[pl.ds(begin, size)] for begin in begins], 0)
 
     def end(self, last):
         pass

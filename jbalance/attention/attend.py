@@ -130,8 +130,6 @@ def _run(operands, where, rules, backend) -> Partial:
     """By the back end of that name, or the first that can."""
     if backend == "reference":
         return reference.attend(operands, where, rules)
-    if backend is not None:
-        _check_backend("forward", backend, operands, where, rules)
     operands, where = _same_type((operands, where))
     return _attend(operands, where, rules, backend)
 
@@ -161,24 +159,19 @@ def _dispatch(method, backend, rules, operands, where, *rest):
     def on(module):
         return functools.partial(getattr(module, method), rules)
 
+    reasons = {name: m.unsupported(operands, where, rules, method) for name, m in _TILED.items()}
     if backend is not None:
-        _check_backend(method, backend, operands, where, rules)
+        if reason := reasons[backend]:
+            raise ValueError(f"backend is {backend!r}, which cannot run this: {reason}")
         return on(_TILED[backend])(*args)
-    able = [m for m in _TILED.values() if not m.unsupported(operands, where, rules, method)]
-    own = _TILED.get(jax.default_backend())
-    if own is not None and own not in able:
-        what = "attend" if method == "forward" else "the gradient of attend"
-        _fallback.say(what, own.unsupported(operands, where, rules, method))
+    if reason := reasons.get(jax.default_backend()):
+        _fallback.say("attend" if method == "forward" else "the gradient of attend", reason)
+    able = [m for name, m in _TILED.items() if not reasons[name]]
     platforms = {m.PLATFORM: on(m) for m in reversed(able) if m.PLATFORM}
     default = next(on(m) for m in able if m.PLATFORM is None)
     return (
         lax.platform_dependent(*args, default=default, **platforms) if platforms else default(*args)
     )
-
-
-def _check_backend(method, backend, operands, where, rules):
-    if reason := _TILED[backend].unsupported(operands, where, rules, method):
-        raise ValueError(f"backend is {backend!r}, which cannot run this: {reason}")
 
 
 def _same_type(tree):
