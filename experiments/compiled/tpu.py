@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from experiments.compiled.cases import Program
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
-UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLD", "FILL", "VST", "SPILL", "SALU")
-LINE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)$")
+LINE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)$")
 SKIP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 ENDS = re.compile(r"empty region (\d+)")
 MATRIX = re.compile(r"vmatmul|vmatpush|vmatres")
@@ -45,7 +44,6 @@ def compiled(program: Program, chip: str) -> Any:
 class Bundle(NamedTuple):
     """One cycle of a schedule, if nothing stalls."""
 
-    address: int
     depth: int  # of loops around it
     code: str
 
@@ -88,9 +86,9 @@ def read(text: str) -> list[Bundle]:
     for match in map(LINE.match, text.splitlines()):
         if match is None:
             continue
-        empty = match[3].strip().startswith("}") and found  # has no mark of the loops around it
-        depth = found[-1].depth if empty else len(match[2])
-        found.append(Bundle(int(match[1], 16), depth, match[3]))
+        empty = match[2].strip().startswith("}") and found  # has no mark of the loops around it
+        depth = found[-1].depth if empty else len(match[1])
+        found.append(Bundle(depth, match[2]))
     return found
 
 
@@ -117,7 +115,7 @@ def _holds(part, other):
 def _loop(bundles, depth):
     """Begin and end of the stretch at that depth that holds most products."""
     stretches, begin = [], None
-    for i, bundle in enumerate([*bundles, Bundle(0, -1, "")]):
+    for i, bundle in enumerate([*bundles, Bundle(-1, "")]):
         if bundle.depth >= depth and begin is None:
             begin = i
         elif bundle.depth < depth and begin is not None:

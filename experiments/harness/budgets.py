@@ -23,11 +23,13 @@ def proportional(scored: Sequence[np.ndarray], total: int) -> list[np.ndarray]:
     """Each text's share is that of its scores, alpha = w / sum w; in it the best parts."""
     alpha = shares.proportional(np.array([x.sum() for x in scored], np.float32))
     amount = whole(np.asarray(alpha), total, np.array([len(x) for x in scored]))
-    kept = []
-    for x, number in zip(scored, amount, strict=True):
-        mask = np.zeros(len(x), bool)
-        mask[np.argsort(-x, kind="stable")[:number]] = True
-        kept.append(mask)
+    return [best(x, int(number)) for x, number in zip(scored, amount, strict=True)]
+
+
+def best(scores: np.ndarray, number: int) -> np.ndarray:
+    """[N] bool: the parts of the largest scores, the earlier of equal ones."""
+    kept = np.zeros(len(scores), bool)
+    kept[np.argsort(-scores, kind="stable")[:number]] = True
     return kept
 
 

@@ -96,7 +96,7 @@ def _names() -> dict[int | str, str]:
 def _identity(reference: str) -> int | str:
     """Of the object behind a dotted name, as far as it leads; of a number or module the name."""
     parts = reference.split(".")
-    modules = {module.__name__: module for module in (jbalance, *_modules())}
+    modules = _modules()
     # A function may hide the module that it is in: `jbalance.importance.combine`.
     first = max(i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in modules)
     first = min(first, len(parts) - 1) or 1
@@ -111,16 +111,17 @@ def _identity(reference: str) -> int | str:
 
 
 @functools.cache
-def _modules() -> list[ModuleType]:
-    """All of the library's."""
+def _modules() -> dict[str, ModuleType]:
+    """All of the library's, by name."""
     found = pkgutil.walk_packages(jbalance.__path__, "jbalance.")
-    return [importlib.import_module(info.name) for info in found]
+    names = ["jbalance", *(info.name for info in found)]
+    return {name: importlib.import_module(name) for name in names}
 
 
 def _bodies() -> dict[int | str, list[str]]:
     """What each function, class and table of the library's modules refers to."""
     found: dict[int | str, list[str]] = {}
-    for module in _modules():
+    for module in _modules().values():
         tree = ast.parse(inspect.getsource(module))
         own = {name for node in tree.body for name in _defined(node)}
         imports = [x for x in ast.walk(tree) if isinstance(x, (ast.Import, ast.ImportFrom))]

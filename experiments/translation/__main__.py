@@ -7,7 +7,7 @@
 The first trains a small encoder-decoder for English to German and French with all tiles, from nothing.
 Then every arm goes on from there with its own attention, or its own weights of the two tasks, on the
 same batches in the same order for a seed, and translates 500 held-out strings. What is there already is
-not run again. Some 25 minutes on one core for the defaults. The second says what the first model loses
+not run again. Some 45 minutes on one core for the defaults. The second says what the first model loses
 with fewer tiles before it has learned to do with them, the third draws what cross-attention looks at,
 and the method's example (w, alpha, A~) on it.
 """

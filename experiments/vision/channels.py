@@ -21,9 +21,9 @@ import optax
 from flax import nnx
 from jax import Array
 
-from experiments.harness import logs, runs, study, training
+from experiments.harness import logs, study, training
 from experiments.vision import data
-from experiments.vision.export import exported
+from experiments.vision.export import judged
 from jbalance import allocate, shares
 
 BATCH, PEAK_RATE, LATER_RATE = 64, 3e-3, 1e-3
@@ -252,17 +252,7 @@ def run(
     orders = training.orders(sizes.train, BATCH, 1, seed + 100)
     fit(model, orders, LATER_RATE, sizes, seed, f"{arm}-{part}", advance)
     test = prepare(sizes)[1]
-    hits, flops, size = exported(model, test.pixels, test.labels, BATCH)
-    return {
-        "figures": {
-            "accuracy": float(hits.mean()),
-            "channels": float(sum(channels)),
-            "MFLOP a picture": flops / BATCH / 1e6,
-            "kB exported": size / 1e3,
-        },
-        "channels of layers": channels,
-        "cases": {"accuracy": runs.packed(hits)},
-    }
+    return judged(model, test.pixels, test.labels, BATCH, "channels", channels)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,34 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from experiments.harness import training
+from experiments.harness import runs, training
 from jbalance import adapters
+
+
+def judged(
+    model: Any, pixels: np.ndarray, labels: np.ndarray, batch: int, of: str, left: Sequence[int]
+) -> Mapping[str, Any]:
+    """A run's figures and cases: accuracy of the exported program, what a picture takes, its bytes.
+
+    Args:
+      model: that takes pixels.
+      pixels: of held-out pictures.
+      labels: of each.
+      batch: pictures at a time.
+      of: what was pruned, such as "heads".
+      left: of these in each layer.
+    """
+    hits, flops, size = exported(model, pixels, labels, batch)
+    return {
+        "figures": {
+            "accuracy": float(hits.mean()),
+            of: float(sum(left)),
+            "MFLOP a picture": flops / batch / 1e6,
+            "kB exported": size / 1e3,
+        },
+        f"{of} of layers": list(left),
+        "cases": {"accuracy": runs.packed(hits)},
+    }
 
 
 def exported(

@@ -22,9 +22,9 @@ import optax
 from flax import nnx
 from jax import Array
 
-from experiments.harness import budgets, logs, runs, study, training
+from experiments.harness import budgets, logs, study, training
 from experiments.vision import data, tokens
-from experiments.vision.export import exported
+from experiments.vision.export import judged
 from jbalance import adapters
 
 BATCH, PEAK_RATE, LATER_RATE = 64, 2e-3, 5e-4
@@ -140,7 +140,7 @@ def base(seed: int, sizes: Sizes) -> Base:
 
 def uniform(worth: Sequence[Array], number: int) -> list[np.ndarray]:
     """As many of every layer, its best ones."""
-    return [_best(np.asarray(w), number // len(worth)) for w in worth]
+    return [budgets.best(np.asarray(w), number // len(worth)) for w in worth]
 
 
 def proportional(worth: Sequence[Array], number: int) -> list[np.ndarray]:
@@ -148,16 +148,10 @@ def proportional(worth: Sequence[Array], number: int) -> list[np.ndarray]:
     amount = budgets.whole(
         np.array([float(w.sum()) for w in worth]), number, np.array([len(w) for w in worth])
     )
-    return [_best(np.asarray(w), int(n)) for w, n in zip(worth, amount, strict=True)]
+    return [budgets.best(np.asarray(w), int(n)) for w, n in zip(worth, amount, strict=True)]
 
 
 RULES: Mapping[str, Keep] = {"uniform": uniform, "proportional": proportional}
-
-
-def _best(worth: np.ndarray, number: int) -> np.ndarray:
-    kept = np.zeros(len(worth), bool)
-    kept[np.argsort(-worth, kind="stable")[:number]] = True
-    return kept
 
 
 def run(
@@ -177,17 +171,7 @@ def run(
     with logs.writer("vision_heads", f"{arm}-{part}", seed) as log:
         batches = (tuple(x[order] for x in material.train) for order in orders)
         training.train(model, loss_of, batches, len(orders), LATER_RATE, seed, log, advance)
-    hits, flops, size = exported(model, *material.test, BATCH)
-    return {
-        "figures": {
-            "accuracy": float(hits.mean()),
-            "heads": float(sum(left)),
-            "MFLOP a picture": flops / BATCH / 1e6,
-            "kB exported": size / 1e3,
-        },
-        "heads of layers": left,
-        "cases": {"accuracy": runs.packed(hits)},
-    }
+    return judged(model, *material.test, BATCH, "heads", left)
 
 
 def main(arguments: list[str] | None = None) -> int:
