@@ -82,16 +82,18 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 
-# Every study with its arms and seeds, which together take some two hours on two cores; what a file
-# holds is not run again.
-experiments: venv
-	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --json out/experiments/$$name.json || exit 1; done
-	$(BIN)/python -m experiments.text_classification --json out/experiments/text_classification.json
-	$(BIN)/python -m experiments.translation --json out/experiments/translation.json
+# Every study with its arms and seeds, some two hours on two cores; what a file holds is not run again.
+experiments: $(STUDIES:%=study-%) study-text_classification study-translation
+
+study-%: venv
+	$(BIN)/python -m experiments.$* --json out/experiments/$*.json
 
 # A small size of each, to see whether it runs.
 experiments-smoke: venv
-	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --smoke --seeds 0 --json out/smoke/$$name.json || exit 1; done
+	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=smoke-%)
+
+smoke-%: venv
+	$(BIN)/python -m experiments.$* --smoke --seeds 0 --json out/smoke/$*.json
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv .cache out data build dist *.egg-info

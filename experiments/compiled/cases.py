@@ -14,7 +14,7 @@ from jbalance.cache import _codec, _pages
 from jbalance.cache.backends import gpu, tpu
 
 TOKENS, HEADS = 2048, 2
-UNITS, QUERIES, PAGES = 16, 4, 4000
+UNITS, QUERIES, PAGES, PAGE_BYTES = 16, 4, 4000, 16384
 TYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -156,19 +156,8 @@ def pages(platform: str, head_dim: int, bits: int) -> Program:
 
 
 def arena(head_dim: int, bits: tuple[int, ...]) -> Any:
-    """An arena of shapes alone, with the smallest pages of 4 KiB or more that both kernels read."""
-    groups = UNITS * len(bits)
-    for size in range(4096, 2**17, 128):
-        shapes: list[Any] = [
-            jax.ShapeDtypeStruct((PAGES, size), jnp.uint8),
-            *(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (PAGES, groups + 1)),
-            jax.ShapeDtypeStruct((UNITS, len(bits)), jnp.int32),
-        ]
-        data, order, offset, count = shapes
-        found = _pages.Arena(data, order, offset, count, head_dim, bits)
-        if not any(kernel.unsupported(found) for kernel in (tpu, gpu)):
-            return found
-    raise ValueError(f"no page size for {bits} bits of {head_dim}")
+    """An arena of shapes alone."""
+    return jax.eval_shape(lambda: _pages.empty(PAGES, UNITS, head_dim, bits, PAGE_BYTES))
 
 
 def _gpu_peers():

@@ -121,7 +121,7 @@ def _attend_level(q, arena, units, level, rows, interpret):
     def whole(x):
         return pl.BlockSpec(x.shape, lambda n, r, s: (0,) * x.ndim)
 
-    tables = (arena.data, arena.order, arena.offset, arena.count, units)
+    tables = (arena.flat, arena.order, arena.offset, arena.count, units)
     row_spec = pl.BlockSpec((None, None, rows), lambda n, r, s: (n, s, r))
     return pl.pallas_call(
         functools.partial(_kernel, level=level),

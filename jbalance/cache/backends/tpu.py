@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -84,8 +85,6 @@ def _attend_level(q, arena, units, level, interpret):
     laid = _lay_out(q, level)
     num_units, size = q.shape[:2]
     depth = max(2, min(_RING_BYTES // arena.page_bytes, 32))
-    # Of one page lanes and rows can be copied, of one row of [P, page_bytes] they cannot.
-    data = arena.data.reshape(-1, level.page_rows, LANES)
 
     def block(*shape):
         return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0,) * len(shape)))
@@ -111,28 +110,34 @@ def _attend_level(q, arena, units, level, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name=f"attend_pages_{level.bits}_bits",
-    )(arena.order, arena.offset, arena.count.reshape(-1), units, laid, data)
+    )(arena.order, arena.offset, arena.count.reshape(-1), units, laid, arena.data)
     return _taken_back(y, level), mass[..., 0], top[..., 0]
 
 
 def _lay_out(q, level):
     """Queries [N, T, D] as [N, parts, T, X], in the order of a page's coordinates."""
-    if level.across:
-        runs = q.reshape(*q.shape[:2], -1, level.chunk // level.turns, level.turns)
-        return jnp.swapaxes(runs, -1, -2).reshape(q.shape)[:, None]
-    if level.layout.wide:
-        q = jnp.stack([q, jnp.zeros_like(q)], axis=-1).reshape(*q.shape[:2], -1)
-    q = jnp.tile(q, level.shared).reshape(*q.shape[:2], level.parts, LANES)
-    return jnp.swapaxes(q, 1, 2)
+    laid = jnp.matmul(q, _order(level), precision=lax.Precision.HIGHEST)
+    return jnp.swapaxes(laid.reshape(*q.shape[:2], level.parts, -1), 1, 2)
 
 
 def _taken_back(y, level):
     """The inverse of `_lay_out`; of tokens that share a row the sum."""
+    y = jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], -1)
+    return jnp.matmul(y, _order(level).T, precision=lax.Precision.HIGHEST)
+
+
+def _order(level):
+    """[D, parts X] of zeros and ones: to which lanes of a page's rows a coordinate goes.
+
+    A product with it is exact, and keeps queries as TPUs hold matrices; reshapes would spread them.
+    """
+    eye = np.eye(level.layout.head_dim, dtype=np.float32)
     if level.across:
-        runs = y[:, 0].reshape(y.shape[0], y.shape[2], -1, level.turns, level.chunk // level.turns)
-        return jnp.swapaxes(runs, -1, -2).reshape(y[:, 0].shape)
-    y = jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], level.shared, -1).sum(axis=2)
-    return y[..., ::2] if level.layout.wide else y
+        runs = eye.reshape(len(eye), -1, level.chunk // level.turns, level.turns)
+        return runs.swapaxes(-1, -2).reshape(len(eye), -1)
+    if level.layout.wide:
+        eye = np.stack([eye, np.zeros_like(eye)], axis=-1).reshape(len(eye), -1)
+    return np.tile(eye, level.shared)
 
 
 def _kernel(
