@@ -108,9 +108,22 @@ def _splash():
 
 def splash(queries: int, keys: int, inner: int, head_dim: int, backward: bool = False) -> Program:
     """JAX's own block-sparse attention for TPUs, causal, over all tiles."""
+    kernel = splash_kernel(queries, keys, inner, TOKENS, HEADS)
+    x = jax.ShapeDtypeStruct((HEADS, TOKENS, head_dim), jnp.bfloat16)
+
+    def gradient(q, k, v):
+        return jax.grad(lambda *qkv: jnp.sum(kernel(*qkv).astype(jnp.float32)), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    return Program(gradient if backward else kernel, (x, x, x), queries * keys / 128**2)
+
+
+def splash_kernel(queries: int, keys: int, inner: int, tokens: int, heads: int) -> Any:
+    """What computes it for q, k, v [heads, tokens, D]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as module
 
-    mask = module.MultiHeadMask([module.CausalMask((TOKENS, TOKENS))] * HEADS)
+    mask = module.MultiHeadMask([module.CausalMask((tokens, tokens))] * heads)
     sizes = module.BlockSizes(
         block_q=queries,
         block_kv=keys,
@@ -121,15 +134,7 @@ def splash(queries: int, keys: int, inner: int, head_dim: int, backward: bool = 
         block_q_dq=queries,
         block_kv_dq=keys,
     )
-    kernel = module.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    x = jax.ShapeDtypeStruct((HEADS, TOKENS, head_dim), jnp.bfloat16)
-
-    def gradient(q, k, v):
-        return jax.grad(lambda *qkv: jnp.sum(kernel(*qkv).astype(jnp.float32)), argnums=(0, 1, 2))(
-            q, k, v
-        )
-
-    return Program(gradient if backward else kernel, (x, x, x), queries * keys / 128**2)
+    return module.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
 
 def _pages_cases():

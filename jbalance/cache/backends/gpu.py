@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jbalance import _fallback
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.cache import _codec
 from jbalance.cache._layout import KEY_NORMS, PageLayout
@@ -61,6 +62,8 @@ class _Level(NamedTuple):
 
 def unsupported(arena: Arena) -> str | None:
     """Why these kernels cannot read this arena, or None."""
+    if reason := _fallback.old_gpu():
+        return reason
     head_dim = arena.head_dim
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}: it must be one of {HEAD_DIMS}"
