@@ -14,7 +14,7 @@ from jbalance.cache import _codec, _pages
 from jbalance.cache.backends import gpu, tpu
 
 TOKENS, HEADS = 2048, 2
-UNITS, QUERIES, PAGES, PAGE_BYTES = 16, 4, 4000, 16384
+UNITS, QUERIES, PROMPT, PAGES, PAGE_BYTES = 16, 4, 4096, 4000, 16384
 TYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -143,12 +143,15 @@ def _pages_cases():
             for platform in ("tpu", "gpu"):
                 name = f"pages, {bits} bits, D={head_dim}, {platform.upper()}"
                 yield Case(name, platform, functools.partial(pages, platform, head_dim, bits))
+    for platform in ("tpu", "gpu"):  # a second prompt over what the first has left
+        name = f"pages, 4 bits, D=128, {PROMPT:,} queries, {platform.upper()}"
+        yield Case(name, platform, functools.partial(pages, platform, 128, 4, PROMPT))
 
 
-def pages(platform: str, head_dim: int, bits: int) -> Program:
-    """Attention of one token's queries straight from packed pages of one precision."""
+def pages(platform: str, head_dim: int, bits: int, queries: int = QUERIES) -> Program:
+    """Attention of queries straight from packed pages of one precision."""
     at = arena(head_dim, (bits,))
-    q = jax.ShapeDtypeStruct((UNITS, QUERIES, head_dim), jnp.float32)
+    q = jax.ShapeDtypeStruct((UNITS, queries, head_dim), jnp.float32)
     units = jax.ShapeDtypeStruct((UNITS,), jnp.int32)
     kernel = {"tpu": tpu, "gpu": gpu}[platform]
 

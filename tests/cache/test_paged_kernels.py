@@ -67,6 +67,7 @@ def page_size(head_dim, bits, least):
     [
         (64, (16, 8, 4), 512, 3),
         (64, (3,), 6000, 9),
+        (64, (8,), 512, 150),
         pytest.param(64, (2, 16), 512, 1, marks=pytest.mark.slow),
         pytest.param(64, (1, 8), 512, 7, marks=pytest.mark.slow),
         pytest.param(128, (8, 3), 512, 2, marks=pytest.mark.slow),

@@ -1,8 +1,8 @@
 """Attention straight from the packed pages of an arena on TPUs: a Mosaic kernel by way of Pallas.
 
-One program takes the queries of one unit and loops over its pages at one level, which are copied from
-the main memory into a ring of buffers. A page in 32-bit lanes is a matrix of 128 bytes a row. Below 8
-bits, 128 tokens of a coordinate are read as one row: rows that do not begin at lane 0 are turned
+One program takes up to 128 queries of one unit and loops over its pages at one level, which are copied
+from the main memory into a ring of buffers. A page in 32-bit lanes is a matrix of 128 bytes a row.
+Below 8 bits, 128 tokens of a coordinate are read as one row: rows that do not begin at lane 0 are turned
 there, all those of one alignment at once. At 8 and 16 bits a row holds one token, a part of one, or
 several; the queries are laid out so, and the two bytes of a bfloat16 are joined on the even lanes.
 Products are those of bfloat16 digits, as on GPUs.
@@ -29,6 +29,7 @@ from jbalance.cache.backends._tpu_page import LANES, Block, Level, dot
 TABLE_BYTES = 15 << 16  # of an arena's tables, at most: they lie in scalar memory, 1 MiB
 _RING_BYTES = 1 << 19  # of pages on their way
 _ROWS = 16  # query rows come in multiples of this
+_MOST_ROWS = 128  # of a program: as many as the matrix unit takes, and few enough for vector memory
 
 
 def unsupported(arena: Arena) -> str | None:
@@ -64,9 +65,10 @@ def attend_rotated(
     """
     if reason := unsupported(arena):
         raise NotImplementedError(f"arena: {reason}")
-    padded = jnp.pad(q, ((0, 0), (0, -q.shape[1] % _ROWS), (0, 0)))
+    rows = min(_MOST_ROWS, -(-q.shape[1] // _ROWS) * _ROWS)
+    padded = jnp.pad(q, ((0, 0), (0, -q.shape[1] % rows), (0, 0)))
     parts = [
-        _attend_level(padded, arena, units, _level(arena, i), interpret)
+        _attend_level(padded, arena, units, _level(arena, i), rows, interpret)
         for i in range(len(arena.bits))
     ]
     y, mass, top = (
@@ -80,22 +82,23 @@ def _level(arena, index):
     return Level(index, len(arena.bits), arena.layouts[index], arena.page_bytes // LANES)
 
 
-def _attend_level(q, arena, units, level, interpret):
+def _attend_level(q, arena, units, level, rows, interpret):
     """One level's y [N, T, D], not normalised, its mass and top [N, T]."""
     laid = _lay_out(q, level)
     num_units, size = q.shape[:2]
     depth = max(2, min(_RING_BYTES // arena.page_bytes, 32))
 
-    def block(*shape):
-        return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0,) * len(shape)))
-
+    laid_rows = pl.BlockSpec(
+        (None, level.parts, rows, laid.shape[3]), lambda n, r, *_: (n, 0, r, 0)
+    )
+    number_rows = pl.BlockSpec((None, rows, LANES), lambda n, r, *_: (n, r, 0))
     y, mass, top = pl.pallas_call(
         functools.partial(_kernel, level=level, depth=depth),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(num_units,),
-            in_specs=[block(*laid.shape[1:]), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[block(*laid.shape[1:]), block(size, LANES), block(size, LANES)],
+            grid=(num_units, size // rows),
+            in_specs=[laid_rows, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[laid_rows, number_rows, number_rows],
             scratch_shapes=[
                 pltpu.VMEM((depth, level.page_rows, LANES), jnp.uint8),
                 pltpu.VMEM((level.page_rows + LANES * level.parts, LANES), jnp.int32),
@@ -107,7 +110,7 @@ def _attend_level(q, arena, units, level, interpret):
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name=f"attend_pages_{level.bits}_bits",
     )(arena.order, arena.offset, arena.count.reshape(-1), units, laid, arena.data)
@@ -157,7 +160,7 @@ def _kernel(
     level,
     depth,
 ):
-    """One unit's queries over its pages."""
+    """Some of one unit's queries over its pages."""
     group = units_ref[pl.program_id(0)] * level.num_levels + level.number
     begin, count = offset_ref[group], count_ref[group]
     num_pages = lax.div(count + level.page_tokens - 1, level.page_tokens)
