@@ -7,7 +7,7 @@ WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
 	text_classification.lstm long_text long_text.summaries
-.PHONY: compiled experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
+.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -94,6 +94,15 @@ experiments-smoke: venv
 
 smoke-%: venv
 	$(BIN)/python -m experiments.$* --smoke --seeds 0 --json out/smoke/$*.json
+
+# The site, with warnings as errors, into out/site.
+docs: venv $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m experiments.harness site
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet $(WHEELS) --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv .cache out data build dist *.egg-info

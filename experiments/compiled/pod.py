@@ -28,7 +28,6 @@ class Pod(NamedTuple):
 PODS = {
     "v5e, 16 chips": Pod("v5e:4x4", 16 * 2**30),
     "v5e, 256 chips": Pod("v5e:16x16", 16 * 2**30),
-    "v5p, 512 chips": Pod("v5p:8x8x8", 95 * 2**30),
     "v5p, 4096 chips": Pod("v5p:16x16x16", 95 * 2**30),
 }
 
