@@ -11,6 +11,13 @@ COLAB = ROOT / "colab"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
 TRAINING = [path for path in NOTEBOOKS if "NOTEBOOK_STEPS" in path.read_text(encoding="utf-8")]
 FEW_STEPS = 30
+# Of the real model, which take long to compile.
+LONG = ("experiments.models.load", "experiments.compiled.measure")
+MARKS = {
+    path: pytest.mark.slow
+    for path in NOTEBOOKS
+    if any(name in path.read_text(encoding="utf-8") for name in LONG)
+}
 
 
 def run(path, monkeypatch):
@@ -33,7 +40,10 @@ def test_a_notebook_is_committed_as_it_ran(path):
     assert not [o for c in committed for o in c.outputs if o.output_type == "error"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(x, marks=MARKS.get(x, ()), id=x.stem) for x in NOTEBOOKS],
+)
 def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_STEPS", str(FEW_STEPS))
     run(path, monkeypatch)
