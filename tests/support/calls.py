@@ -25,6 +25,14 @@ FRAMES = cache.create(40_000, 1, 1, 8, recent_tokens=0)
 CODES = cache.quantize(K, 4)
 SAMPLES = {"x": X, "y": Y, "num_classes": 2}
 TOKENS = {"q": Q, "k": K, "v": K}
+WHOLE = {"w": W, "budget": np.array([6, 6]), "floor": 0, "cap": 9, "device_of": OF}
+LADDER = {
+    "values": np.array([[0.0, 1], [0, 2], [0, 3]]),
+    "costs": np.array([1, 2]),
+    "budgets": np.array([5, 5]),
+    "device_of": OF,
+    "total_budget": 9,
+}
 
 # What works, and which of its arguments are static whole numbers.
 CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -131,20 +139,14 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "thirds": (resources.thirds, {"num_layers": 6}, "num_layers"),
     "water_fill": (allocate.water_fill, {"w": W, "budget": 6.0, "floor": 0.5, "cap": 9.0}, ""),
-    "whole": (
-        allocate.whole,
-        {"w": W, "budget": np.array([6, 6]), "floor": 0, "cap": 9, "device_of": OF},
-        "",
-    ),
-    "ladder": (
-        allocate.ladder,
-        {
-            "values": np.array([[0.0, 1], [0, 2], [0, 3]]),
-            "costs": np.array([1, 2]),
-            "budgets": np.array([5, 5]),
-            "device_of": OF,
-            "total_budget": 9,
-        },
+    "whole": (allocate.whole, WHOLE, ""),
+    "explain.whole": (jb.explain.whole, WHOLE, ""),
+    "rank_correlation": (jb.explain.rank_correlation, {"x": W, "y": W}, ""),
+    "ladder": (allocate.ladder, LADDER, ""),
+    "explain.ladder": (jb.explain.ladder, LADDER, ""),
+    "what_if": (
+        jb.explain.what_if,
+        LADDER | {"change": np.array([1, -1]), "total_change": 1},
         "",
     ),
     "proportional": (shares.proportional, {"w": W, "where": np.ones(3, bool)}, ""),
