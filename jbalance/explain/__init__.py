@@ -1,5 +1,6 @@
 """Why units got what they got: reasons and prices, what if, interventions, in numbers and in words."""
 
+from jbalance.explain.ablation import Effect, ablate
 from jbalance.explain.agreement import rank_correlation
 from jbalance.explain.games import Shapley, exact_shapley, leave_one_out, shapley
 from jbalance.explain.ladder import LadderReasons, WhatIf, ladder, what_if
@@ -14,6 +15,8 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "what_if",
     "WhatIf",
     # interventions
+    "ablate",
+    "Effect",
     "leave_one_out",
     "shapley",
     "exact_shapley",
