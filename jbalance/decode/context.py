@@ -15,10 +15,9 @@ import numpy as np
 
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
-from jbalance.cache._sight import NO_WINDOW
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, check_model
-from jbalance.decode.plan import Plan, Reserve, fit, ladder
+from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
 
 
@@ -91,7 +90,7 @@ def read(
     ]
     shape = (model.num_layers, model.num_kv_heads, len(tokens))
     plan = fit(
-        ladder(np.concatenate(codes), _seen(model, len(tokens))),
+        ladder(np.concatenate(codes), in_windows(model.windows, *shape[1:])),
         shape,
         model.head_dim,
         list(budgets_bytes),
@@ -101,15 +100,6 @@ def read(
     layers = (held for _, held in prefill.layers_of(model, tokens))
     context = write(plan, np.stack(codes), layers, devices)
     return dataclasses.replace(context, reserve=reserve)
-
-
-def _seen(model: Model, num_tokens: int) -> np.ndarray | None:
-    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
-    if model.windows is None:
-        return None
-    age = num_tokens - np.arange(num_tokens)
-    seen = [age < (NO_WINDOW if w is None else w) for w in model.windows]
-    return np.repeat(np.stack(seen), model.num_kv_heads, axis=0)
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 from jbalance.explain.ablation import Effect, ablate
 from jbalance.explain.agreement import rank_correlation
 from jbalance.explain.games import Shapley, exact_shapley, leave_one_out, shapley
+from jbalance.explain.heads import HeadReasons, heads, sentence
 from jbalance.explain.ladder import LadderReasons, WhatIf, ladder, what_if
 from jbalance.explain.whole import WholeReasons, whole
 
@@ -14,6 +15,10 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "LadderReasons",
     "what_if",
     "WhatIf",
+    # a context's heads
+    "heads",
+    "HeadReasons",
+    "sentence",
     # interventions
     "ablate",
     "Effect",

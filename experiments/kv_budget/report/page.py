@@ -19,13 +19,13 @@ from experiments.kv_budget.report.wording import (
     chosen_policy,
     clean,
     find_policy,
-    human_bytes,
     label,
     number,
     policy_name,
     verdict,
     yes_no,
 )
+from jbalance.resources import human_bytes
 
 _TITLE = "What to keep when the key/value cache does not fit"
 _TEXT_LIMIT, _ANSWER_LIMIT = 4000, 300

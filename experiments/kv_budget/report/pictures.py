@@ -26,11 +26,11 @@ from experiments.kv_budget.report.wording import (
     Report,
     chosen_policy,
     find_policy,
-    human_bytes,
     label,
     number,
     percent,
 )
+from jbalance.resources import human_bytes
 
 _MARKERS = "osD^vPX*<>"
 

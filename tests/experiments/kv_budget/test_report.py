@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from experiments.kv_budget.report import print_table, write
-from experiments.kv_budget.report.wording import human_bytes, verdict
+from experiments.kv_budget.report.wording import verdict
+from jbalance.resources import human_bytes
 from tests.support.report_cases import HOSTILE, POLICIES, Page, made_up_report
 
 MANY = (*POLICIES, *(f"other-policy-{i}" for i in range(15)))
