@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbalance import checks
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
+from jbalance.cache._price import PROTECTED
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, check_model
 from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
+from jbalance.importance.blending import blend
+from jbalance.importance.knowledge import Knowledge, imply, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ def read(
     *,
     reserve: Reserve | None = None,
     devices: Sequence[jax.Device] | None = None,
+    known: Knowledge | None = None,
 ) -> Context:
     """Read a context into the devices' memories, at the precision that each token is worth.
 
@@ -76,16 +81,24 @@ def read(
       budgets_bytes: of each device, for the context and what is reserved beside it.
       reserve: for the requests that will read it; None for one of 64 new tokens.
       devices: [G]; None for the first ones.
+      known: rules about the S tokens, of `importance.knowledge`: what is measured is blended with its
+        prior, what it keeps stays at the finest precision in every head, and what stays in a head brings
+        along what it implies there.
 
     Raises:
-      ValueError: a model that is not supported, too few devices, or budgets too small.
+      ValueError: a model that is not supported, too few devices, budgets too small, or rules about
+        another number of tokens.
     """
     check_model(model)
     devices = devices_for(devices, len(budgets_bytes))  # before the prompt is read
     tokens = np.asarray(tokens)
     reserve = Reserve() if reserve is None else reserve
+    if known is not None:
+        checks.instance("known", known, Knowledge)
+        checks.length("known.keep", known.keep, len(tokens), "the number of tokens")
+        known = padded(known, prefill.capacity_for(len(tokens)))
     codes = [
-        np.asarray(first_prompt_codes(held.w, len(tokens)))[:, : len(tokens)]
+        np.asarray(first_prompt_codes(held.w, len(tokens), known))[:, : len(tokens)]
         for _, held in prefill.layers_of(model, tokens)
     ]
     shape = (model.num_layers, model.num_kv_heads, len(tokens))
@@ -103,9 +116,15 @@ def read(
 
 
 @jax.jit
-def first_prompt_codes(w: jax.Array, number: jax.Array | int) -> jax.Array:
-    """[K, S] codes of a request's first prompt, of which `number` tokens are there."""
-    return _prefill.prompt_codes(w, number, jnp.ones(w.shape[0], bool))
+def first_prompt_codes(
+    w: jax.Array, number: jax.Array | int, known: Knowledge | None = None
+) -> jax.Array:
+    """[K, S] codes of a request's first prompt, of which `number` tokens are there, by rules."""
+    fresh = jnp.ones(w.shape[0], bool)
+    if known is None:
+        return _prefill.prompt_codes(w, number, fresh)
+    codes = _prefill.prompt_codes(blend(w, known.prior, known.beta), number, fresh)
+    return imply(jnp.where(known.keep, np.uint8(PROTECTED), codes), known)
 
 
 def write(

@@ -151,8 +151,8 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
             out = _price.price_of(jnp.asarray(histogram), offsets, room.page_tokens, num_pages)
             if out.shortfall > 0:
                 raise ValueError(
-                    f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the first "
-                    f"and latest tokens of its units lack {out.shortfall}; give more"
+                    f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the "
+                    f"tokens of its units that always stay lack {out.shortfall}; give more"
                 )
             reached = _price.levels_of(codes[own], out.least[:, None])
             level[own] = np.where(seen[own], reached, len(room.bits))
