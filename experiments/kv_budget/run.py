@@ -16,18 +16,21 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.harness import processes
+from experiments.harness.tokens import pieces
 from experiments.kv_budget import data, evaluate, measure
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.policies import (
     Policy,
+    codes_of,
     everything,
+    ladder,
     make_plan,
     pack,
     policy_of,
     scorers_of,
 )
 from experiments.models import Loaded, Transformer
-from jbalance import decode
+from jbalance import decode, explain
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
 from jbalance.decode.devices import main_device
@@ -139,7 +142,9 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
     report = _header(settings, job)
     report |= {"policies": rows, "curve": curve}
     last = policies[-1]
-    report["importance"] = _importance(measured.w[last.scorer], plans[last.name])
+    w, plan = np.asarray(measured.w[last.scorer]), plans[last.name]
+    report["importance"] = _importance(w, plan)
+    report["reasons"] = reasons(w, plan) if last.rule is ladder else []
     return report
 
 
@@ -271,14 +276,28 @@ def _full_bytes(job: Job) -> int:
     return job.decoder.dense_bytes(len(job.case.context) + job.reserve.new_tokens)
 
 
-def _importance(w: Any, plan: Plan) -> dict[str, list[float]]:
-    """Importance of each token, averaged over the heads, and how many of them kept it."""
-    w = np.asarray(w)
+def reasons(w: np.ndarray, plan: Plan) -> list[str]:
+    """Why heads keep what they keep: that which is next to get more, those with least and most."""
+    codes = codes_of(w.reshape(-1, w.shape[-1]))
+    more = explain.heads(plan, codes).more_bytes
+    kept = plan.kept.sum(axis=-1)
+    chosen = [np.argmin(np.where(more < 0, 2**62, more)), np.argmin(kept), np.argmax(kept)]
+    heads = dict.fromkeys(tuple(map(int, np.unravel_index(at, kept.shape))) for at in chosen)
+    return [explain.sentence(plan, codes, *at) for at in heads]
+
+
+def _importance(w: np.ndarray, plan: Plan) -> dict[str, list[float]]:
+    """Of each token: importance, averaged over the heads, how many kept it, and at how many bits."""
     inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
     shown = w / w[..., inner].sum(axis=-1, keepdims=True)
     top = shown[..., inner].mean(axis=(0, 1)).max()
     mean = np.minimum(shown.mean(axis=(0, 1)), top)  # protected tokens stand above every score
-    return {"mean": mean.tolist(), "kept": plan.kept.mean(axis=(0, 1)).tolist()}
+    bits = np.array([*plan.bits, 0])[plan.level]
+    return {
+        "mean": mean.tolist(),
+        "kept": plan.kept.mean(axis=(0, 1)).tolist(),
+        "bits": bits.mean(axis=(0, 1)).tolist(),
+    }
 
 
 def _header(settings: Settings, job: Job) -> dict[str, Any]:
@@ -294,7 +313,11 @@ def _header(settings: Settings, job: Job) -> dict[str, Any]:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
         },
-        "text": {"name": settings.text_name, "excerpt": excerpt},
+        "text": {
+            "name": settings.text_name,
+            "excerpt": excerpt,
+            "pieces": pieces(job.tokenizer, case.context),
+        },
         "context_tokens": len(case.context),
         "continuation_tokens": len(case.continuation) - 1,
         "full_cache_bytes": _full_bytes(job),
