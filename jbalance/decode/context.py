@@ -33,6 +33,7 @@ class Context:
     num_tokens: int
     plan: Plan
     reserve: Reserve | None = None
+    codes: np.ndarray | None = None  # [L, K, S] uint8, the worth that the plan was made of
 
     @property
     def nbytes(self) -> list[int]:
@@ -162,7 +163,7 @@ def write(
                 caches[d] = _write_layer(
                     cache, layer, *moved, level, code, number, centroids=lasting
                 )
-    return Context(tuple(caches), number, plan)
+    return Context(tuple(caches), number, plan, codes=codes)
 
 
 def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:

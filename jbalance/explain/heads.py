@@ -84,7 +84,9 @@ def heads(plan: Plan, codes: ArrayLike) -> HeadReasons:
     return HeadReasons(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in out.items()})
 
 
-def sentence(plan: Plan, codes: ArrayLike, layer: int, head: int, *, more_bytes: int = 2048) -> str:
+def sentence(
+    plan: Plan, codes: ArrayLike, layer: int, head: int, *, more_bytes: int | None = None
+) -> str:
     """Why a head keeps what it keeps, and what more bytes would buy: for a person.
 
     Args:
@@ -118,16 +120,14 @@ def sentence(plan: Plan, codes: ArrayLike, layer: int, head: int, *, more_bytes:
     device = int(plan.device_of[at])
     full, there = f"device {device} is full", "there"
     if len(_owners(plan)) != plan.room.num_pages.size:
-        full, there = (
-            f"all {plan.room.num_pages.size} devices' memory is spent at one price",
-            "in all",
-        )
+        number, there = plan.room.num_pages.size, "in all"
+        full = f"all {number} devices' memory is spent at one price"
     if binding == Binding.FLOOR:
         full += " and these are the first and latest tokens, which always stay"
     least = int(why.more_bytes[at]) if more_bytes is None else more_bytes
     return (
         f"{begin}, because {full}: the best that it left out is worth {1024 * why.marginal[at]:.3g} a "
-        f"KiB, and the price {there} is {1024 * why.price[at]:.3g}. "
+        f"KiB, and the price is {1024 * why.price[at]:.3g}. "
         + _what_if(plan, codes, at, least, there)
     )
 
@@ -249,6 +249,8 @@ def _at_every_price(histogram, offsets, page_tokens) -> tuple[jax.Array, jax.Arr
 
 def _what_if(plan: Plan, codes: ArrayLike, at: tuple[int, int], more_bytes: int, there: str) -> str:
     """What the pages that a head competes for would buy if they grew: by solving again."""
+    if more_bytes == NONE:
+        return "No memory more would change it."
     pools, problem = _problem(plan, codes)
     pages = more_bytes // (plan.room.page_bytes + _PAGE_ENTRY_BYTES)
     own = np.flatnonzero(

@@ -8,6 +8,7 @@ import pytest
 from jbalance import Binding, decode, explain
 from jbalance.cache import _price
 from jbalance.cache._layout import token_bytes
+from jbalance.resources import human_bytes
 
 SHAPE, UNITS, DIM = (4, 3, 200), 12, 8
 
@@ -127,6 +128,8 @@ def test_the_sentence_says_what_more_memory_buys():
         f"4 KiB more there would buy {pages} pages: {more.sum()} more tokens, {more[2, 1]} of"
         in words
     )
+    least = explain.heads(plan, codes).more_bytes[2, 1]
+    assert f"{human_bytes(least)} more there" in explain.sentence(plan, codes, 2, 1)
     spread = plan_of(codes, [14_000, 10_000])
     assert "all 2 devices' memory is spent at one price" in explain.sentence(spread, codes, 2, 1)
 
