@@ -34,14 +34,15 @@ def _study(smoke: bool) -> study.Study:
             f"{experiment.GROUP} tokens in all heads, all of them in one key/value head or in one layer "
             f"(of {sizes.layers} layers), or coalitions of {experiment.PARTS} parts of the text. The "
             "effect is the KL of what the model predicts without them from what it predicts with "
-            "everything; of coalitions its exact Shapley values. The figures are Spearman's correlations "
-            "of these with the sum of a scorer's w over what is hidden; six contexts of three texts. "
+            "everything; of coalitions its exact Shapley values. The figures are Spearman's "
+            "correlations of these with the sum of a scorer's w over what is hidden; six contexts of "
+            "three texts. "
             "Which tokens the very next words need, the last queries know best (`window`, and with it "
             "`combined`). But heads and layers, among which bytes are divided, are ordered best by "
             "`sketch`, by which `ladder` keeps tokens, and `repetition`, which ask for the worth to any "
-            "later question in one currency: attention mass sums to nearly the same in every head. Where "
-            "it does not help: six parts of a text are few to order, and their correlations vary by some "
-            "tenths between contexts."
+            "later question in one currency: attention mass sums to nearly the same in every head. "
+            "Where it does not help: six parts of a text are few to order, and their correlations vary "
+            "by some tenths between contexts."
         ),
         "settings": {
             "sizes": sizes._asdict(),

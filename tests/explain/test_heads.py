@@ -134,6 +134,22 @@ def test_the_sentence_says_what_more_memory_buys():
     assert "all 2 devices' memory is spent at one price" in explain.sentence(spread, codes, 2, 1)
 
 
+def test_tokens_outside_of_a_window_are_not_asked_for():
+    """A layer with a window that holds all of it lacks nothing; what it cannot see is the others'."""
+    windows = (20, None, 20, None)
+    seen = np.ones(SHAPE, bool)
+    seen[::2, :, : 200 - 19] = False  # the next query and 19 tokens before it
+    codes = codes_of()
+    codes[:, :4] = 90
+    codes[:3] = codes[6:9] = np.maximum(codes[:3], 250)
+    rule = decode.ladder(codes, seen.reshape(UNITS, -1))
+    plan = decode.fit(rule, SHAPE, DIM, [30_000], windows=windows)
+    why = explain.heads(plan, codes)
+    assert (why.binding[::2] == Binding.CAP).all()
+    assert (why.tokens[::2, :, 0] == 19).all()
+    assert (why.binding[1::2] == Binding.DEVICE).all()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
