@@ -31,6 +31,7 @@ from experiments.kv_budget.policies import (
 )
 from experiments.models import Loaded, Transformer
 from jbalance import decode, explain
+from jbalance.cache._layout import token_bytes
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
 from jbalance.decode.devices import main_device
@@ -287,16 +288,21 @@ def reasons(w: np.ndarray, plan: Plan) -> list[str]:
 
 
 def _importance(w: np.ndarray, plan: Plan) -> dict[str, list[float]]:
-    """Of each token: importance, averaged over the heads, how many kept it, and at how many bits."""
+    """Of each token: importance, averaged over the heads, how many kept it, and at how many bits.
+
+    Besides its worth for each byte at the lowest level, in the currency of the plan's price.
+    """
     inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
     shown = w / w[..., inner].sum(axis=-1, keepdims=True)
     top = shown[..., inner].mean(axis=(0, 1)).max()
     mean = np.minimum(shown.mean(axis=(0, 1)), top)  # protected tokens stand above every score
     bits = np.array([*plan.bits, 0])[plan.level]
+    size = token_bytes(plan.room.head_dim, plan.bits[-1])
     return {
         "mean": mean.tolist(),
         "kept": plan.kept.mean(axis=(0, 1)).tolist(),
         "bits": bits.mean(axis=(0, 1)).tolist(),
+        "worth_per_byte": (w.mean(axis=(0, 1)) / size).tolist(),
     }
 
 

@@ -96,7 +96,12 @@ def made_up_report(
         "question": "What is the pass key? The pass key is",
         "passkey": {"answer": "48152", "start": start, "stop": stop} if passkey else None,
         "policies": rows,
-        "importance": {"mean": mean.tolist(), "kept": kept.tolist(), "bits": (8 * kept).tolist()},
+        "importance": {
+            "mean": mean.tolist(),
+            "kept": kept.tolist(),
+            "bits": (8 * kept).tolist(),
+            "worth_per_byte": mean.tolist(),
+        },
         "reasons": ["Head 0 of layer 7 keeps 31 of 1,536 tokens, because device 1 is full."],
         "curve": [
             {

@@ -40,8 +40,10 @@ def remembered(report: Report) -> str:
     top = max(bits.max(initial=0), 1e-9)
     shades = np.ceil((SHADES - 1) * bits / top)
     titles = [
-        f"{own:.1f} bits, {100 * kept:.0f} % of heads; worth {number(worth)}{price}"
-        for own, kept, worth in zip(bits, found["kept"], found["mean"], strict=True)
+        f"{own:.1f} bits, {100 * kept:.0f} % of heads; worth {number(1024 * worth)} a KiB{price}"
+        for own, kept, worth in zip(
+            bits, found["kept"], _finite(found["worth_per_byte"]), strict=True
+        )
     ]
     return _map(report["text"]["pieces"], shades, titles)
 
@@ -73,8 +75,8 @@ def _finite(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _price(report: Report) -> str:
-    """What one more KiB is worth where it is dearest, in the words of a hover."""
+    """The price where memory is dearest, in the words of a hover."""
     rows = report["policies"][-1]["devices"]
     known = [row["price_per_byte"] for row in rows if row["price_per_byte"] is not None]
     known = [p for p in known if math.isfinite(p)]
-    return f", a KiB {number(1024 * max(known))}" if known else ""
+    return f", price {number(1024 * max(known))}" if known else ""

@@ -72,7 +72,8 @@ REPORTS = {
     "one token": lambda: made_up_report(tokens=1, passkey=False),
     "no curve": lambda: without(curve=[]),
     "nothing important": lambda: without(
-        importance=dict.fromkeys(("mean", "kept", "bits"), [0.0] * 9), passkey=None
+        importance=dict.fromkeys(("mean", "kept", "bits", "worth_per_byte"), [0.0] * 9),
+        passkey=None,
     ),
     "hostile text": hostile_report,
     "not finite": not_finite_report,
@@ -141,7 +142,7 @@ def test_the_page_opens_with_the_text_as_it_is_remembered(tmp_path):
     page, text, _ = written(report, tmp_path)
     assert page.text.index("as the cache remembers it") < page.text.index("Which tokens matter")
     assert "Call me Ish mael . Some years ago" in page.text  # the words of each tag apart
-    spans = [x for x in page.all("span") if x.get("title", "").endswith(", a KiB 6.35e-06")]
+    spans = [x for x in page.all("span") if x.get("title", "").endswith("a KiB, price 6.35e-06")]
     assert [x["class"] for x in spans] == ["s0", "s1", "s8", "s4", "s2", "s0", "s0", "s0", "s8"]
     assert spans[2]["title"].startswith("8.0 bits, ")
     assert report["reasons"][0] in page.text
