@@ -111,17 +111,20 @@ def imply(w: ArrayLike, known: Knowledge) -> jax.Array:
     all units above some worth keeps what follows from them.
 
     Args:
-      w: [..., U] >= 0, worth, or codes of worth in whole numbers.
+      w: [..., U] >= 0, worth, or codes of worth in uint8.
       known: of the U units.
 
     Returns:
-      w', as w.
+      w', float32, or codes.
 
     Raises:
-      ValueError: units that differ in number.
+      ValueError: units that differ in number; worth that is negative or not finite.
     """
     checks.instance("known", known, Knowledge)
+    checks.rank("w", w, tuple(range(1, 9)), "[..., U]")
     checks.same_length("w", w, "known.keep", known.keep, axis=-1)
+    if getattr(w, "dtype", None) != np.uint8:
+        w = checks.non_negative("w", w)
     return _raised(jnp.asarray(w), known.kept, known.then)
 
 

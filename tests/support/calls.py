@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,16 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "decay_feedback": (
         importance.decay_feedback,
         {"feedback": W / 3, "decay": 0.5, "new": W / 3},
+        "",
+    ),
+    "imply": (
+        importance.imply,
+        {"w": W, "known": importance.knowledge([importance.Keep(OF == 1)], 3)},
+        "",
+    ),
+    "in_spans": (
+        functools.partial(importance.in_spans, spans=[(0, 3)]),
+        {"offsets": np.array([[0, 2], [2, 4]])},
         "",
     ),
     "AttentionDims": (
@@ -361,5 +372,5 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "balancer": (jb.balancer, {"decay": 0.5, "beta": 0.0, "eta": 0.0}, ""),
 }
 # Arguments that are objects of the library, or tuples.
-STRUCTURES = {"tiling", "plan", "cache", "codes", "segment_ids"}
+STRUCTURES = {"known", "tiling", "plan", "cache", "codes", "segment_ids"}
 RETURN_NO_ARRAYS = {"AttentionDims", "AttentionSpec", "Sampling", "Reserve", "Tiling", "balancer"}
