@@ -35,12 +35,8 @@ class HeadReasons:
     got_bytes: np.ndarray  # [L, K] int64, pages of its own
     binding: np.ndarray  # [L, K] int32, a Binding
     price: np.ndarray  # [L, K] float64 worth per byte of the pages that it competes for
-    marginal: (
-        np.ndarray
-    )  # [L, K] float64 worth per byte of its best step that was left out; 0 if none
-    more_bytes: (
-        np.ndarray
-    )  # [L, K] int64, least growth of what those pages take that gives it more; NONE
+    marginal: np.ndarray  # [L, K] float64 worth per byte of its best step left out; 0 if none
+    more_bytes: np.ndarray  # [L, K] int64, growth of those pages that gives it more; or NONE
 
 
 def heads(plan: Plan, codes: ArrayLike) -> HeadReasons:
@@ -261,11 +257,13 @@ def _what_if(plan: Plan, codes: ArrayLike, at: tuple[int, int], more_bytes: int,
     grown[own] += pages
     after = _again(plan, problem, grown).level.reshape(plan.level.shape)
     more = (after < len(plan.bits)).sum(axis=2) - plan.kept.sum(axis=2)
+    finer = ((after < plan.level) & plan.kept).sum(axis=2)
     part = np.append(_price.values(plan.bits), 0.0)
     worth = np.asarray(_price.decode_worth(jnp.asarray(problem.codes)), np.float64)
     worth = np.where(problem.codes == _price.PROTECTED, 0, worth).reshape(plan.level.shape)
     gained = (worth * (part[after] - part[plan.level])).sum()
     return (
-        f"{human_bytes(more_bytes)} more {there} would buy {pages:,} pages: {more.sum():,} more tokens, "
-        f"{more[at]:,} of them in this head, worth {gained:.3g} together."
+        f"{human_bytes(more_bytes)} more {there} would buy {pages:,} page{'s' * (pages != 1)}: "
+        f"{more.sum():,} more tokens ({more[at]:,} of this head) and more bits for {finer.sum():,} "
+        f"({finer[at]:,} of this head), worth {gained:.3g} together."
     )

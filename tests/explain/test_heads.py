@@ -120,14 +120,18 @@ def test_the_sentence_says_what_more_memory_buys():
     words = explain.sentence(plan, codes, 2, 1, more_bytes=4096)
     pages = 4096 // (plan.room.page_bytes + 4)
     room = plan.room._replace(num_pages=plan.room.num_pages + pages)
-    after = decode.ladder(codes)(room).level.reshape(SHAPE) < len(plan.bits)
-    more = after.sum(axis=2) - plan.kept.sum(axis=2)
+    after = decode.ladder(codes)(room).level.reshape(SHAPE)
+    more = (after < len(plan.bits)).sum(axis=2) - plan.kept.sum(axis=2)
+    finer = (plan.kept & (after < plan.level)).sum(axis=2)
+    # By hand: the relative errors of 8, 4 and 3 bits to the power of 3/4, and of nothing.
+    lost = np.array([3.45e-5, 0.0072, 0.0295, 1]) ** 0.75
+    gains = (lost[plan.level] - lost[after]) * 2 ** ((codes.reshape(SHAPE) - 200.0) / 12)
+    gained = gains[plan.level != after].sum()
     assert words.startswith(f"Head 1 of layer 2 keeps {plan.kept[2, 1].sum()} of 200 tokens (")
     assert "because device 0 is full" in words
-    assert (
-        f"4 KiB more there would buy {pages} pages: {more.sum()} more tokens, {more[2, 1]} of"
-        in words
-    )
+    assert f"4 KiB more there would buy {pages} pages: {more.sum()} more tokens" in words
+    assert f"tokens ({more[2, 1]} of this head) and more bits for {finer.sum()} (" in words
+    assert f"({finer[2, 1]} of this head), worth {gained:.3g} together." in words
     least = explain.heads(plan, codes).more_bytes[2, 1]
     assert f"{human_bytes(least)} more there" in explain.sentence(plan, codes, 2, 1)
     spread = plan_of(codes, [14_000, 10_000])
