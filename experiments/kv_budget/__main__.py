@@ -72,6 +72,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
         new_tokens=options.new_tokens,
         policies=tuple(policies),
         save=options.save,
+        keep=options.keep,
     )
     if options.save is not None:
         files.check_writable(Path(options.save) / "manifest.json")
@@ -212,6 +213,11 @@ def _parser() -> argparse.ArgumentParser:
         "--new-tokens", type=int, default=24, help="tokens to decode after the pass key's question"
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
+    run.add_argument(
+        "--keep",
+        metavar="REGEX",
+        help="what it matches of the text always stays, in policies with a price for every token",
+    )
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
     run.add_argument(
         "--save",

@@ -17,11 +17,10 @@ from tokenizers import Tokenizer
 
 from experiments.harness import processes
 from experiments.harness.tokens import pieces
-from experiments.kv_budget import data, evaluate, measure
+from experiments.kv_budget import data, evaluate, measure, telling
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.policies import (
     Policy,
-    codes_of,
     everything,
     ladder,
     make_plan,
@@ -30,8 +29,7 @@ from experiments.kv_budget.policies import (
     scorers_of,
 )
 from experiments.models import Loaded, Transformer
-from jbalance import decode, explain
-from jbalance.cache._layout import token_bytes
+from jbalance import decode
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
 from jbalance.decode.devices import main_device
@@ -59,6 +57,7 @@ class Settings:
     new_tokens: int
     policies: tuple[str, ...]
     save: str | None = None  # folder for the last policy's state, half of the new tokens generated
+    keep: str | None = None  # a regular expression: tokens that ladders always keep
 
     def __post_init__(self) -> None:
         """ValueError for what can be seen without the model."""
@@ -72,6 +71,8 @@ class Settings:
             raise ValueError(f"--continuation-tokens is {self.continuation_tokens}: at least 1")
         if self.save is not None:
             check_folder(Path(self.save))
+        if self.keep is not None:
+            telling.pattern_of(self.keep)
         measure.check_length("--context-tokens: the context", self.context_tokens)
 
 
@@ -119,6 +120,9 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
     )
     step("prefill and scores")
     measured = jax.block_until_ready(measure.prefill(model, case.context, scorers_of(policies)))
+    read = pieces(tokenizer, case.context)
+    if settings.keep is not None:
+        measured = measured._replace(known=telling.kept_by_rule(settings.keep, read))
     step("reference: the full cache")
     job = Job(
         found.where.stem,
@@ -140,12 +144,12 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
         rows.append(row)
     step("quality against bytes")
     curve = _curve(job, policies, measured, rows)
-    report = _header(settings, job)
+    report = _header(settings, job, read)
     report |= {"policies": rows, "curve": curve}
     last = policies[-1]
     w, plan = np.asarray(measured.w[last.scorer]), plans[last.name]
-    report["importance"] = _importance(w, plan)
-    report["reasons"] = reasons(w, plan) if last.rule is ladder else []
+    report["importance"] = telling.of_tokens(w, plan)
+    report["reasons"] = telling.reasons(w, plan, measured.known) if last.rule is ladder else []
     return report
 
 
@@ -277,36 +281,7 @@ def _full_bytes(job: Job) -> int:
     return job.decoder.dense_bytes(len(job.case.context) + job.reserve.new_tokens)
 
 
-def reasons(w: np.ndarray, plan: Plan) -> list[str]:
-    """Why heads keep what they keep: that which is next to get more, those with least and most."""
-    codes = codes_of(w.reshape(-1, w.shape[-1]))
-    more = explain.heads(plan, codes).more_bytes
-    kept = plan.kept.sum(axis=-1)
-    chosen = [np.argmin(np.where(more < 0, 2**62, more)), np.argmin(kept), np.argmax(kept)]
-    heads = dict.fromkeys(tuple(map(int, np.unravel_index(at, kept.shape))) for at in chosen)
-    return [explain.sentence(plan, codes, *at) for at in heads]
-
-
-def _importance(w: np.ndarray, plan: Plan) -> dict[str, list[float]]:
-    """Of each token: importance, averaged over the heads, how many kept it, and at how many bits.
-
-    Besides its worth for each byte at the lowest level, in the currency of the plan's price.
-    """
-    inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
-    shown = w / w[..., inner].sum(axis=-1, keepdims=True)
-    top = shown[..., inner].mean(axis=(0, 1)).max()
-    mean = np.minimum(shown.mean(axis=(0, 1)), top)  # protected tokens stand above every score
-    bits = np.array([*plan.bits, 0])[plan.level]
-    size = token_bytes(plan.room.head_dim, plan.bits[-1])
-    return {
-        "mean": mean.tolist(),
-        "kept": plan.kept.mean(axis=(0, 1)).tolist(),
-        "bits": bits.mean(axis=(0, 1)).tolist(),
-        "worth_per_byte": (w.mean(axis=(0, 1)) / size).tolist(),
-    }
-
-
-def _header(settings: Settings, job: Job) -> dict[str, Any]:
+def _header(settings: Settings, job: Job, read: list[str]) -> dict[str, Any]:
     config, case = job.model.config, job.case
     excerpt = job.tokenizer.decode(case.context[-200:].tolist())
     start, stop = case.span
@@ -322,7 +297,7 @@ def _header(settings: Settings, job: Job) -> dict[str, Any]:
         "text": {
             "name": settings.text_name,
             "excerpt": excerpt,
-            "pieces": pieces(job.tokenizer, case.context),
+            "pieces": read,
         },
         "context_tokens": len(case.context),
         "continuation_tokens": len(case.continuation) - 1,
