@@ -1,6 +1,7 @@
 """Fit a real model's attention into given device memory.
 
 python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (some 4 minutes on 2 cores)
+python -m experiments.kv_budget run --device-memory 4MiB,2MiB --keep "[A-Z]{3,}"   (by a rule)
 python -m experiments.kv_budget run --device-memory 2MiB,1MiB,1MiB,1MiB --processes 2 --save DIR
 python -m experiments.kv_budget resume --state DIR --device-memory 3MiB,3MiB   (on other devices)
 python -m experiments.kv_budget stream --device-memory 1MiB --new-tokens 2000   (a long decode)
