@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
-	text_classification.lstm long_text long_text.summaries
+	text_classification.lstm long_text long_text.summaries explain
 .PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv

@@ -10,7 +10,7 @@ from typing import Any
 from jbalance import types
 from jbalance import importance, resources, shares, allocate, place, rescale
 from jbalance import audit, tasks
-from jbalance import attention, cache, decode, sharded
+from jbalance import attention, cache, decode, sharded, explain
 from jbalance.balance import balancer
 from jbalance.tune import tune
 from jbalance.types import Binding, Status
@@ -38,6 +38,8 @@ __all__ = [  # noqa: RUF022  (pipeline order)
     "cache",
     "decode",
     "sharded",
+    # why units got what they got
+    "explain",
     # with optax and flax
     "multitask",
     "adapters",

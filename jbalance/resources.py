@@ -189,6 +189,15 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def human_bytes(amount_bytes: float) -> str:
+    """Bytes in the largest binary unit that keeps the figure at one or more: 1536 as `1.50 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(amount_bytes) < 1024 or unit == "GiB":
+            break
+        amount_bytes /= 1024
+    return f"{amount_bytes:.2f}".removesuffix(".00") + f" {unit}"
+
+
 def device_budgets(
     devices: Sequence[jax.Device], fraction: float = 1.0, given_bytes: Sequence[int] | None = None
 ) -> list[int]:

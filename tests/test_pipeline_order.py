@@ -37,6 +37,7 @@ ORDER += [
     "cache",
     "decode",
     "sharded",
+    "explain",
     "multitask",
     "adapters",
 ]

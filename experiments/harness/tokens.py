@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+_BEHIND = 16  # tokens that are read before a token for its text
 
 
 def byte_level_bpe(
@@ -37,3 +40,22 @@ def byte_level_bpe(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text that each token adds to those before it; a character of several tokens is the last one's.
+
+    A token alone would lose its space with some tokenizers, so each is read behind some before it.
+    """
+    ids, found = [int(i) for i in ids], []
+    begin, known = 0, ""
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[begin : i + 1], skip_special_tokens=False)
+        if text.endswith("\ufffd") and i + 1 < len(ids) and i - begin < 2 * _BEHIND:
+            found.append("")
+            continue
+        found.append(text[len(known) :])
+        known = text
+        if i - begin >= _BEHIND:
+            begin, known = i, tokenizer.decode(ids[i : i + 1], skip_special_tokens=False)
+    return found

@@ -1,6 +1,7 @@
 """Fit a real model's attention into given device memory.
 
 python -m experiments.kv_budget run --device-memory 4MiB,2MiB     (some 4 minutes on 2 cores)
+python -m experiments.kv_budget run --device-memory 4MiB,2MiB --keep "[A-Z]{3,}"   (by a rule)
 python -m experiments.kv_budget run --device-memory 2MiB,1MiB,1MiB,1MiB --processes 2 --save DIR
 python -m experiments.kv_budget resume --state DIR --device-memory 3MiB,3MiB   (on other devices)
 python -m experiments.kv_budget stream --device-memory 1MiB --new-tokens 2000   (a long decode)
@@ -72,6 +73,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
         new_tokens=options.new_tokens,
         policies=tuple(policies),
         save=options.save,
+        keep=options.keep,
     )
     if options.save is not None:
         files.check_writable(Path(options.save) / "manifest.json")
@@ -212,6 +214,11 @@ def _parser() -> argparse.ArgumentParser:
         "--new-tokens", type=int, default=24, help="tokens to decode after the pass key's question"
     )
     run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
+    run.add_argument(
+        "--keep",
+        metavar="REGEX",
+        help="what it matches of the text always stays, in policies with a price for every token",
+    )
     run.add_argument("--out", default="out/kv_budget", help="folder of the report")
     run.add_argument(
         "--save",

@@ -13,6 +13,7 @@ from flax import nnx
 from experiments.models.attention import PLAIN, attention_weights, causal_attention
 from experiments.models.transformer import Transformer
 from jbalance import importance
+from jbalance.importance import Knowledge
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
 
@@ -32,6 +33,7 @@ class Measured(NamedTuple):
     v: jax.Array  # [L, S, K, D]
     w: dict[str, jax.Array]  # by scorer, [L, K, S] importance of the tokens
     error: dict[str, jax.Array]  # by scorer, [L, K, M] output error of keeping counts[m] tokens
+    known: Knowledge | None = None  # the user's rules about the tokens
 
 
 def counts(num_tokens: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from jbalance.decode import plan as planning
 from jbalance.decode.context import Context, first_prompt_codes, write
 from jbalance.decode.plan import Levels, Plan, Reserve, Room
 from jbalance.decode.prefill import LayerTokens
-from jbalance.importance import TOKEN_SCORERS
+from jbalance.importance import TOKEN_SCORERS, Knowledge
 
 LADDER_BITS = (8, 4, 3)
 WIDE_PAGE_TOKENS = 8  # of pages at 16 bits: units get whole ones, so they are small
@@ -34,6 +34,7 @@ class Scores:
 
     w: np.ndarray  # [U, S] importance
     error: np.ndarray | None  # [U, M] what keeping `measure.counts` tokens costs in output error
+    known: Knowledge | None = None  # rules, which ladders of single tokens honor
 
 
 Rule = Callable[[Scores, Room], Levels]
@@ -112,7 +113,7 @@ def _least_level(counts: np.ndarray, average: float) -> int:
 
 def ladder(scores: Scores, room: Room) -> Levels:
     """One price over all tokens: what it allows each, from nothing to the highest precision."""
-    return planning.ladder(codes_of(scores.w))(room)
+    return planning.ladder(codes_of(scores.w, scores.known))(room)
 
 
 def uniform_bits(scores: Scores, room: Room) -> Levels:
@@ -234,6 +235,7 @@ def _plan(policy, measured, budgets_bytes, reserve, windows) -> Plan:
     scores = Scores(
         np.asarray(w).reshape(units, tokens),
         None if error is None else np.asarray(error).reshape(units, -1),
+        measured.known,
     )
     head_dim = measured.k.shape[-1]
     wide = token_bytes(head_dim, 16, timed=timed) * WIDE_PAGE_TOKENS
@@ -260,10 +262,10 @@ def pack(policy: Policy, measured: Measured, plan: Plan, devices: list[jax.Devic
     """The context as it was planned, on its devices."""
     w = measured.w[policy.scorer]
     layers = (LayerTokens(k, v, w) for k, v, w in zip(measured.k, measured.v, w, strict=True))
-    codes = codes_of(np.asarray(w).reshape(-1, w.shape[2])).reshape(w.shape)
+    codes = codes_of(np.asarray(w).reshape(-1, w.shape[2]), measured.known).reshape(w.shape)
     return write(plan, codes, layers, devices, centroids=policy.centroids)
 
 
-def codes_of(w: np.ndarray) -> np.ndarray:
-    """[U, S] codes of worth."""
-    return np.array(first_prompt_codes(w, w.shape[1]))
+def codes_of(w: np.ndarray, known: Knowledge | None = None) -> np.ndarray:
+    """[U, S] codes of worth, by rules."""
+    return np.array(first_prompt_codes(w, w.shape[1], known))

@@ -16,11 +16,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.harness import processes
-from experiments.kv_budget import data, evaluate, measure
+from experiments.harness.tokens import pieces
+from experiments.kv_budget import data, evaluate, measure, telling
 from experiments.kv_budget.data import Case
 from experiments.kv_budget.policies import (
     Policy,
     everything,
+    ladder,
     make_plan,
     pack,
     policy_of,
@@ -55,6 +57,7 @@ class Settings:
     new_tokens: int
     policies: tuple[str, ...]
     save: str | None = None  # folder for the last policy's state, half of the new tokens generated
+    keep: str | None = None  # a regular expression: tokens that ladders always keep
 
     def __post_init__(self) -> None:
         """ValueError for what can be seen without the model."""
@@ -68,6 +71,8 @@ class Settings:
             raise ValueError(f"--continuation-tokens is {self.continuation_tokens}: at least 1")
         if self.save is not None:
             check_folder(Path(self.save))
+        if self.keep is not None:
+            telling.pattern_of(self.keep)
         measure.check_length("--context-tokens: the context", self.context_tokens)
 
 
@@ -115,6 +120,9 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
     )
     step("prefill and scores")
     measured = jax.block_until_ready(measure.prefill(model, case.context, scorers_of(policies)))
+    read = pieces(tokenizer, case.context)
+    if settings.keep is not None:
+        measured = measured._replace(known=telling.kept_by_rule(settings.keep, read))
     step("reference: the full cache")
     job = Job(
         found.where.stem,
@@ -136,10 +144,12 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
         rows.append(row)
     step("quality against bytes")
     curve = _curve(job, policies, measured, rows)
-    report = _header(settings, job)
+    report = _header(settings, job, read)
     report |= {"policies": rows, "curve": curve}
     last = policies[-1]
-    report["importance"] = _importance(measured.w[last.scorer], plans[last.name])
+    w, plan = np.asarray(measured.w[last.scorer]), plans[last.name]
+    report["importance"] = telling.of_tokens(w, plan)
+    report["reasons"] = telling.reasons(w, plan, measured.known) if last.rule is ladder else []
     return report
 
 
@@ -271,17 +281,7 @@ def _full_bytes(job: Job) -> int:
     return job.decoder.dense_bytes(len(job.case.context) + job.reserve.new_tokens)
 
 
-def _importance(w: Any, plan: Plan) -> dict[str, list[float]]:
-    """Importance of each token, averaged over the heads, and how many of them kept it."""
-    w = np.asarray(w)
-    inner = slice(measure.NUM_SINKS, w.shape[-1] - measure.NUM_RECENT)
-    shown = w / w[..., inner].sum(axis=-1, keepdims=True)
-    top = shown[..., inner].mean(axis=(0, 1)).max()
-    mean = np.minimum(shown.mean(axis=(0, 1)), top)  # protected tokens stand above every score
-    return {"mean": mean.tolist(), "kept": plan.kept.mean(axis=(0, 1)).tolist()}
-
-
-def _header(settings: Settings, job: Job) -> dict[str, Any]:
+def _header(settings: Settings, job: Job, read: list[str]) -> dict[str, Any]:
     config, case = job.model.config, job.case
     excerpt = job.tokenizer.decode(case.context[-200:].tolist())
     start, stop = case.span
@@ -294,7 +294,11 @@ def _header(settings: Settings, job: Job) -> dict[str, Any]:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
         },
-        "text": {"name": settings.text_name, "excerpt": excerpt},
+        "text": {
+            "name": settings.text_name,
+            "excerpt": excerpt,
+            "pieces": read,
+        },
         "context_tokens": len(case.context),
         "continuation_tokens": len(case.continuation) - 1,
         "full_cache_bytes": _full_bytes(job),

@@ -94,7 +94,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     if list(bits) != sorted(set(bits), reverse=True):
         raise ValueError(f"bits is {bits}: they must descend, {tuple(sorted(set(bits))[::-1])}")
     size = [token_bytes(head_dim, b) for b in bits]
-    value = [1 - _ERROR[b] ** 0.75 for b in bits]
+    value = values(bits)
     slopes: list[float] = []
     at_bytes, at_value, level = 0, 0.0, len(bits)
     while level:  # the envelope's next corner is that of the steepest way up
@@ -102,6 +102,11 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
         slopes += [slope] * (level + best)
         at_bytes, at_value, level = size[-best], value[-best], -best
     return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
+
+
+def values(bits: tuple[int, ...]) -> list[float]:
+    """Of each level, the part of a token's worth that is kept there."""
+    return [1 - _ERROR[b] ** 0.75 for b in bits]
 
 
 def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:
@@ -148,13 +153,8 @@ def price_of(
             f"histogram has shape {np.shape(histogram)}: "
             f"it must be [U, M, {NUM_CODES}] with M = {len(offsets)}"
         )
-    prices = np.arange(LOWEST - max(offsets), PROTECTED + 1)
-    reaching = jnp.cumsum(tails(histogram), axis=1)  # of this level or one above
-    grid = np.broadcast_to(prices, (np.shape(histogram)[0], prices.size))
-    need = sum(
-        -(-count // size)
-        for count, size in zip(_counts(reaching, grid, offsets), page_tokens, strict=True)
-    )
+    prices = every_price(offsets)
+    need = pages_at(histogram, offsets, page_tokens)
     total = jnp.sum(need, axis=0)
     fits = total <= allowance_pages
     at = jnp.where(jnp.any(fits), jnp.argmax(fits), len(prices) - 1)
@@ -163,7 +163,7 @@ def price_of(
     enough = total[below] - saved <= allowance_pages
     spared = jnp.any(fits) & (np.arange(len(enough)) > jnp.argmax(enough))
     price = (prices[0] + jnp.where(spared, below, at)).astype(jnp.int32)
-    least, tokens = _fill(reaching, price, offsets, page_tokens)
+    least, tokens = filled(histogram, price, offsets, page_tokens)
     return Price(
         price,
         least,
@@ -173,8 +173,27 @@ def price_of(
     )
 
 
-def _fill(reaching, price, offsets, page_tokens):
-    """The least codes [U, M] that leave the fewest slots of the price's pages empty, and the tokens."""
+def every_price(offsets: tuple[int, ...]) -> np.ndarray:
+    """[n] that are looked at, rising: from what every token pays to what only protected ones do."""
+    return np.arange(LOWEST - max(offsets), PROTECTED + 1)
+
+
+def pages_at(
+    histogram: jax.Array, offsets: tuple[int, ...], page_tokens: tuple[int, ...]
+) -> jax.Array:
+    """[U, n] pages that each unit pays for at `every_price`; the arguments are those of `price_of`."""
+    prices = every_price(offsets)
+    grid = np.broadcast_to(prices, (np.shape(histogram)[0], prices.size))
+    counts = _counts(_reaching(histogram), grid, offsets)
+    return sum(-(-count // size) for count, size in zip(counts, page_tokens, strict=True))
+
+
+def filled(
+    histogram: jax.Array, price: jax.Array, offsets: tuple[int, ...], page_tokens: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The least codes [U, M] that leave the fewest slots of the pages that a price [U] pays for empty,
+    and the tokens at each level."""
+    reaching = _reaching(histogram)
     counts = jnp.concatenate(_counts(reaching, price[:, None], offsets), axis=1)
     slots = -(-counts // np.array(page_tokens, np.int32)) * np.array(page_tokens, np.int32)
     # Below where a lower level began, its own tokens stay there as well, and need slots.
@@ -194,6 +213,11 @@ def _fill(reaching, price, offsets, page_tokens):
         tokens.append(jnp.take_along_axis(number, least[-1][:, None], axis=1)[:, 0])
         above += tokens[-1]
     return jnp.stack(least, axis=1), jnp.stack(tokens, axis=1)
+
+
+def _reaching(histogram: jax.Array) -> jax.Array:
+    """[U, M, 256]: of tokens at this level or one above, how many have this code or a higher one."""
+    return jnp.cumsum(tails(histogram), axis=1)
 
 
 def tails(histogram: jax.Array) -> jax.Array:

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbalance import checks
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
-from jbalance.cache._sight import NO_WINDOW
+from jbalance.cache._price import PROTECTED
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, check_model
-from jbalance.decode.plan import Plan, Reserve, fit, ladder
+from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
+from jbalance.importance.blending import blend
+from jbalance.importance.knowledge import Knowledge, imply, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Context:
     num_tokens: int
     plan: Plan
     reserve: Reserve | None = None
+    codes: np.ndarray | None = None  # [L, K, S] uint8, the worth that the plan was made of
 
     @property
     def nbytes(self) -> list[int]:
@@ -65,6 +69,7 @@ def read(
     *,
     reserve: Reserve | None = None,
     devices: Sequence[jax.Device] | None = None,
+    known: Knowledge | None = None,
 ) -> Context:
     """Read a context into the devices' memories, at the precision that each token is worth.
 
@@ -77,21 +82,29 @@ def read(
       budgets_bytes: of each device, for the context and what is reserved beside it.
       reserve: for the requests that will read it; None for one of 64 new tokens.
       devices: [G]; None for the first ones.
+      known: rules about the S tokens, of `importance.knowledge`: what is measured is blended with its
+        prior, what it keeps stays at the finest precision in every head, and what stays in a head brings
+        along what it implies there.
 
     Raises:
-      ValueError: a model that is not supported, too few devices, or budgets too small.
+      ValueError: a model that is not supported, too few devices, budgets too small, or rules about
+        another number of tokens.
     """
     check_model(model)
     devices = devices_for(devices, len(budgets_bytes))  # before the prompt is read
     tokens = np.asarray(tokens)
     reserve = Reserve() if reserve is None else reserve
+    if known is not None:
+        checks.instance("known", known, Knowledge)
+        checks.length("known.keep", known.keep, len(tokens), "the number of tokens")
+        known = padded(known, prefill.capacity_for(len(tokens)))
     codes = [
-        np.asarray(first_prompt_codes(held.w, len(tokens)))[:, : len(tokens)]
+        np.asarray(first_prompt_codes(held.w, len(tokens), known))[:, : len(tokens)]
         for _, held in prefill.layers_of(model, tokens)
     ]
     shape = (model.num_layers, model.num_kv_heads, len(tokens))
     plan = fit(
-        ladder(np.concatenate(codes), _seen(model, len(tokens))),
+        ladder(np.concatenate(codes), in_windows(model.windows, *shape[1:])),
         shape,
         model.head_dim,
         list(budgets_bytes),
@@ -103,19 +116,16 @@ def read(
     return dataclasses.replace(context, reserve=reserve)
 
 
-def _seen(model: Model, num_tokens: int) -> np.ndarray | None:
-    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
-    if model.windows is None:
-        return None
-    age = num_tokens - np.arange(num_tokens)
-    seen = [age < (NO_WINDOW if w is None else w) for w in model.windows]
-    return np.repeat(np.stack(seen), model.num_kv_heads, axis=0)
-
-
 @jax.jit
-def first_prompt_codes(w: jax.Array, number: jax.Array | int) -> jax.Array:
-    """[K, S] codes of a request's first prompt, of which `number` tokens are there."""
-    return _prefill.prompt_codes(w, number, jnp.ones(w.shape[0], bool))
+def first_prompt_codes(
+    w: jax.Array, number: jax.Array | int, known: Knowledge | None = None
+) -> jax.Array:
+    """[K, S] codes of a request's first prompt, of which `number` tokens are there, by rules."""
+    fresh = jnp.ones(w.shape[0], bool)
+    if known is None:
+        return _prefill.prompt_codes(w, number, fresh)
+    codes = _prefill.prompt_codes(blend(w, known.prior, known.beta), number, fresh)
+    return imply(jnp.where(known.keep, np.uint8(PROTECTED), codes), known)
 
 
 def write(
@@ -153,7 +163,7 @@ def write(
                 caches[d] = _write_layer(
                     cache, layer, *moved, level, code, number, centroids=lasting
                 )
-    return Context(tuple(caches), number, plan)
+    return Context(tuple(caches), number, plan, codes=codes)
 
 
 def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:

@@ -18,7 +18,7 @@ import numpy as np
 from jbalance import checks, place
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import PageLayout, table_bytes, token_bytes
-from jbalance.cache._sight import clock_bytes
+from jbalance.cache._sight import NO_WINDOW, clock_bytes
 from jbalance.importance.token_worth import NUM_RECENT
 
 _PACKINGS = 4  # of one price's pages into the devices, before each gets its own price
@@ -112,6 +112,9 @@ class Plan:
     price: np.ndarray | None  # [G] worth per byte, if the rule has prices
     evenness: Evenness | None  # of several devices
     windows: tuple[int | None, ...] | None = None  # of each layer, if any has one
+    priced_pages: np.ndarray | None = (
+        None  # [1] of all devices at one price, or [G] at one for each
+    )
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -144,14 +147,12 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
         prices = np.zeros(room.num_pages.size)
         for d, num_pages in enumerate(room.num_pages):
             own = room.device_of == d
-            histogram = np.zeros((own.sum(), len(room.bits), _price.NUM_CODES), np.int32)
-            unit = np.broadcast_to(np.arange(len(histogram))[:, None], codes[own].shape)
-            np.add.at(histogram[:, 0], (unit[seen[own]], codes[own][seen[own]]), 1)
+            histogram = histogram_of(codes[own], seen[own], len(room.bits))
             out = _price.price_of(jnp.asarray(histogram), offsets, room.page_tokens, num_pages)
             if out.shortfall > 0:
                 raise ValueError(
-                    f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the first "
-                    f"and latest tokens of its units lack {out.shortfall}; give more"
+                    f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the "
+                    f"tokens of its units that always stay lack {out.shortfall}; give more"
                 )
             reached = _price.levels_of(codes[own], out.least[:, None])
             level[own] = np.where(seen[own], reached, len(room.bits))
@@ -160,6 +161,25 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
         return Levels(level, prices)
 
     return rule
+
+
+def histogram_of(codes: np.ndarray, seen: np.ndarray, num_levels: int) -> np.ndarray:
+    """[U, M, 256] of codes [U, S] that are seen [U, S], all of them new: at level 0."""
+    histogram = np.zeros((len(codes), num_levels, _price.NUM_CODES), np.int32)
+    unit = np.broadcast_to(np.arange(len(codes))[:, None], codes.shape)
+    np.add.at(histogram[:, 0], (unit[seen], codes[seen]), 1)
+    return histogram
+
+
+def in_windows(
+    windows: tuple[int | None, ...] | None, num_kv_heads: int, num_tokens: int
+) -> np.ndarray | None:
+    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
+    if windows is None:
+        return None
+    age = num_tokens - np.arange(num_tokens)
+    seen = [age < (NO_WINDOW if w is None else w) for w in windows]
+    return np.repeat(np.stack(seen), num_kv_heads, axis=0)
 
 
 def fit(
@@ -196,12 +216,13 @@ def fit(
     costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes, timed)
     pool = costs.room(budgets.sum(keepdims=True), np.zeros(shape[0] * shape[1], np.int32))
     chosen, room = rule(pool), pool
+    priced = pool.num_pages
     if budgets.size > 1:
-        chosen, room = _packed(rule, chosen, pool, costs, budgets)
+        chosen, room, priced = _packed(rule, chosen, pool, costs, budgets)
     tokens, size = costs.sizes(chosen.level, pool.pages_of(chosen.level))
     even = evenness(tokens, size, room.device_of, budgets)
     level = chosen.level.reshape(shape).astype(np.int8)
-    return Plan(level, room, chosen.price, even, windows)
+    return Plan(level, room, chosen.price, even, windows, priced)
 
 
 class _Costs(NamedTuple):
@@ -269,8 +290,11 @@ class _Costs(NamedTuple):
 
 def _packed(
     rule: Rule, chosen: Levels, pool: Room, costs: _Costs, budgets: np.ndarray
-) -> tuple[Levels, Room]:
-    """What was chosen for all bytes, packed into the devices at a rising price; else by device."""
+) -> tuple[Levels, Room, np.ndarray]:
+    """What was chosen for all bytes, packed into the devices at a rising price; else by device.
+
+    Besides the levels and the room the pages that were priced: [1], or [G] by device.
+    """
     for _ in range(_PACKINGS):
         pages = pool.pages_of(chosen.level)
         tokens, size = costs.sizes(chosen.level, pages)
@@ -279,10 +303,10 @@ def _packed(
         need = np.bincount(own, pages, budgets.size)
         if (need <= room.num_pages).all():
             price = None if chosen.price is None else chosen.price.repeat(budgets.size)
-            return Levels(chosen.level, price), room
+            return Levels(chosen.level, price), room, pool.num_pages
         pool = pool._replace(num_pages=np.minimum(room.num_pages.sum(), pool.num_pages - 1))
         chosen = rule(pool)
-    return rule(room), room
+    return rule(room), room, room.num_pages
 
 
 def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:

@@ -12,6 +12,15 @@ from jbalance.importance.entropy import entropy
 from jbalance.importance.expected_attention import expected_attention
 from jbalance.importance.features import FEATURE_SCORERS, feature_association, feature_importance
 from jbalance.importance.key_norm import key_norm
+from jbalance.importance.knowledge import (
+    Implies,
+    Keep,
+    Knowledge,
+    Matters,
+    imply,
+    in_spans,
+    knowledge,
+)
 from jbalance.importance.leverage import leverage
 from jbalance.importance.max_attention import max_attention
 from jbalance.importance.mutual_information import mutual_information
@@ -68,4 +77,12 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "combined",
     "blend",
     "decay_feedback",
+    # rules
+    "Matters",
+    "Keep",
+    "Implies",
+    "knowledge",
+    "Knowledge",
+    "imply",
+    "in_spans",
 ]

@@ -21,7 +21,7 @@ def test_examples_of_docstrings_run(name):
 
 def test_every_stage_has_a_page():
     found = set(site.documented())
-    for stage in ("importance", "allocate", "place", "attention", "cache", "decode", "sharded"):
+    for stage in ("importance", "allocate", "place", "attention", "cache", "decode", "explain"):
         assert set(site.paths_of(f"jbalance.{stage}")) <= found
     assert {"jbalance.allocate.ladder.ladder", "jbalance.types.Status"} <= found
     assert set(jbalance.__all__) - {"balancer", "Binding", "Status"} <= {

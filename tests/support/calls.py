@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ FRAMES = cache.create(40_000, 1, 1, 8, recent_tokens=0)
 CODES = cache.quantize(K, 4)
 SAMPLES = {"x": X, "y": Y, "num_classes": 2}
 TOKENS = {"q": Q, "k": K, "v": K}
+WHOLE = {"w": W, "budget": np.array([6, 6]), "floor": 0, "cap": 9, "device_of": OF}
+LADDER = {
+    "values": np.array([[0.0, 1], [0, 2], [0, 3]]),
+    "costs": np.array([1, 2]),
+    "budgets": np.array([5, 5]),
+    "device_of": OF,
+    "total_budget": 9,
+}
 
 # What works, and which of its arguments are static whole numbers.
 CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -108,6 +117,16 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"feedback": W / 3, "decay": 0.5, "new": W / 3},
         "",
     ),
+    "imply": (
+        importance.imply,
+        {"w": W, "known": importance.knowledge([importance.Keep(OF == 1)], 3)},
+        "",
+    ),
+    "in_spans": (
+        functools.partial(importance.in_spans, spans=[(0, 3)]),
+        {"offsets": np.array([[0, 2], [2, 4]])},
+        "",
+    ),
     "AttentionDims": (
         resources.AttentionDims,
         {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
@@ -131,20 +150,14 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "thirds": (resources.thirds, {"num_layers": 6}, "num_layers"),
     "water_fill": (allocate.water_fill, {"w": W, "budget": 6.0, "floor": 0.5, "cap": 9.0}, ""),
-    "whole": (
-        allocate.whole,
-        {"w": W, "budget": np.array([6, 6]), "floor": 0, "cap": 9, "device_of": OF},
-        "",
-    ),
-    "ladder": (
-        allocate.ladder,
-        {
-            "values": np.array([[0.0, 1], [0, 2], [0, 3]]),
-            "costs": np.array([1, 2]),
-            "budgets": np.array([5, 5]),
-            "device_of": OF,
-            "total_budget": 9,
-        },
+    "whole": (allocate.whole, WHOLE, ""),
+    "explain.whole": (jb.explain.whole, WHOLE, ""),
+    "rank_correlation": (jb.explain.rank_correlation, {"x": W, "y": W}, ""),
+    "ladder": (allocate.ladder, LADDER, ""),
+    "explain.ladder": (jb.explain.ladder, LADDER, ""),
+    "what_if": (
+        jb.explain.what_if,
+        LADDER | {"change": np.array([1, -1]), "total_change": 1},
         "",
     ),
     "proportional": (shares.proportional, {"w": W, "where": np.ones(3, bool)}, ""),
@@ -359,5 +372,5 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "balancer": (jb.balancer, {"decay": 0.5, "beta": 0.0, "eta": 0.0}, ""),
 }
 # Arguments that are objects of the library, or tuples.
-STRUCTURES = {"tiling", "plan", "cache", "codes", "segment_ids"}
+STRUCTURES = {"known", "tiling", "plan", "cache", "codes", "segment_ids"}
 RETURN_NO_ARRAYS = {"AttentionDims", "AttentionSpec", "Sampling", "Reserve", "Tiling", "balancer"}

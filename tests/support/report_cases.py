@@ -84,6 +84,7 @@ def made_up_report(
         "text": {
             "name": "a chapter of a public book",
             "excerpt": "It was a bright morning, and the house was still asleep.\n\n" * 12,
+            "pieces": [f" w{i}" for i in range(tokens)],
         },
         "context_tokens": tokens,
         "continuation_tokens": 256,
@@ -95,7 +96,13 @@ def made_up_report(
         "question": "What is the pass key? The pass key is",
         "passkey": {"answer": "48152", "start": start, "stop": stop} if passkey else None,
         "policies": rows,
-        "importance": {"mean": mean.tolist(), "kept": kept.tolist()},
+        "importance": {
+            "mean": mean.tolist(),
+            "kept": kept.tolist(),
+            "bits": (8 * kept).tolist(),
+            "worth_per_byte": mean.tolist(),
+        },
+        "reasons": ["Head 0 of layer 7 keeps 31 of 1,536 tokens, because device 1 is full."],
         "curve": [
             {
                 "policy": row["policy"],

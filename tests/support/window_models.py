@@ -5,7 +5,7 @@ Its oracle is written once more in NumPy, in float64, with dense masks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,12 +99,29 @@ def regret(prompt, found, attention: tuple[AttentionSpec, ...] | None = None) ->
     return float((logits.max(axis=1) - logits[np.arange(len(found)), np.asarray(found)]).max())
 
 
-def dense_logits(tokens: np.ndarray, attention: tuple[AttentionSpec, ...]) -> np.ndarray:
-    """[T, V] in float64."""
+class Kept(NamedTuple):
+    """What an intervention on T tokens leaves."""
+
+    seen: np.ndarray  # [L, K, T, T] bool, which query sees which key
+    heads: np.ndarray  # [L, T, H] bool
+    layers: np.ndarray  # [L, T] bool
+
+
+def dense_logits(
+    tokens: np.ndarray, attention: tuple[AttentionSpec, ...], kept: Kept | None = None
+) -> np.ndarray:
+    """[T, V] in float64; of what an intervention leaves."""
+    if kept is None:
+        size, number = len(tokens), len(attention)
+        kept = Kept(
+            np.ones((number, KV_HEADS, size, size), bool),
+            np.ones((number, size, HEADS), bool),
+            np.ones((number, size), bool),
+        )
     params, layers = _weights()
     params = {k: np.asarray(x, np.float64) for k, x in params.items()}
     x, at = params["embed"][tokens], np.arange(len(tokens))
-    for spec, layer in zip(attention, layers, strict=True):
+    for spec, layer, *left in zip(attention, layers, *kept, strict=True):
         h = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
         angle = at[:, None, None] * np.asarray(layer["turns"], np.float64)
         q, k, v = (np.tensordot(h, np.asarray(layer[n], np.float64), 1) for n in "qkv")
@@ -116,9 +133,11 @@ def dense_logits(tokens: np.ndarray, attention: tuple[AttentionSpec, ...]) -> np
             logits = spec.scale * q[:, head] @ k[:, own].T
             if spec.soft_cap is not None:
                 logits = spec.soft_cap * np.tanh(logits / spec.soft_cap)
-            weight = np.where(seen, np.exp(logits - logits.max()), 0)
+            weight = np.where(seen & left[0][own], np.exp(logits - logits.max()), 0)
             y[:, head] = weight / weight.sum(axis=1, keepdims=True) @ v[:, own]
-        x = x + np.einsum("thd,hde->te", y, np.asarray(layer["o"], np.float64))
+        y = y * left[1][..., None]
+        passed = x + np.einsum("thd,hde->te", y, np.asarray(layer["o"], np.float64))
+        x = np.where(left[2][:, None], passed, x)
     h = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
     return h @ params["head"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-from experiments.kv_budget.report import pictures
+from experiments.kv_budget.report import pictures, text_map
 from experiments.kv_budget.report.rows import (
     DEVICE_COLUMNS,
     POLICY_COLUMNS,
@@ -19,20 +19,21 @@ from experiments.kv_budget.report.wording import (
     chosen_policy,
     clean,
     find_policy,
-    human_bytes,
     label,
     number,
     policy_name,
     verdict,
     yes_no,
 )
+from jbalance.resources import human_bytes
 
 _TITLE = "What to keep when the key/value cache does not fit"
 _TEXT_LIMIT, _ANSWER_LIMIT = 4000, 300
 
 
 def render(report: Report) -> str:
-    body = "\n".join([*_introduction(report), *_pictures(report), *_tables(report), *_rest(report)])
+    parts = (_introduction, _text, _pictures, _tables, _rest)
+    body = "\n".join(line for part in parts for line in part(report))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -66,6 +67,22 @@ def _introduction(report: Report) -> Iterator[str]:
     yield f'<p class="verdict">{_escape(verdict(report))}</p>'
 
 
+def _text(report: Report) -> Iterator[str]:
+    name = label(report["policies"][-1]["policy"])
+    yield "<h2>The text as the cache remembers it</h2>"
+    yield text_map.remembered(report)
+    yield _caption(
+        f"The darker a token, the more bits of it are kept under {name}, the mean over layers and "
+        "heads; what is pale is gone from most of them. Hover over a token for its worth and the price."
+    )
+    for sentence in report["reasons"]:
+        yield _paragraph(sentence)
+    yield "<details><summary>What the queries ask for</summary>"
+    yield text_map.asked_for(report)
+    yield _caption("The same text; the darker a token, the higher the rank of its importance.")
+    yield "</details>"
+
+
 def _pictures(report: Report) -> Iterator[str]:
     name = label(chosen_policy(report)["policy"])
     yield "<h2>Which tokens matter, and which were kept</h2>"
@@ -83,6 +100,16 @@ def _pictures(report: Report) -> Iterator[str]:
         f"Tokens left in the cache of every layer and head under {name}"
         + (f", beside {RIVAL}, which gives every head the same." if beside else ".")
         + " Counted in the caches that the model decoded from.",
+    )
+    yield _figure(
+        pictures.lorenz(report),
+        f"The heads in the order of what they hold under {name}, against the part of all tokens that "
+        "they hold together: the further from the straight line, the less even. The area between the "
+        "two, doubled, is the Gini coefficient.",
+    )
+    yield _figure(
+        pictures.loads(report),
+        "Each device before, with an even part of the full cache, and after; the line is its budget.",
     )
     yield "<h2>What one more byte would be worth</h2>"
     yield from _prices(report)
@@ -183,6 +210,10 @@ def _escape(text: str) -> str:
 
 def _paragraph(text: str) -> str:
     return f"<p>{_escape(text)}</p>"
+
+
+def _caption(text: str) -> str:
+    return f'<p class="caption">{_escape(text)}</p>'
 
 
 def _figure(svg: str, caption: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's four pictures, each as one inline SVG with its alternative text."""
+"""The report's pictures, each as one inline SVG with its alternative text."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from experiments.kv_budget.report.wording import (
     Report,
     chosen_policy,
     find_policy,
-    human_bytes,
     label,
     number,
     percent,
 )
+from jbalance.resources import human_bytes
 
 _MARKERS = "osD^vPX*<>"
 
@@ -86,6 +86,56 @@ def entries(report: Report) -> str:
         if bar.solids is not None:
             bar.solids.set_rasterized(True)
         return to_svg(figure, "entries", alt)
+
+
+def lorenz(report: Report) -> str:
+    """Lorenz curve of the tokens that the heads hold under the chosen plan."""
+    chosen = chosen_policy(report)
+    held = np.sort(np.array(chosen["entries"]).ravel())
+    heads = np.linspace(0, 1, held.size + 1)
+    part = np.concatenate([[0], np.cumsum(held)]) / max(held.sum(), 1)
+    gini = 1 - (part[1:] + part[:-1]).sum() / held.size
+    least = np.interp(0.5, heads, part)
+    name = label(chosen["policy"], 24)
+    alt = f"Lorenz curve of the tokens by head under {name}: the half of the heads that hold least "
+    alt += f"hold {percent(least)} of the tokens; Gini coefficient {number(gini)}"
+    with new_figure(2.9) as figure:
+        ax = figure.subplots()
+        ax.plot([0, 100], [0, 100], color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        ax.plot(100 * heads, 100 * part, color=SERIES[0], linewidth=2)
+        ax.fill_between(100 * heads, 100 * part, 100 * heads, color=SERIES[0], alpha=0.18)
+        ax.annotate("even", (62, 65), ha="right", color=MUTED)
+        ax.set(title=f"{name}: Gini {number(gini)}", xlim=(0, 100), ylim=(0, 100))
+        ax.set(xlabel="heads, those that hold least first (%)", ylabel="tokens (%)")
+        ax.grid(linewidth=0.8)
+        return to_svg(figure, "lorenz", alt)
+
+
+def loads(report: Report) -> str:
+    """Bytes of each device with an even part of the full cache, and under the chosen plan."""
+    rows, number_of = chosen_policy(report)["devices"], len(report["devices"])
+    before = report["full_cache_bytes"] / number_of
+    names = [label(device["name"], 16) for device in report["devices"]]
+    unit = 2 ** (10 * min(int(math.log2(max(before, 1)) // 10), 3))
+    alt = f"Bars, bytes per device: before {human_bytes(before)} each; after " + ", ".join(
+        f"{name} {human_bytes(row['live_bytes'])} of {human_bytes(row['budget_bytes'])}"
+        for name, row in zip(names, rows, strict=True)
+    )
+    at = np.arange(number_of)
+    with new_figure(1.2 + 0.5 * number_of) as figure:
+        ax = figure.subplots()
+        for side, values, color, words in (
+            (-0.2, [before] * number_of, SERIES[1], "before"),
+            (0.2, [row["live_bytes"] for row in rows], SERIES[0], "after"),
+        ):
+            ax.barh(at + side, np.array(values) / unit, height=0.36, color=color, label=words)
+        budget = np.array([row["budget_bytes"] for row in rows]) / unit
+        ax.vlines(budget, at - 0.42, at + 0.42, color=INK, linewidth=1.6, label="budget")
+        ax.set_yticks(at, names)
+        ax.set(xlabel=human_bytes(unit).split()[-1], ylim=(number_of - 0.4, -0.6))
+        ax.tick_params(axis="y", length=0)
+        figure.legend(loc="outside lower center", ncols=3)
+        return to_svg(figure, "loads", alt)
 
 
 def has_prices(report: Report) -> bool:

@@ -7,13 +7,13 @@ from typing import Any
 from experiments.kv_budget.report.wording import (
     Report,
     fixed,
-    human_bytes,
     label,
     number,
     percent,
     policy_name,
     yes_no,
 )
+from jbalance.resources import human_bytes
 
 POLICY_COLUMNS = (
     *("policy", "KL", "NLL rise", "perplexity", "top-1", "pass key"),

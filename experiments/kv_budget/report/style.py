@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from experiments.harness import palette
+from experiments.kv_budget.report import text_map
 
 
 def _series(colors: Sequence[str]) -> str:
@@ -58,4 +59,5 @@ blockquote, pre {
 }
 pre { font-size: .85rem; }
 """
+    + text_map.CSS
 )

@@ -12,15 +12,6 @@ Report = dict[str, Any]
 CHOSEN, RIVAL = "ladder", "uniform"
 
 
-def human_bytes(amount_bytes: float) -> str:
-    """Bytes in the largest binary unit that keeps the figure at one or more: `1536` is `1.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(amount_bytes) < 1024 or unit == "GiB":
-            break
-        amount_bytes /= 1024
-    return f"{amount_bytes:.2f}".removesuffix(".00") + f" {unit}"
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A figure with so many significant digits; `-` where there is none."""
     if value is None:

@@ -95,6 +95,7 @@ RUN = ["run", "--device-memory"]
         ([*RUN, "4MiB", "--text", TEXT, "--context-tokens", "20"], "at least 129"),
         ([*RUN, "4MiB", "--text", TEXT, "--context-tokens", "100"], "at least 129"),
         ([*RUN, "4MiB", "--text", TEXT, "--new-tokens", "1"], "--new-tokens is 1"),
+        ([*RUN, "4MiB", "--text", TEXT, "--keep", "("], "--keep is '(', no regular expression"),
         ([*RUN, "4MiB", "--text", TEXT, "--continuation-tokens", "0"], "at least 1"),
         ([*RUN, ",".join(["1MiB"] * 9), "--text", TEXT], "9 entries, but there are 8 devices"),
     ],

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from experiments.kv_budget.report import print_table, write
-from experiments.kv_budget.report.wording import human_bytes, verdict
+from experiments.kv_budget.report.wording import verdict
+from jbalance.resources import human_bytes
 from tests.support.report_cases import HOSTILE, POLICIES, Page, made_up_report
 
 MANY = (*POLICIES, *(f"other-policy-{i}" for i in range(15)))
@@ -38,7 +39,8 @@ def hostile_report():
     report = made_up_report(policies=("full", HOSTILE, "ladder"))
     report["question"] = report["command"] = HOSTILE
     report["model"]["name"] = report["passkey"]["answer"] = HOSTILE
-    report["text"] = {"name": HOSTILE, "excerpt": f"{HOSTILE} \ud800 " + "x" * 100_000}
+    report["text"] |= {"name": HOSTILE, "excerpt": f"{HOSTILE} \ud800 " + "x" * 100_000}
+    report["text"]["pieces"][5] = report["reasons"][0] = f"{HOSTILE} \ud800"
     report["machine"]["platform"] = report["devices"][0]["name"] = HOSTILE * 50
     report["versions"][HOSTILE] = HOSTILE
     for row in report["policies"]:
@@ -70,7 +72,8 @@ REPORTS = {
     "one token": lambda: made_up_report(tokens=1, passkey=False),
     "no curve": lambda: without(curve=[]),
     "nothing important": lambda: without(
-        importance={"mean": [0.0] * 9, "kept": [0.0] * 9}, passkey=None
+        importance=dict.fromkeys(("mean", "kept", "bits", "worth_per_byte"), [0.0] * 9),
+        passkey=None,
     ),
     "hostile text": hostile_report,
     "not finite": not_finite_report,
@@ -101,7 +104,7 @@ def test_pictures_have_a_text_and_their_own_ids(case, tmp_path):
     page, text, _ = written(REPORTS[case](), tmp_path)
     pictures = page.all("svg")
     has_prices = case not in {"only the full cache", "one device, one policy, one head"}
-    assert len(pictures) == (4 if has_prices else 3) == text.count("<figcaption>")
+    assert len(pictures) == (6 if has_prices else 5) == text.count("<figcaption>")
     assert all(len(picture["aria-label"]) > 20 and picture["role"] == "img" for picture in pictures)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -130,6 +133,35 @@ def test_page_says_what_was_run_and_found(tmp_path):
     assert "(over)" in page.text
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_opens_with_the_text_as_it_is_remembered(tmp_path):
+    report = made_up_report(tokens=9)
+    report["importance"]["bits"] = [0.0, 0.1, 8.0, 4.0, 2.0, 0.0, 0.0, 0.0, 8.0]
+    report["text"]["pieces"] = ["Call", " me", " Ish", "mael", ".", "\n", "Some", " years", " ago"]
+    page, text, _ = written(report, tmp_path)
+    assert page.text.index("as the cache remembers it") < page.text.index("Which tokens matter")
+    assert "Call me Ish mael . Some years ago" in page.text  # the words of each tag apart
+    spans = [x for x in page.all("span") if x.get("title", "").endswith("a KiB, price 6.35e-06")]
+    assert [x["class"] for x in spans] == ["s0", "s1", "s8", "s4", "s2", "s0", "s0", "s0", "s8"]
+    assert spans[2]["title"].startswith("8.0 bits, ")
+    assert report["reasons"][0] in page.text
+    assert text.count('class="text-map"') == 2
+
+
+def test_a_long_text_is_cut(tmp_path):
+    page, *_ = written(made_up_report(tokens=5000), tmp_path)
+    assert "and 904 tokens more" in page.text
+    assert len(page.all("span")) == 2 * 4096
+
+
+def test_evenness_of_the_heads_is_measured(tmp_path):
+    report = made_up_report()
+    row = next(row for row in report["policies"] if row["policy"] == "ladder")
+    row["entries"] = [[0, 0, 0, 10]]
+    page, *_ = written(report, tmp_path)
+    words = " ".join(picture["aria-label"] for picture in page.all("svg"))
+    assert "hold 0.0 % of the tokens; Gini coefficient 0.75" in words
 
 
 def test_hostile_text_is_text(tmp_path):

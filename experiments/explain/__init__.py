@@ -1,0 +1,1 @@
+"""Scores of tokens, heads and layers against what ablation says of them."""
