@@ -1,7 +1,7 @@
 """Language models in Flax, loaded from files on disk: no hub, no network."""
 
 from experiments.models.attention import causal_attention, decode_attention, prefill_attention
-from experiments.models.chat import Chat, chat_prompt
+from experiments.models.chat import Chat, chat_prompt, next_turn
 from experiments.models.config import TransformerConfig
 from experiments.models.generate import greedy
 from experiments.models.gguf import load_gguf
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "load_gguf",
     "load_hf_directory",
+    "next_turn",
     "prefill_attention",
     "smollm2_path",
 ]

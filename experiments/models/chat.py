@@ -71,6 +71,34 @@ def chat_prompt(chat: Chat, question: str, text: str = "") -> list[int]:
     return _encoded(chat.tokenizer, hidden, prompt, control, with_ends=False)
 
 
+def next_turn(chat: Chat, question: str) -> list[int]:
+    """Token ids from the end of an answer up to where the next one begins.
+
+    The first of them end the answer's turn: who has that token from the model leaves it out.
+
+    Args:
+      chat: of the model.
+      question: the user's next one.
+
+    Raises:
+      ValueError: the template fails, or leaves the answer or the question out.
+    """
+    control = {token.content: i for i, token in _control(chat.tokenizer).items()}
+    hidden = _Hidden(question, [x for x in control if x in question], chat.template or "")
+    if chat.template is None:
+        return _encoded(chat.tokenizer, hidden, f"\n\n{hidden.text}", control, with_ends=False)
+    from experiments.models import chat_template  # Jinja is for those who chat
+
+    answer = hidden.next_free()
+    said = [("user", "?"), ("assistant", answer), ("user", hidden.text)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    prompt = chat_template.render(chat.template, messages, chat.tokens, chat.where)
+    _, found, rest = prompt.partition(answer)
+    if not found or hidden.text.strip() not in rest:
+        raise ValueError(f"the chat template in {chat.where} does not give a chat as it is")
+    return _encoded(chat.tokenizer, hidden, rest, control, with_ends=False)
+
+
 class _Hidden:
     """A user's text with a private character in the place of each control token in it."""
 

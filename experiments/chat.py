@@ -1,0 +1,116 @@
+"""Talk with a model of yours, all that was said within the memory that each device gives.
+
+python -m experiments.chat --memory 8MiB
+python -m experiments.chat --model DIR --text FILE --memory 64MiB,32MiB
+
+A line on standard input is what you say; with --text the first is about that text. Answers come on
+standard output, token by token. However long the chat, its keys and values stay within the memory: each
+token is kept at the precision that it is worth. `/memory` shows what is held; `/quit` or the end of the
+input ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from experiments.generate import Written
+from experiments.harness import cli
+from experiments.models import options as models
+
+
+def job(options: argparse.Namespace) -> None:
+    memory = cli.memory("--memory", options.memory)
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: at least 1")
+
+    from experiments.harness import texts
+
+    text = texts.read_file(options.text) if options.text else ""
+    cli.simulated_devices(len(memory))
+
+    import numpy as np
+
+    from experiments.models import chat_prompt, next_turn
+    from jbalance import adapters, decode
+    from jbalance.decode import Sampling
+
+    print(f"loading {options.model}", file=sys.stderr)
+    found = models.loaded(options)
+    chat = found.spoken
+    decoder = adapters.decoder(found.model, found.model.attention_specs)
+    state = decode.create(decoder, memory)
+    sampling, position = Sampling(options.temperature, seed=options.seed), 0
+    for line in said():
+        if line == "/memory":
+            print(held(state, memory, position), file=sys.stderr)
+            continue
+        if line == "/quit":
+            break
+        ids = next_turn(chat, line) if position else chat_prompt(chat, line, text)
+        if position and ids[0] == int(state.tokens[0]):
+            ids = ids[1:]  # the model ended its turn itself
+        size = position + len(ids) + options.max_new_tokens
+        models.check_positions(found, size, "what was said and --max-new-tokens")
+        tokens = np.array(ids, np.int32)
+        if position:
+            state = decode.tell(decoder, state, 0, tokens)
+        else:
+            state = decode.join(decoder, state, 0, tokens, sampling=sampling)
+        written, answer = Written(chat.tokenizer), []
+        while int(state.tokens[0]) not in chat.end_ids:
+            answer.append(int(state.tokens[0]))
+            written.show(answer)
+            if len(answer) == options.max_new_tokens:
+                break
+            _, state = decode.step(decoder, state)
+        written.end(answer)
+        position = int(state.positions[0])
+
+
+def said() -> Iterator[str]:
+    """Lines of standard input that say something."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def held(state, memory, position: int) -> str:
+    """What each device holds, and at which precision all heads hold the tokens that were read."""
+    lines = []
+    for d, (cache, budget) in enumerate(zip(state.caches, memory, strict=True)):
+        counts = cache.arena.count.sum(axis=0).tolist()
+        levels = ", ".join(
+            f"{n:,} at {bits} bits" for n, bits in zip(counts, cache.arena.bits, strict=True)
+        )
+        heads = cache.units_per_request
+        left = heads * position - sum(counts) - heads * int(cache.recent_count[0])
+        lines.append(
+            f"device {d}: {cache.nbytes:,} of {budget:,} bytes; of {position} tokens in {heads} heads "
+            f"{levels}, {heads * int(cache.recent_count[0]):,} recent, {left:,} in centroids"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit code."""
+    parser = cli.parser("experiments.chat", __doc__)
+    models.add_options(parser)
+    parser.add_argument("--text", help="a UTF-8 text file that the first question is about")
+    parser.add_argument(
+        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    return cli.run(parser, job, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
