@@ -11,8 +11,8 @@ COLAB = ROOT / "colab"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
 TRAINING = [path for path in NOTEBOOKS if "NOTEBOOK_STEPS" in path.read_text(encoding="utf-8")]
 FEW_STEPS = 30
-# Of the real model, which take long to compile.
-LONG = ("experiments.models.load", "experiments.compiled.measure")
+# Of the real model or of eight devices, which take long to compile.
+LONG = ("experiments.models.load", "experiments.compiled.measure", "sharded.cache.create")
 MARKS = {
     path: pytest.mark.slow
     for path in NOTEBOOKS
