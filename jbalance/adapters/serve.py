@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,10 @@ def serialize(
         `attention.attend(backend="xla")`, in adapters `Tiles(backend="xla")`.
 
     Raises:
-      ImportError: without flatbuffers, which `jax.export` writes with.
+      ImportError: without flatbuffers, which `jax.export` writes with (the extra `export`).
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError('serialize needs flatbuffers: pip install "jbalance[export]"')
 
     def without_checks(*args: Any) -> Any:
         return checkify.checkify(step, errors=frozenset())(*args)[1]

@@ -1,5 +1,6 @@
 """Exported with `jax.export`: another process runs it without jbalance, and pruning makes it smaller."""
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -103,3 +104,9 @@ def test_a_model_is_exported_for_two_platforms_at_once():
     tokens = jnp.zeros((1, T), jnp.int32)
     both = adapters.serialize(step, tokens, *leaves, platforms=("cpu", "cuda"))
     assert jax.export.deserialize(bytearray(both)).platforms == ("cpu", "cuda")
+
+
+def test_without_flatbuffers_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"jbalance\[export\]"):
+        adapters.serialize(lambda x: x, jnp.ones(2))
