@@ -26,7 +26,7 @@ PROTECTED = 255  # the code of tokens that are neither demoted nor evicted
 NUM_CODES = 256
 LOWEST, HIGHEST = 1, 254  # codes of worth, saturated
 _PER_OCTAVE, _OF_ONE = 12, 200  # code of worth 1
-_ERROR = {1: 0.357, 2: 0.111, 3: 0.0295, 4: 0.0072, 8: 3.45e-5, 16: 0.0}
+_ERROR = {1: 0.561, 2: 0.125, 3: 0.0304, 4: 0.00724, 8: 3.43e-5, 16: 0.0}
 
 
 class Price(NamedTuple):
