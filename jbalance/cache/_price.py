@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
-from jbalance.cache._layout import token_bytes
+from jbalance.cache._layout import PageLayout, token_bytes
 
 PROTECTED = 255  # the code of tokens that are neither demoted nor evicted
 NUM_CODES = 256
 LOWEST, HIGHEST = 1, 254  # codes of worth, saturated
 _PER_OCTAVE, _OF_ONE = 12, 200  # code of worth 1
+# Of a vector with the same bits for all coordinates; of keys in two halves the logits have less.
 _ERROR = {1: 0.561, 2: 0.125, 3: 0.0304, 4: 0.00724, 8: 3.43e-5, 16: 0.0}
+_HALVES = 0.4
 
 
 class Price(NamedTuple):
@@ -94,7 +96,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     if list(bits) != sorted(set(bits), reverse=True):
         raise ValueError(f"bits is {bits}: they must descend, {tuple(sorted(set(bits))[::-1])}")
     size = [token_bytes(head_dim, b) for b in bits]
-    value = [1 - _ERROR[b] ** 0.75 for b in bits]
+    value = [1 - error(head_dim, b) ** 0.75 for b in bits]
     slopes: list[float] = []
     at_bytes, at_value, level = 0, 0.0, len(bits)
     while level:  # the envelope's next corner is that of the steepest way up
@@ -102,6 +104,12 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
         slopes += [slope] * (level + best)
         at_bytes, at_value, level = size[-best], value[-best], -best
     return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
+
+
+def error(head_dim: int, bits: int) -> float:
+    """Relative squared error of a token at so many bits: the mean of its logits' and its value's."""
+    keys = _HALVES if PageLayout(head_dim, bits, 0).split else 1
+    return _ERROR[bits] * (1 + keys) / 2
 
 
 def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import lax
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
-from jbalance.cache import _centroids
+from jbalance.cache import _centroids, _channels
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import advanced, checked_allowance, settle
@@ -173,8 +173,9 @@ def held_attention(
     positions [T], which a window needs; a unit with a window has no centroids.
     """
     units = cache.units(request, layer)
-    mean = cache.key_mean.at[units].get(mode="clip")
-    shift = _product("ktd,kd->kt", q, mean) / math.sqrt(q.shape[-1])
+    basis = _channels.of_units(cache, units)
+    shift = _product("ktd,kd->kt", q, basis.mean) / math.sqrt(q.shape[-1])
+    q = basis.asked(q)
     sight = Sight(limits, bias=None if limits.soft_cap is None else shift)
     if limits.window is not None:
         assert cache.clock is not None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jbalance import cache
 from jbalance.cache import _codec
+from jbalance.cache._rotation import rotate, rotation, unrotate
 
 BITS = [1, 2, 3, 4, 8]
 SOME_BITS = [3, 8, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 2, 4))]
@@ -248,11 +249,11 @@ def test_traced_values_saturate_and_stay_finite():
 
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 56, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256])
 def test_rotation_is_orthonormal_and_flat(head_dim):
-    r = _codec.rotation(head_dim).astype(np.float64)
+    r = rotation(head_dim).astype(np.float64)
     np.testing.assert_allclose(r @ r.T, np.eye(head_dim), atol=1e-6)
     np.testing.assert_allclose(abs(r), head_dim**-0.5, rtol=1e-6)
     x = gaussian(10, head_dim)
-    np.testing.assert_allclose(_codec.unrotate(_codec.rotate(x)), x, atol=1e-5)
+    np.testing.assert_allclose(unrotate(rotate(x)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -262,7 +263,7 @@ def test_attention_needs_no_rotation_back(bits):
     whole = _codec.integer_levels(codes.packed, bits) + 0.5 * (bits == 8)
     stored = whole * _codec.step(D, bits) * codes.norm.astype(jnp.float32)[:, None]
     np.testing.assert_allclose(
-        _codec.rotate(q) @ stored.T, q @ cache.dequantize(codes, D, bits).T, atol=1e-4
+        rotate(q) @ stored.T, q @ cache.dequantize(codes, D, bits).T, atol=1e-4
     )
 
 

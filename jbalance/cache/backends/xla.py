@@ -93,6 +93,7 @@ def _attend_level(q, arena, units, index, level, sight):
     # Blocks of all units lie one after the other, so that small groups share an iteration.
     ends = jnp.cumsum(-(-count // block_tokens))
     starts = ends - (-(-count // block_tokens))
+    q = layout.asked(q)
     half = 0.5 * jnp.sum(q, axis=-1, keepdims=True)
     query = _Query(_rows(q, bits, contract_tokens=False), half, sight)
     of_unit = jnp.arange(units.shape[0])
@@ -149,17 +150,19 @@ class _Tile(NamedTuple):
             pairs = part.reshape(blocks, -1, head_dim, 2)
             return lax.bitcast_convert_type(pairs, jnp.bfloat16)
         if bits == 8:
-            return _codec.integer_levels(part.reshape(blocks, -1, head_dim), 8)
+            return self.layout.levels(index, part.reshape(blocks, -1, head_dim))
         part = part.reshape(*part.shape[:2], -1, page_tokens)
         joined = jnp.concatenate([part[:, i] for i in range(part.shape[1])], axis=-1)
-        levels = _codec.integer_levels(joined.reshape(blocks, -1), bits)
+        levels = self.layout.levels(index, joined.reshape(blocks, -1))
         return levels.reshape(blocks, head_dim, -1)
 
-    def norms(self, index):
-        """Norms of the keys (0) or values (1): [B, tokens] float32."""
-        return lax.bitcast_convert_type(self._halves(KEY_NORMS + index), jnp.float16).astype(
-            jnp.float32
-        )
+    def units(self, index):
+        """What one of `vectors` is worth in each part of keys (0) or values (1): [B, tokens] float32."""
+        norms = self.layout.norms(index, self._halves(KEY_NORMS + index))
+        return [
+            norm * _codec.step(part.size, part.bits)
+            for norm, part in zip(norms, self.layout.parts(index), strict=True)
+        ]
 
     def times(self):
         """Positions of the tokens [B, tokens] uint16, modulo 2^16."""
@@ -190,11 +193,12 @@ def _softmax_blocks(query, tile, there):
     if layout.wide:
         values = jnp.where(there[..., None], values, 0)
     else:
-        weight = jnp.where(weight > 0, weight * tile.norms(1)[:, None], 0)
+        (unit,) = tile.units(1)
+        weight = jnp.where(weight > 0, weight * unit[:, None], 0)
     y = _product(_rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits)
     if bits == 8:
         y += 0.5 * jnp.sum(weight, axis=-1, keepdims=True)
-    return y if layout.wide else y * _codec.step(layout.head_dim, bits), mass, top
+    return y, mass, top
 
 
 def _logits(query, tile, some):
@@ -203,14 +207,15 @@ def _logits(query, tile, some):
     head_dim, bits = tile.layout[:2]
     if tile.layout.wide:
         return _product(rows, tile.vectors(0), contract_tokens=False, bits=bits)
-    norms = (tile.norms(0) * _codec.step(head_dim, bits))[:, None]
+    units = jnp.stack(tile.units(0), axis=1)
     if bits == 8:
-        return (_product(rows, tile.vectors(0), contract_tokens=False, bits=bits) + half) * norms
+        return (_product(rows, tile.vectors(0), contract_tokens=False, bits=bits) + half) * units
     # Unpacked by itself, in lanes of 8 bits: XLA would fuse it with the conversion, in lanes of 32 bits,
     # which takes twice as long. It does not fuse across branches.
-    shape = *tile.ids.shape[:1], head_dim, norms.shape[-1]
+    shape = *tile.ids.shape[:1], head_dim, units.shape[-1]
     levels = lax.cond(some, lambda: tile.vectors(0), lambda: jnp.zeros(shape, jnp.int8))
-    keys = levels.astype(jnp.float32) * norms
+    parts = levels.astype(jnp.float32).reshape(shape[0], units.shape[1], -1, shape[2])
+    keys = (parts * units[:, :, None]).reshape(shape)
     return _product(rows, keys, contract_tokens=False, bits=bits)
 
 
