@@ -7,7 +7,7 @@ WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
 	text_classification.lstm long_text long_text.summaries
-.PHONY: compiled experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
+.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -82,16 +82,27 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 
-# Every study with its arms and seeds, which together take some two hours on two cores; what a file
-# holds is not run again.
-experiments: venv
-	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --json out/experiments/$$name.json || exit 1; done
-	$(BIN)/python -m experiments.text_classification --json out/experiments/text_classification.json
-	$(BIN)/python -m experiments.translation --json out/experiments/translation.json
+# Every study with its arms and seeds, some two hours on two cores; what a file holds is not run again.
+experiments: $(STUDIES:%=study-%) study-text_classification study-translation
+
+study-%: venv
+	$(BIN)/python -m experiments.$* --json out/experiments/$*.json
 
 # A small size of each, to see whether it runs.
 experiments-smoke: venv
-	for name in $(STUDIES); do $(BIN)/python -m experiments.$$name --smoke --seeds 0 --json out/smoke/$$name.json || exit 1; done
+	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=smoke-%)
+
+smoke-%: venv
+	$(BIN)/python -m experiments.$* --smoke --seeds 0 --json out/smoke/$*.json
+
+# The site, with warnings as errors, into out/site.
+docs: venv $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m experiments.harness site
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet $(WHEELS) --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv .cache out data build dist *.egg-info

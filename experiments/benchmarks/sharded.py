@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from experiments.benchmarks import _collectives, _report
+from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
+from experiments.harness import collectives
 from jbalance import attention, importance, place, sharded
 from jbalance._search import MOST_PASSES
 
@@ -89,7 +90,7 @@ def _ladder_rows(units: int) -> Iterator[Row]:
     hlo = _compiled(_ladder(mesh, units)).as_text()
     case = f"ladder_n{units}_g{number}"
     usual, most = (
-        _collectives.traffic(hlo, passes=MOST_PASSES, branches=branches).numbers
+        collectives.traffic(hlo, passes=MOST_PASSES, branches=branches).numbers
         for branches in (False, True)
     )
     yield Row(case, "scalars_per_solve", usual, Bar(MOST_SCALARS))
@@ -105,7 +106,7 @@ def _stage_rows(
 
 
 def _rows(case: str, compiled: Any) -> Iterator[Row]:
-    sent = _collectives.traffic(compiled.as_text(), passes=MOST_PASSES, branches=False)
+    sent = collectives.traffic(compiled.as_text(), passes=MOST_PASSES, branches=False)
     memory = compiled.memory_analysis()
     yield Row(case, "collective_bytes", sent.bytes)
     yield Row(case, "collectives", sent.collectives)

@@ -1,11 +1,11 @@
-"""Kernels compiled by the accelerators' own compilers: what their schedules and code say.
+"""Kernels, and whole programs for pods, compiled by the accelerators' own compilers.
 
     make compiled
     experiments/compiled/.venv/bin/python -m experiments.compiled [--json OUT] [--page OUT] [--only PART]
 
-Compiles every case for every chip, some half an hour on two cores, and writes a file of results and a
-page. No accelerator is needed, and nothing is timed. Cases that the file holds are not compiled again;
---only takes those whose name has that part.
+Compiles every kernel for every chip and every program for every pod, some two hours on two cores, and
+writes a file of results and a page. No accelerator is needed, and nothing is timed. What the file holds
+is not compiled again; --only takes those whose name has that part.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experiments.compiled import cases, gpu, page, tpu
+from experiments.compiled import cases, gpu, page, pod, pods, tpu
 from experiments.harness import cli, files, progress
 
 RESULTS, PAGE = Path("docs/results/compiled.json"), Path("docs/results/compiled.md")
 PACKAGES = ("jax", "libtpu", "triton")
-SECONDS = 600  # that a compiler may take
+SECONDS = 3600  # that a compiler may take
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,34 +39,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _job(options: argparse.Namespace) -> None:
     chosen = [
-        (case, chip)
+        ("cases", "one", case.name, chip)
         for case in cases.all_cases().values()
         for chip in (tpu.CHIPS if case.platform == "tpu" else gpu.CHIPS)
-        if options.only in case.name
     ]
+    chosen += [("pods", "pod", name, where) for name in pods.programs() for where in pod.PODS]
+    chosen = [x for x in chosen if options.only in x[2]]
     if not chosen:
         raise ValueError(f"--only is {options.only!r}: no case has that in its name")
     versions = {name: version(name) for name in PACKAGES}
-    report: dict[str, Any] = {"versions": versions, "cases": {}}
+    report: dict[str, Any] = {"versions": versions, "cases": {}, "pods": {}}
     if options.json.exists():
         old = files.read_json(options.json)
         if old["versions"] == versions:
-            report = old
+            report |= old
     with progress.bar("Compiling", len(chosen)) as advance:
-        for case, chip in chosen:
-            held = report["cases"].setdefault(case.name, {})
-            if chip not in held:
-                held[chip] = compile_one(case.name, chip)
+        for kind, module, name, where in chosen:
+            held = report[kind].setdefault(name, {})
+            if where not in held:
+                held[where] = compile_one(module, name, where)
                 files.write_json(options.json, report)
             advance()
     files.write_text(options.page, page.text_of(report))
     print(options.page)
 
 
-def compile_one(name: str, chip: str) -> dict[str, Any]:
-    """What `one` prints, or why its process ended."""
+def compile_one(module: str, name: str, where: str) -> dict[str, Any]:
+    """What `one` or `pod` prints, or why its process ended."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.compiled.one", name, chip, folder]
+        command = [sys.executable, "-m", f"experiments.compiled.{module}", name, where, folder]
         environment = {**os.environ, **tpu.environment(Path(folder))}
         try:
             done = subprocess.run(

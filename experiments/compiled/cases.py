@@ -15,7 +15,7 @@ from jbalance.cache._rotation import rotate_keys
 from jbalance.cache.backends import gpu, tpu
 
 TOKENS, HEADS = 2048, 2
-UNITS, QUERIES, PAGES = 16, 4, 4000
+UNITS, QUERIES, PROMPT, PAGES, PAGE_BYTES = 16, 4, 4096, 4000, 16384
 TYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -109,20 +109,7 @@ def _splash():
 
 def splash(queries: int, keys: int, inner: int, head_dim: int, backward: bool = False) -> Program:
     """JAX's own block-sparse attention for TPUs, causal, over all tiles."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as module
-
-    mask = module.MultiHeadMask([module.CausalMask((TOKENS, TOKENS))] * HEADS)
-    sizes = module.BlockSizes(
-        block_q=queries,
-        block_kv=keys,
-        block_kv_compute=inner,
-        block_q_dkv=queries,
-        block_kv_dkv=keys,
-        block_kv_dkv_compute=inner,
-        block_q_dq=queries,
-        block_kv_dq=keys,
-    )
-    kernel = module.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    kernel = splash_kernel(queries, keys, inner, TOKENS, HEADS)
     x = jax.ShapeDtypeStruct((HEADS, TOKENS, head_dim), jnp.bfloat16)
 
     def gradient(q, k, v):
@@ -133,18 +120,39 @@ def splash(queries: int, keys: int, inner: int, head_dim: int, backward: bool = 
     return Program(gradient if backward else kernel, (x, x, x), queries * keys / 128**2)
 
 
+def splash_kernel(queries: int, keys: int, inner: int, tokens: int, heads: int) -> Any:
+    """What computes it for q, k, v [heads, tokens, D]."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as module
+
+    mask = module.MultiHeadMask([module.CausalMask((tokens, tokens))] * heads)
+    sizes = module.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=inner,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=inner,
+        block_q_dq=queries,
+        block_kv_dq=keys,
+    )
+    return module.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
 def _pages_cases():
     for head_dim in (64, 128, 256):
         for bits in (16, 8, 4, 3):
             for platform in ("tpu", "gpu"):
                 name = f"pages, {bits} bits, D={head_dim}, {platform.upper()}"
                 yield Case(name, platform, functools.partial(pages, platform, head_dim, bits))
+    for platform in ("tpu", "gpu"):  # a second prompt over what the first has left
+        name = f"pages, 4 bits, D=128, {PROMPT:,} queries, {platform.upper()}"
+        yield Case(name, platform, functools.partial(pages, platform, 128, 4, PROMPT))
 
 
-def pages(platform: str, head_dim: int, bits: int) -> Program:
-    """Attention of one token's queries straight from packed pages of one precision."""
+def pages(platform: str, head_dim: int, bits: int, queries: int = QUERIES) -> Program:
+    """Attention of queries straight from packed pages of one precision."""
     at = arena(head_dim, (bits,))
-    q = jax.ShapeDtypeStruct((UNITS, QUERIES, head_dim), jnp.float32)
+    q = jax.ShapeDtypeStruct((UNITS, queries, head_dim), jnp.float32)
     units = jax.ShapeDtypeStruct((UNITS,), jnp.int32)
     kernel = {"tpu": tpu, "gpu": gpu}[platform]
 
@@ -157,19 +165,8 @@ def pages(platform: str, head_dim: int, bits: int) -> Program:
 
 
 def arena(head_dim: int, bits: tuple[int, ...]) -> Any:
-    """An arena of shapes alone, with the smallest pages of 4 KiB or more that both kernels read."""
-    groups = UNITS * len(bits)
-    for size in range(4096, 2**17, 128):
-        shapes: list[Any] = [
-            jax.ShapeDtypeStruct((PAGES, size), jnp.uint8),
-            *(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (PAGES, groups + 1)),
-            jax.ShapeDtypeStruct((UNITS, len(bits)), jnp.int32),
-        ]
-        data, order, offset, count = shapes
-        found = _pages.Arena(data, order, offset, count, head_dim, bits)
-        if not any(kernel.unsupported(found) for kernel in (tpu, gpu)):
-            return found
-    raise ValueError(f"no page size for {bits} bits of {head_dim}")
+    """An arena of shapes alone."""
+    return jax.eval_shape(lambda: _pages.empty(PAGES, UNITS, head_dim, bits, PAGE_BYTES))
 
 
 def _gpu_peers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.compiled import cases
+from experiments.compiled import cases, pods
 
 TEXT = """# Kernels by the accelerators' own compilers
 
@@ -19,6 +19,15 @@ step of the innermost loop with products, over the tiles in it; what a row begin
 apart (`beside`), as is the longer branch of a step in which some keys are masked. At these sizes a
 head's keys and values lie in vector memory; beyond 8 MiB (8,192 tokens at D = 128) the listed blocks
 are copied, some six cycles each. `a thousand` counts cached numbers, keys and values.
+"""
+
+PODS = """A model of Llama 8B's shape, its layers split over groups of {chips} chips. Decoding has
+{requests} requests of {context:,} tokens in each group, within {percent:.0f} % of a full cache's bytes;
+prefill reads a prompt of {prompt:,} tokens in each group; training takes an example of {example:,}
+tokens in each, attends to half of its causal tiles of {block} x {block}, chosen in the step, and its
+weights and their moments lie over all chips. The stages alone have {units:,} units a chip. Bytes are
+those of a chip; collectives are what one chip runs and receives in a step, loops times their passes
+(a search, whose passes depend on its data, counts once).
 """
 
 
@@ -40,9 +49,26 @@ def text_of(report: Mapping[str, Any]) -> str:
         *_tpu(tpu, lambda name: name.startswith("pages"), "a thousand"),
         "\n## GPUs\n",
         *_gpu(gpu),
+        "\n## Whole programs on pods\n",
+        PODS.format(**_sizes()),
+        *_pods(report["pods"]),
         "\n## Refused\n",
-        *_refused(given),
+        *_refused({**given, **report["pods"]}),
     ]) + "\n"  # fmt: skip
+
+
+def _sizes() -> dict[str, float]:
+    """Of the programs for pods."""
+    return {
+        "chips": pods.MODEL,
+        "requests": pods.REQUESTS,
+        "context": pods.CONTEXT,
+        "percent": 100 * pods.SHARE,
+        "prompt": pods.PROMPT,
+        "example": pods.EXAMPLE,
+        "block": pods.BLOCK,
+        "units": pods.UNITS,
+    }
 
 
 def _beside(given) -> list[str]:
@@ -114,6 +140,32 @@ def _gpu(given) -> Iterable[str]:
     ]
     heads = (name.removesuffix(" in the loop") for name in names)
     return _table(["case", "kernel", "chip", *heads], rows)
+
+
+def _pods(given) -> Iterable[str]:
+    rows = []
+    for name, found_on in given.items():
+        for where, found in found_on.items():
+            if "reason" in found:
+                continue
+            sent = found["collectives"].items()
+            rows.append([
+                name, where, f"{found['arguments bytes'] / 2**30:.2f}",
+                f"{found['temporary bytes'] / 2**30:.2f}",
+                f"{100 * found['part of the memory']:.1f} %",
+                "; ".join(f"{x['count']} {kind}, {_size(x['bytes'])}" for kind, x in sent) or "none",
+            ])  # fmt: skip
+    head = ["program", "pod", "arguments, GiB", "temporaries, GiB", "of the memory", "collectives"]
+    return _table(head, rows)
+
+
+def _size(number) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 def _refused(given) -> Iterable[str]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jbalance import _fallback
 from jbalance._exp2 import LOG2_E
 from jbalance.attention._loads_gpu import (
     LEAST,
@@ -56,6 +57,8 @@ def unsupported(
     operands: Operands, where: Visibility, rules: Rules, method: str = "forward"
 ) -> str | None:
     """Why this back end cannot run that, or None."""
+    if reason := _fallback.old_gpu():
+        return reason
     plan = where.plan
     widths = operands.q.shape[3], operands.v.shape[3]
     if max(widths) > HEAD_DIM:

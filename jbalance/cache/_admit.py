@@ -223,7 +223,7 @@ def _weigh(arena, owner, num_units, ages):
         at = jnp.minimum(place, arena.num_pages - 1)
         level = owner.level[at]
         byte = jnp.minimum(jnp.asarray(start)[level][:, None] + slot, arena.page_bytes - 1)
-        code = arena.data[arena.order[at][:, None], byte]
+        code = arena.data[arena.order[at][:, None], *_place_of(arena, byte)]
         valid = (slot < owner.used[at][:, None]) & inside[:, None]
         kept = jnp.where(inside, place, arena.num_pages)
         if ages is not None:
@@ -250,9 +250,15 @@ def _times_at(arena, at, level, slot):
     def half(number):
         first = jnp.asarray(start + number * size)[level][:, None]
         byte = jnp.minimum(first + slot, arena.page_bytes - 1)
-        return arena.data[page, byte].astype(jnp.int32)
+        return arena.data[page, *_place_of(arena, byte)].astype(jnp.int32)
 
     return half(0) + 256 * half(1)
+
+
+def _place_of(arena, byte):
+    """Row of a page and place in it of its bytes."""
+    width = arena.data.shape[2]
+    return byte // width, byte % width
 
 
 class _Fate(NamedTuple):

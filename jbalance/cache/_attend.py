@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,8 +16,8 @@ from jbalance.cache._rotation import rotate_keys, unrotate
 from jbalance.cache._sight import FULL, Sight
 from jbalance.cache.backends import gpu, tpu, xla
 
-# The TPU kernel is not chosen by itself: XLA copies the arena for it on every call, `backends.tpu`.
 _KERNELS = {"gpu": gpu, "tpu": tpu}
+_PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}  # of a kernel
 
 
 def attend_pages(
@@ -25,6 +26,7 @@ def attend_pages(
     units: jax.Array,
     *,
     sight: Sight | None = None,
+    together: int | None = None,
     backend: str | None = None,
 ) -> Partial:
     """Paged attention: queries over all tokens of their units, whatever their precisions.
@@ -39,9 +41,12 @@ def attend_pages(
       units: [N] int32, indices into the arena's units; an index that is none of them, such as -1, has
         no tokens.
       sight: what the queries [N, T] see; None for all tokens, without a cap.
-      backend: "gpu", "tpu" or "xla", static; None for the GPU kernel on CUDA where it can read the
-        arena, else XLA. The kernels run on their own platform only, so export for several platforms at
-        once needs "xla". Windows and caps are read by "xla" only.
+      together: of N, a divisor: so many units share XLA's loops, which join the tiles of different
+        units, and the next follow after them; kernels compute each by itself. None for all. Units that
+        are not together do not change each other's results by a bit.
+      backend: "gpu", "tpu" or "xla", static; None for the platform's kernel where it can read the
+        arena, else XLA; a warning says once why it cannot. The kernels run on their own platform only,
+        so export for several platforms at once needs "xla". Windows and caps are read by "xla" only.
 
     Returns:
       `Partial` with y [N, T, D] and lse [N, T], float32; a unit without tokens has y = 0.
@@ -58,7 +63,7 @@ def attend_pages(
     units = jnp.asarray(units, jnp.int32)
     known = (units >= 0) & (units < arena.count.shape[0])
     turned = rotate_keys(q) / math.sqrt(arena.head_dim)
-    total = _by_backend(turned, arena, jnp.where(known, units, 0), sight, backend)
+    total = _by_backend(turned, arena, jnp.where(known, units, 0), sight, together, backend)
     y = jnp.where(known[:, None, None], unrotate(total.y), 0)
     return Partial(y, jnp.where(known[:, None], total.lse, EMPTY))
 
@@ -88,17 +93,31 @@ def _check_backend(backend: str | None, arena: Arena, sight: Sight | None) -> No
             )
 
 
-def _by_backend(q, arena, units, sight, backend) -> Partial:
+def _by_backend(q, arena, units, sight, together, backend) -> Partial:
     """Attention of rotated and scaled queries by one back end."""
-    if sight is not None:
-        return xla.attend_rotated(q, arena, units, sight)
     if backend in _KERNELS:
         return _KERNELS[backend].attend_rotated(q, arena, units)
-    reason = gpu.unsupported(arena)
-    if reason and backend is None and jax.default_backend() == "gpu":
+    attend = functools.partial(_by_xla, sight=sight, together=together or q.shape[0])
+    if backend == "xla":
+        return attend(q, arena, units)
+    why = "windows and soft caps are read by XLA" if sight is not None else None
+    reasons = {name: why or kernel.unsupported(arena) for name, kernel in _KERNELS.items()}
+    if reason := reasons.get(jax.default_backend()):
         _fallback.say("attention over the cache's pages", reason)
-    if backend == "xla" or reason:
-        return xla.attend_rotated(q, arena, units)
-    return lax.platform_dependent(
-        q, arena, units, cuda=gpu.attend_rotated, default=xla.attend_rotated
-    )
+    kernels = {
+        _PLATFORMS[name]: _KERNELS[name].attend_rotated
+        for name, reason in reasons.items()
+        if reason is None
+    }
+    if not kernels:
+        return attend(q, arena, units)
+    return lax.platform_dependent(q, arena, units, **kernels, default=attend)
+
+
+def _by_xla(q, arena, units, *, sight, together) -> Partial:
+    """XLA's loops over some units, then over the next."""
+    if together == q.shape[0]:
+        return xla.attend_rotated(q, arena, units, sight)
+    rows = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (q, units, sight))
+    out = lax.map(lambda row: xla.attend_rotated(row[0], arena, *row[1:]), rows)
+    return Partial(*(x.reshape(-1, *x.shape[2:]) for x in out))

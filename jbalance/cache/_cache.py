@@ -28,7 +28,7 @@ from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import _centroids, _pages, _price
 from jbalance.cache._centroids import Centroids
-from jbalance.cache._layout import table_bytes, token_bytes
+from jbalance.cache._layout import TILE_BYTES, PageLayout, table_bytes, token_bytes
 from jbalance.cache._pages import Arena
 from jbalance.cache._sight import MOST_WINDOW, Clock, clock_bytes, create_clock
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
@@ -36,6 +36,7 @@ from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
 BITS = (8, 4, 3)
 PAGES_PER_UNIT = 20  # about
 LEAST_PAGE_BYTES, MOST_PAGE_BYTES = 512, 16384
+MOST_PAGES = 1 << 17  # on accelerators: a TPU's scalar memory holds their tables
 _ALIGN_BYTES = 64
 _RECENT_SHARE, _LEAST_RECENT, _MOST_RECENT = 8, 4, 512
 
@@ -126,6 +127,9 @@ def page_bytes_for(
 ) -> int:
     """A size of pages: about 20 per unit, within 512 bytes to 16 KiB, that wastes little at every level.
 
+    On accelerators, from 4 KiB a page on, whole tiles of a TPU, whose kernel reads those, and larger
+    ones for arenas of more than 2 GiB.
+
     >>> page_bytes_for(10**7, 90, 64, (8, 4, 3))
     6784
 
@@ -137,18 +141,29 @@ def page_bytes_for(
       timed: whether tokens have positions.
 
     Returns:
-      Bytes, a multiple of 64.
+      Bytes, a multiple of 64; on accelerators of 4,096, if pages are no smaller.
     """
     sizes = np.array([token_bytes(head_dim, b, timed=timed) for b in bits])
-    about = budget_bytes / (PAGES_PER_UNIT * num_units)
+    accelerated = jax.default_backend() != "cpu"
+    most = max(MOST_PAGE_BYTES, 4 * sizes.max(), accelerated * budget_bytes // MOST_PAGES)
     about = min(
-        max(about, LEAST_PAGE_BYTES, 4 * sizes.max()), max(MOST_PAGE_BYTES, 4 * sizes.max())
+        max(budget_bytes / (PAGES_PER_UNIT * num_units), LEAST_PAGE_BYTES, 4 * sizes.max()), most
     )
-    low = max(math.ceil(0.8 * about / _ALIGN_BYTES), LEAST_PAGE_BYTES // _ALIGN_BYTES)
-    page = np.arange(low, math.floor(1.25 * about / _ALIGN_BYTES) + 1) * _ALIGN_BYTES
-    page = page[page <= max(about, MOST_PAGE_BYTES)]
-    waste = np.mean(page[:, None] % sizes / page[:, None], axis=1)
+    if accelerated and about >= TILE_BYTES:
+        page = np.arange(round(0.8 * about / TILE_BYTES), math.ceil(1.25 * about / TILE_BYTES) + 1)
+        page = page * TILE_BYTES
+    else:
+        low = max(math.ceil(0.8 * about / _ALIGN_BYTES), LEAST_PAGE_BYTES // _ALIGN_BYTES)
+        page = np.arange(low, math.floor(1.25 * about / _ALIGN_BYTES) + 1) * _ALIGN_BYTES
+    page = page[page <= max(about, most)]
+    held = np.array([[_held(int(p), head_dim, b, timed) for b in bits] for p in page])
+    waste = np.mean(1 - held * sizes / page[:, None], axis=1)
     return int(page[np.argmin(waste)])
+
+
+def _held(page_bytes, head_dim, bits, timed):
+    """Tokens in a page."""
+    return PageLayout.within(page_bytes, head_dim, bits, timed=timed).page_tokens
 
 
 @in_32_bits

@@ -39,6 +39,8 @@ from jbalance.cache._rotation import (
 )
 
 WIDE_BITS = 16  # stored as bfloat16, without a norm
+ROW_BYTES = 128
+TILE_BYTES = 32 * ROW_BYTES  # a TPU's memory holds uint8 in such: others are padded there
 # The parts of a page, in their order.
 KEYS, VALUES, KEY_NORMS, VALUE_NORMS, CODES, TIMES = range(6)
 _LEAST_RATIO, _MOST_RATIO = 0x3000, 15 / 8  # the former's bits as a float16
@@ -57,8 +59,10 @@ class PageLayout(NamedTuple):
     def within(
         cls, page_bytes: int, head_dim: int, bits: int, *, timed: bool = False
     ) -> PageLayout:
-        """That of pages of so many bytes."""
-        return cls(head_dim, bits, page_bytes // token_bytes(head_dim, bits, timed=timed), timed)
+        """That of pages of so many bytes; of whole tiles of a TPU with tokens in whole steps."""
+        number = page_bytes // token_bytes(head_dim, bits, timed=timed)
+        step = 1 if page_bytes % TILE_BYTES else cls(head_dim, bits, 0, timed).token_step
+        return cls(head_dim, bits, number - number % step, timed)
 
     @property
     def wide(self) -> bool:
@@ -76,6 +80,14 @@ class PageLayout(NamedTuple):
         norm = 0 if self.wide else 2
         vector = self.head_dim * self.bits // 8
         return (vector, vector, norm, norm, 1, *((2,) if self.timed else ()))
+
+    @property
+    def token_step(self) -> int:
+        """Tokens in whose multiples the TPU kernel reads pages; coordinates begin at words then."""
+        if not self.across:
+            return max(1, ROW_BYTES // self.widths[0])
+        narrowest = min(self.run(index) for index in (KEYS, VALUES))
+        return max(4, ROW_BYTES // narrowest) if ROW_BYTES % narrowest == 0 else 4
 
     @property
     def token_bytes(self) -> int:
@@ -96,6 +108,10 @@ class PageLayout(NamedTuple):
         if index == KEYS and self.split:
             return _planes.halves(self.head_dim, self.bits)
         return _planes.whole(self.head_dim, self.bits)
+
+    def run(self, index: int) -> int:
+        """Coordinates of keys (0) or values (1) that lie in one run, of their narrowest plane."""
+        return min(x.rows(part.size) for part in self.parts(index) for x in part.planes)
 
     @property
     def split(self) -> bool:
@@ -198,6 +214,14 @@ class PageLayout(NamedTuple):
     def _split(self, rows):
         """Bytes [..., token_bytes] to the parts."""
         return jnp.split(rows, np.cumsum(self.widths)[:-1], axis=-1)
+
+
+def page_shape(page_bytes: int) -> tuple[int, int]:
+    """[rows, bytes of a row] of a page in an arena: rows of 128 bytes, a lane each, if it has such.
+
+    A TPU copies whole rows of a page; from an array [P, page_bytes] it would first copy all pages.
+    """
+    return (page_bytes // ROW_BYTES, ROW_BYTES) if page_bytes % ROW_BYTES == 0 else (1, page_bytes)
 
 
 def token_bytes(head_dim: int, bits: int, *, timed: bool = False) -> int:

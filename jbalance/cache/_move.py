@@ -9,6 +9,7 @@ the arena there are only a few pages.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ class Walk(NamedTuple):
 class Work(NamedTuple):
     """What the walk changes."""
 
-    data: jax.Array  # [P, page_bytes] uint8
+    data: jax.Array  # as the arena's
     group: jax.Array  # [P] int32, whose each page of the supply is
     taken: jax.Array  # [] int32, how many of the supply have been written
     buffers: tuple[jax.Array, ...]  # of each level [tokens, token_bytes] uint8
@@ -141,7 +142,7 @@ def _read(work, plan, layouts, new, unit, source, i):
             page = i * _read_pages(layout) + np.arange(_read_pages(layout))
             at = jnp.minimum(plan.first[unit, level] + page, plan.supply.shape[0] - 1)
             used = jnp.where(page < plan.number[unit, level], plan.used[at], 0)
-            rows = layout.from_page(data[plan.supply[at]])
+            rows = layout.from_page(data[plan.supply[at]].reshape(page.size, -1))
             valid = (np.arange(layout.page_tokens) < used[:, None]).reshape(-1)
             k, v, code = layout.decode(rows)
             reached = jnp.maximum(_price.levels_of(code, plan.least[unit]), level)
@@ -263,10 +264,12 @@ def _write(work, plan, layouts, level, group):
     """Write one page of a level's buffer to the next page of the supply."""
     layout, buffer = layouts[level], work.buffers[level]
     size = layout.page_tokens
+    shape = work.data.shape[1:]
     page = layout.to_page(buffer[:size])
+    page = jnp.pad(page, (0, math.prod(shape) - page.size)).reshape(1, *shape)
     at = plan.supply[work.taken]
     return work._replace(
-        data=lax.dynamic_update_slice(work.data, page[None], (at, 0)),
+        data=lax.dynamic_update_slice(work.data, page, (at, 0, 0)),
         group=work.group.at[work.taken].set(group),
         taken=work.taken + 1,
         buffers=_with(work.buffers, level, jnp.concatenate([buffer[size:], buffer[:size]])),

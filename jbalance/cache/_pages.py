@@ -18,7 +18,7 @@ import numpy as np
 
 from jbalance import checks
 from jbalance.cache import _codec
-from jbalance.cache._layout import WIDE_BITS, PageLayout, table_bytes, token_bytes
+from jbalance.cache._layout import WIDE_BITS, PageLayout, page_shape, table_bytes, token_bytes
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,7 @@ from jbalance.cache._layout import WIDE_BITS, PageLayout, table_bytes, token_byt
 class Arena:
     """Pages [P] and whose they are; U units, M levels, group g = u M + m."""
 
-    data: jax.Array  # [P, page_bytes] uint8
+    data: jax.Array  # [P, *page_shape(page_bytes)] uint8
     order: jax.Array  # [P] int32, page ids by group, then those that are free
     offset: jax.Array  # [U M + 1] int32, group g has pages order[offset[g] : offset[g + 1]]
     count: jax.Array  # [U, M] int32, tokens in the group
@@ -43,7 +43,12 @@ class Arena:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.data.shape[1]
+        return self.data.shape[1] * self.data.shape[2]
+
+    @property
+    def flat(self) -> jax.Array:
+        """[P, page_bytes] uint8; on TPUs a copy."""
+        return self.data.reshape(self.num_pages, self.page_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +169,7 @@ def empty(
 ) -> Arena:
     """The arena of `create`, by the number of its pages."""
     return Arena(
-        data=jnp.zeros((num_pages, page_bytes), jnp.uint8),
+        data=jnp.zeros((num_pages, *page_shape(page_bytes)), jnp.uint8),
         order=jnp.arange(num_pages, dtype=jnp.int32),
         offset=jnp.zeros(num_units * len(bits) + 1, jnp.int32),
         count=jnp.zeros((num_units, len(bits)), jnp.int32),
@@ -297,7 +302,9 @@ def write(
     ids = arena.order[jnp.clip(begin[:, None] + page, 0, arena.num_pages - 1)]
     touched = page * layout.page_tokens < written[:, None]
     ids = jnp.where(touched, ids, arena.num_pages)
-    data = arena.data.at[ids, : layout.used_bytes].set(content, mode="drop")
+    content = jnp.pad(content, ((0, 0), (0, 0), (0, arena.page_bytes - layout.used_bytes)))
+    content = content.reshape(rows, window, *arena.data.shape[1:])
+    data = arena.data.at[ids].set(content, mode="drop")
     count = arena.count.at[units, level].set(written)
     return dataclasses.replace(arena, data=data, count=count), given - written
 
@@ -319,7 +326,7 @@ def read(arena: Arena, unit: jax.Array, level: int) -> Tokens:
     ids = arena.order[jnp.clip(begin + page, 0, arena.num_pages - 1)]
     slot = jnp.arange(arena.num_pages * layout.page_tokens)
     valid = slot < arena.count[unit, level]
-    k, v, code = layout.decode(layout.from_page(arena.data[ids]))
+    k, v, code = layout.decode(layout.from_page(arena.data[ids].reshape(page.size, -1)))
     k, v = (jnp.where(valid[:, None], x, 0) for x in (k, v))
     return Tokens(k, v, valid, jnp.where(valid, code, 0))
 

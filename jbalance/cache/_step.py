@@ -110,33 +110,32 @@ def attend_token(
     """One layer of `step` without its end: the token is in the recent buffer, but does not count yet."""
     requests = cache.num_requests
     q = q.reshape(requests, cache.num_kv_heads, -1, cache.head_dim)
-    units = jax.vmap(lambda b: cache.units(b, layer))(jnp.arange(requests))
+    request = jnp.arange(requests)
+    units = jax.vmap(lambda b: cache.units(b, layer))(request)
     buffers = cache.recent_keys, cache.recent_values, cache.recent_energy
-    old = [x.at[units].get(mode="clip") for x in buffers]
+    keys, values, energy = (x.at[units].get(mode="clip") for x in buffers)
     place = (cache.recent_start + cache.recent_count) % cache.recent_tokens
-
-    def one_request(row):
-        request, q, k, v, keys, values, energy, place = row
-        keys, values = (
-            x.at[:, place].set(new.astype(x.dtype)) for x, new in ((keys, k), (values, v))
+    keys, values = (
+        jax.vmap(lambda x, new, at: x.at[:, at].set(new.astype(x.dtype)))(
+            x, jnp.asarray(new), place
         )
-        position = None
-        if cache.clock is not None:
-            position = jnp.broadcast_to(cache.clock.next[request], q.shape[1])
-        held = held_attention(cache, request, layer, q, position, limits)
-        if context is not None:
-            held = merge(held, held_attention(context, 0, layer, q, position, limits))
-            if context.recent_tokens:
-                held = merge(held, recent_attention(context, 0, layer, q, position, limits))
-        one = None if position is None else position[:1]  # its queries are of one token
-        before = _recent_seen(cache, request, energy, one, limits)[:, 0]
-        seen = (before | (np.arange(cache.recent_tokens) == place))[:, None]
-        y, attention = _attend_recent(q, keys, values, seen, held, limits)
-        gained = jnp.sum(jnp.square(attention), axis=1)
-        return y, jnp.where(before & active[request] & jnp.isfinite(gained), gained, 0)
-
-    rows = jnp.arange(requests), q, jnp.asarray(k), jnp.asarray(v), *old, place
-    y, gained = lax.map(one_request, rows)
+        for x, new in ((keys, k), (values, v))
+    )
+    size = q.shape[2]  # queries that share a key, of one token
+    position = None if cache.clock is None else cache.clock.next[:, None].repeat(size, axis=1)
+    held = _held_by_all(cache, units, q, position, limits)
+    if context is not None:
+        held = merge(held, _held_by_one(context, layer, q, position, limits))
+    position = None if position is None else position[:, :1]
+    before = jax.vmap(lambda b, e, at: _recent_seen(cache, b, e, at, limits))(
+        request, energy, position
+    )[:, :, 0]
+    seen = before | (np.arange(cache.recent_tokens) == place[:, None])[:, None]
+    y, attention = jax.vmap(_attend_recent, (0, 0, 0, 0, 0, None))(
+        q, keys, values, seen[:, :, None], held, limits
+    )
+    gained = jnp.sum(jnp.square(attention), axis=2)
+    gained = jnp.where(before & active[:, None, None] & jnp.isfinite(gained), gained, 0)
     known = units < cache.key_mean.shape[0]
     y = jnp.where(known[:, :, None, None], y, 0)
     # Read before anything is written, or XLA keeps a copy of all buffers to read from later.
@@ -172,18 +171,45 @@ def held_attention(
     The mean key that is missing in both shifts all logits of a query by the same. Queries have
     positions [T], which a window needs; a unit with a window has no centroids.
     """
-    units = cache.units(request, layer)
+    latest = None if cache.clock is None else cache.clock.next[request]
+    return _held(cache, cache.units(request, layer), q, position, latest, limits)
+
+
+def _held_by_all(cache, units, q, position, limits) -> Partial:
+    """Attention of queries [B, K, T, D] at positions [B, T] over the arenas of their requests."""
+    lead, heads = q.shape[:3], q.shape[1]
+    latest = None
+    if position is not None:
+        position, latest = (x.repeat(heads, axis=0) for x in (position, cache.clock.next[:, None]))
+    q = q.reshape(-1, *q.shape[2:])
+    part = _held(cache, units.reshape(-1), q, position, latest, limits, together=heads)
+    return Partial(part.y.reshape(*lead, -1), part.lse.reshape(lead))
+
+
+def _held_by_one(context, layer, q, position, limits) -> Partial:
+    """Attention of queries [B, K, T, D] at positions [B, T] over one context, which is read once."""
+    requests, heads, size, head_dim = q.shape
+    q = jnp.swapaxes(q, 0, 1).reshape(heads, -1, head_dim)
+    position = None if position is None else position.reshape(-1)
+    part = held_attention(context, 0, layer, q, position, limits)
+    if context.recent_tokens:
+        part = merge(part, recent_attention(context, 0, layer, q, position, limits))
+    y = jnp.swapaxes(part.y.reshape(heads, requests, size, head_dim), 0, 1)
+    return Partial(y, jnp.swapaxes(part.lse.reshape(heads, requests, size), 0, 1))
+
+
+def _held(cache, units, q, position, latest, limits, together=None) -> Partial:
+    """Attention of queries [N, T, D] over the arenas and centroids of their units [N]."""
     basis = _channels.of_units(cache, units)
     shift = _product("ktd,kd->kt", q, basis.mean) / math.sqrt(q.shape[-1])
     q = basis.asked(q)
     sight = Sight(limits, bias=None if limits.soft_cap is None else shift)
     if limits.window is not None:
-        assert cache.clock is not None
         assert position is not None
         # What is only read is not purged: beyond its last window nothing of it is seen, at any age.
-        nearest = jnp.minimum(position, cache.clock.next[request] + limits.window)
+        nearest = jnp.minimum(position, latest + limits.window)
         sight = dataclasses.replace(sight, position=jnp.broadcast_to(nearest, q.shape[:2]))
-    part = attend_pages(q, cache.arena, units, sight=sight)
+    part = attend_pages(q, cache.arena, units, sight=sight, together=together)
     if limits.window is None:
         part = merge(part, _centroids.attend(q, cache.centroids, units, sight))
     return part if limits.soft_cap is not None else part._replace(lse=part.lse + shift)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance.cache import KVCache, _cache, _centroids
-from jbalance.cache._layout import table_bytes
+from jbalance.cache._layout import page_shape, table_bytes
 from jbalance.cache._pages import Arena
 from jbalance.cache._sight import clock_bytes, create_clock
 
@@ -68,7 +68,7 @@ def taken_apart(cache: KVCache) -> Units:
             for name in _CLOCK_ROWS
         }
     used = np.asarray(arena.order)[: int(arena.offset[-1])]
-    return Units(units, {k: np.asarray(x) for k, x in rows.items()}, np.asarray(arena.data)[used])
+    return Units(units, {k: np.asarray(x) for k, x in rows.items()}, np.asarray(arena.flat)[used])
 
 
 def put_together(
@@ -97,6 +97,7 @@ def put_together(
     offset: Any = np.concatenate([[0], np.cumsum(rows["pages"])]).astype(np.int32)
     order: Any = np.arange(pages, dtype=np.int32)
     timed = windows is not None
+    data = data.reshape(pages, *page_shape(page_bytes))
     arena = Arena(data, order, offset, rows["count"], head_dim, bits, timed)
     empty, tree = jax.tree.flatten(_centroids.create(1, head_dim))
     leaves = [rows[f"centroids{i}"] for i in range(len(empty))]

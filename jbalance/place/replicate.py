@@ -39,7 +39,7 @@ def replicate(loads: ArrayLike, num_devices: int, num_slots: int, *, swaps: int 
 
     Raises:
       ValueError: loads negative or NaN, fewer slots than units, more than copies on distinct
-      devices.
+          devices.
 
     References: the balancer of DeepSeek-AI's expert parallelism, which gives copies and places
     longest first (arXiv:2412.19437, section 3.4; it may put two copies on one device); Graham

@@ -4,6 +4,7 @@ lowered for the accelerators that these tests do not have."""
 import dataclasses
 import functools
 import re
+import types
 import warnings
 
 import jax
@@ -242,6 +243,22 @@ def test_a_fallback_is_said_by_its_reason(monkeypatch):
         warnings.simplefilter("error")
         run(16, "tpu")
         run(24, "cpu")
+
+
+def test_gpus_that_do_not_multiply_bfloat16_have_no_kernel(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 96, 1, 64), jnp.float32)
+    plan = attention.dense(attention.Tiling(96, 96, 32, 32))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, message in (("7.5", "capability is 7.5: it must be at least 8"), ("9.0", None)):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            jax.eval_shape(lambda q: attention.attend(q, q, q, plan, causal=True), x)
+        assert [
+            str(w.message) for w in said if message and message in str(w.message)
+        ] or not message
+        assert bool(said) == bool(message)
 
 
 def test_inside_of_shard_map():

@@ -79,7 +79,7 @@ def vectors(found):
 
 def held(at):
     """All tokens of an arena."""
-    data, out = np.asarray(at.data), []
+    data, out = np.asarray(at.flat), []
     assert (at.count <= at.capacity).all()
     for group, ids in enumerate(np.split(at.order, at.offset)[1:-1]):
         unit, level = divmod(group, M)

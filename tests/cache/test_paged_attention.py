@@ -31,7 +31,7 @@ def filled(head_dim, bits, page_bytes, num_units=4, num_pages=40, seed=0, behind
     offset = np.append(0, np.cumsum(want)).astype(np.int32)
     capacity = want * np.array(at.page_tokens)
     count = rng.integers(0, capacity + 1) * (rng.random(capacity.shape) < 0.8)
-    data = np.zeros(at.data.shape, np.uint8)
+    data = np.zeros((at.num_pages, page_bytes), np.uint8)
     for group in range(groups):
         unit, level = divmod(group, len(bits))
         for i, page in enumerate(order[offset[group] : offset[group + 1]]):
@@ -39,7 +39,7 @@ def filled(head_dim, bits, page_bytes, num_units=4, num_pages=40, seed=0, behind
             data[page] = random_page(rng, head_dim, bits[level], page_bytes, used, behind)
     return dataclasses.replace(
         at,
-        data=jnp.asarray(data),
+        data=jnp.asarray(data.reshape(at.data.shape)),
         order=jnp.asarray(order),
         offset=jnp.asarray(offset),
         count=jnp.asarray(count, jnp.int32),

@@ -11,7 +11,8 @@ import pytest
 from jax import export
 
 from jbalance.attention import Partial
-from jbalance.cache import _codec, _pages
+from jbalance.cache import _attend, _cache, _codec, _pages
+from jbalance.cache._layout import page_shape
 from jbalance.cache._rotation import rotate_keys, unrotate
 from jbalance.cache.backends import _kernels, _tpu_page, gpu, tpu
 from tests.cache.test_paged_attention import assert_close, by_definition, filled, queries
@@ -43,7 +44,7 @@ def shaped(head_dim, bits, page_bytes, num_pages=4000, num_units=16):
     """An arena of shapes alone."""
     groups = num_units * len(bits)
     return _pages.Arena(
-        data=jax.ShapeDtypeStruct((num_pages, page_bytes), jnp.uint8),
+        data=jax.ShapeDtypeStruct((num_pages, *page_shape(page_bytes)), jnp.uint8),
         order=jax.ShapeDtypeStruct((num_pages,), jnp.int32),
         offset=jax.ShapeDtypeStruct((groups + 1,), jnp.int32),
         count=jax.ShapeDtypeStruct((num_units, len(bits)), jnp.int32),
@@ -67,6 +68,7 @@ def page_size(head_dim, bits, least):
     [
         (64, (16, 8, 4), 512, 3),
         (64, (3,), 6000, 9),
+        (64, (8,), 512, 150),
         pytest.param(64, (2, 16), 512, 1, marks=pytest.mark.slow),
         pytest.param(64, (1, 8), 512, 7, marks=pytest.mark.slow),
         pytest.param(128, (8, 3), 512, 2, marks=pytest.mark.slow),
@@ -196,3 +198,35 @@ def test_what_a_kernel_cannot_read_is_named(kernel, at, names):
         KERNELS[kernel].attend_rotated(q, at, jnp.arange(2))
     for name in names:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [(8, 4, 3), (16, 8, 4, 3, 2)])
+def test_pages_of_the_library_are_read_by_both_kernels(head_dim, bits, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for budget, units in ((2**25, 90), (2**28, 256), (6 * 2**30, 1024)):
+        size = _cache.page_bytes_for(budget, units, head_dim, bits)
+        at = shaped(head_dim, bits, size, budget // (size + 4), units)
+        assert tpu.unsupported(at) is None
+        assert gpu.unsupported(at) is None or 2**31 <= budget < 2**32
+        assert size % 4096 == 0
+        waste = [1 - layout.used_bytes / size for layout in at.layouts]
+        assert max(waste) <= 0.13
+
+
+def test_each_platform_has_its_kernel_and_says_when_it_has_not(monkeypatch):
+    q, units = jnp.zeros((2, 1, 64)), jnp.arange(2)
+
+    def module(at, platform):
+        return export.export(
+            jax.jit(lambda q, at: _attend.attend_pages(q, at, units)),
+            platforms=[PLATFORMS[platform]],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(x) for x in CALLS.values()],
+        )(q, at).mlir_module()
+
+    for platform, call in CALLS.items():
+        assert module(shaped(64, (8, 4, 3), 16384), platform).count(call) == 3
+    assert CALLS["tpu"] not in module(shaped(64, (8, 4, 3), 6784), "tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.warns(RuntimeWarning, match="tokens of 8 bits: it must be a multiple of 2"):
+        jax.eval_shape(_attend.attend_pages, q, shaped(64, (8, 4, 3), 6784), units)

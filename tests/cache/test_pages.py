@@ -122,7 +122,7 @@ def test_what_has_no_page_is_reported_and_dropped():
     new, dropped = write(at, jnp.arange(U), 2, *tokens, jnp.array([npp + 3, npp, 0]))
     np.testing.assert_array_equal(dropped, [3, 0, 0])
     np.testing.assert_array_equal(new.count[:, 2], [npp, npp, 0])
-    changed = np.flatnonzero((np.asarray(new.data) != np.asarray(at.data)).any(axis=1))
+    changed = np.flatnonzero((np.asarray(new.flat) != np.asarray(at.flat)).any(axis=1))
     np.testing.assert_array_equal(changed, np.sort([owned(at)[u * M + 2][0] for u in (0, 1)]))
     none = arena()
     same, dropped = write(none, jnp.arange(U), 2, *tokens)

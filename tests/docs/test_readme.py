@@ -1,11 +1,13 @@
-"""The README's code runs as it stands there."""
+"""The code of the README and of the page on the cache runs as it stands there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how_to" / "cache.md").read_text(encoding="utf-8")
 
 
 def blocks():
@@ -28,3 +30,13 @@ def test_there_is_code():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_of_the_readme_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_code_of_the_page_on_the_cache_runs():
+    code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(code) == 2
+    exec(compile("\n".join(code), "cache.md", "exec"), {})
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.encode()) <= 7000

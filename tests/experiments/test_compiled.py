@@ -1,11 +1,16 @@
 """Compiled kernels: schedules and disassembled code are counted part by part; the cases are there."""
 
 import importlib.util
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from experiments.compiled import cases, gpu, page, tpu
+from experiments.compiled import cases, gpu, measure, page, pods, tpu
+from experiments.harness import collectives
 
 SCHEDULE = """
 1:LB: loop body
@@ -96,13 +101,20 @@ def test_the_page_names_what_was_refused():
         "cycles for its work": 20.0,
     }  # fmt: skip
     found = {"kernels": {"attend": step}, "work of a step": 4.0, "temporary bytes": 2_000_000}
+    pod = {
+        "arguments bytes": 2**31, "temporary bytes": 2**29, "part of the memory": 0.125,
+        "collectives": {"all-reduce": {"count": 65, "bytes": 12_300_000}},
+    }  # fmt: skip
     report = {
         "versions": {"jax": "1"},
         "cases": {"tiles, a": {"v5e": found}, "b": {"v6e": {"reason": "no | way"}}},
+        "pods": {"decode": {"v5e, 16 chips": pod}, "train": {"v5p": {"reason": "too large"}}},
     }
     text = page.text_of(report)
     assert "| tiles, a | attend | v5e | 20 | 22 | 7 | 2.00 |" in text
     assert "| b | v6e | no / way |" in text
+    assert "| decode | v5e, 16 chips | 2.00 | 0.50 | 12.5 % | 65 all-reduce, 12.3 MB |" in text
+    assert "| train | v5p | too large |" in text
 
 
 def test_the_page_holds_kernels_against_the_best_of_the_others():
@@ -118,9 +130,73 @@ def test_the_page_holds_kernels_against_the_best_of_the_others():
         "tiles backward, 128 x 128, D=64, bf16": of(attend_forward=9.0, queries=60.0, keys=60.0),
         "splash backward, 512 x 512, D=64, bf16": of(fwd_residuals=9.0, dq=40.0, dkv=40.0),
     }
-    text = page.text_of({"versions": {}, "cases": given})
+    text = page.text_of({"versions": {}, "cases": given, "pods": {}})
     assert "| v5e | D=64 | forward | 100 | 64 x 16: 1.50 |" in text
     assert "| v5e | D=64 | backward | 80 | 128 x 128: 1.50 |" in text
+
+
+SMALL = {
+    "LAYERS": 2, "WIDTH": 64, "INNER": 128, "VOCABULARY": 256, "HEADS": 16, "HEAD_DIM": 64,
+    "REQUESTS": 2, "CONTEXT": 2048, "PROMPT": 256, "EXAMPLE": 512, "BLOCK": 32, "UNITS": 64,
+    "LOSS_TOKENS": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_eight(monkeypatch):
+    """What compiles a program of small sizes for the simulated devices."""
+    for name, size in SMALL.items():
+        monkeypatch.setattr(pods, name, size)
+
+    def compiled(name):
+        program = pods.programs()[name](np.array(jax.devices()[:8]))
+        return program, jax.jit(program.run).lower(*program.shapes).compile()
+
+    return compiled
+
+
+def zeros(shapes):
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
+
+
+def test_a_decoder_on_a_pod_sums_twice_a_layer_and_gathers_no_cache(on_eight):
+    _, run = on_eight("decode, a token of each request")
+    sent = collectives.by_kind(run.as_text(), passes=1)
+    assert sent["all-reduce"].collectives == 1 + 2 * SMALL["LAYERS"]
+    assert sent["all-gather"].bytes <= 8 * 2 * SMALL["REQUESTS"] * 4  # the best of each vocabulary
+    assert set(sent) == {"all-reduce", "all-gather"}
+
+
+def test_a_model_of_zeros_learns_on_a_pod_from_equal_logits(on_eight):
+    program, run = on_eight("training step over half of the tiles")
+    _, _, loss = run(*zeros(program.shapes))
+    np.testing.assert_allclose(loss, math.log(SMALL["VOCABULARY"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [x for x in pods.programs() if x.startswith("sharded")])
+def test_stages_on_a_pod_trace(on_eight, name):
+    program = pods.programs()[name](np.array(jax.devices()[:8]))
+    assert jax.tree.leaves(jax.eval_shape(program.run, *program.shapes))
+
+
+def test_loops_of_a_program_count_their_passes():
+    def summed(x):
+        return jax.lax.scan(lambda x, _: (jax.lax.psum(x, "d") / 8, None), x, None, length=5)[0]
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    run = jax.shard_map(
+        summed, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"), check_vma=False
+    )
+    text = jax.jit(run).lower(jnp.ones(24)).compile().as_text()
+    assert collectives.by_kind(text, passes=1) == {"all-reduce": (15, 60, 5)}
+
+
+@pytest.mark.slow
+def test_an_accelerator_is_measured_on_a_cpu_too():
+    rows = {(row.case, row.metric): row.value for row in measure.measure_all(quick=True)}
+    assert rows["decoding", "tokens_per_s"] > 0
+    assert {f"pages_{bits}bits" for bits in (16, 8, 4, 3)} < {case for case, _ in rows}
+    assert all(np.isfinite(x) and x > 0 for x in rows.values())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from experiments.benchmarks._collectives import kinds, traffic
+from experiments.harness.collectives import kinds, traffic
 from jbalance import _search as search
 from jbalance import allocate, sharded
 from tests.support.sharded_cases import CASES, COMMON, UNITS, U, assert_same

@@ -56,10 +56,6 @@ class Level(NamedTuple):
         """Tokens that share a row, at least 1."""
         return 1 if self.across else max(1, LANES // self.width)
 
-    def chunk(self, index: int) -> int:
-        """Coordinates of keys (0) or values (1) that lie in one run of rows, of the narrowest plane."""
-        return min(x.rows(part.size) for part in self.layout.parts(index) for x in part.planes)
-
     @property
     def turns(self) -> int:
         """Alignments of the rows: row r begins at that of row r mod turns."""
@@ -104,7 +100,7 @@ class Block(NamedTuple):
     def _coordinates(self, index, part):
         """[size, 128] of a part of the vectors, coordinates in the order of `_lay_out`."""
         layout, npp = self.level.layout, self.level.page_tokens
-        chunk, turns = self.level.chunk(index), self.level.turns
+        chunk, turns = self.level.layout.run(index), self.level.turns
         groups = [0] * (part.size // chunk)
         for plane in part.planes:
             runs = plane.rows(part.size) // chunk

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jbalance import _fallback
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
 from jbalance.cache import _codec, _planes
 from jbalance.cache._layout import KEY_NORMS, PageLayout
@@ -67,6 +68,8 @@ class _Level(NamedTuple):
 
 def unsupported(arena: Arena) -> str | None:
     """Why these kernels cannot read this arena, or None."""
+    if reason := _fallback.old_gpu():
+        return reason
     head_dim = arena.head_dim
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}: it must be one of {HEAD_DIMS}"
@@ -128,7 +131,7 @@ def _attend_level(q, arena, units, level, rows, interpret):
     def whole(x):
         return pl.BlockSpec(x.shape, lambda n, r, s: (0,) * x.ndim)
 
-    tables = (arena.data, arena.order, arena.offset, arena.count, units)
+    tables = (arena.flat, arena.order, arena.offset, arena.count, units)
     row_spec = pl.BlockSpec((None, None, rows), lambda n, r, s: (n, s, r))
     return pl.pallas_call(
         functools.partial(_kernel, level=level),

@@ -1,8 +1,8 @@
 """Attention straight from the packed pages of an arena on TPUs: a Mosaic kernel by way of Pallas.
 
-One program takes the queries of one unit and loops over its pages at one level, which are copied from
-the main memory into a ring of buffers. A page in 32-bit lanes is a matrix of 128 bytes a row. Below 8
-bits, 128 tokens of a coordinate are read as one row: rows that do not begin at lane 0 are turned
+One program takes up to 128 queries of one unit and loops over its pages at one level, which are copied
+from the main memory into a ring of buffers. A page in 32-bit lanes is a matrix of 128 bytes a row.
+Below 8 bits, 128 tokens of a coordinate are read as one row: rows that do not begin at lane 0 are turned
 there, all those of one alignment at once. At 8 and 16 bits a row holds one token, a part of one, or
 several; the queries are laid out so, and the two bytes of a bfloat16 are joined on the even lanes.
 Products are those of bfloat16 digits, as on GPUs.
@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -27,6 +28,7 @@ from jbalance.cache.backends._tpu_page import LANES, Block, Level, dot
 TABLE_BYTES = 15 << 16  # of an arena's tables, at most: they lie in scalar memory, 1 MiB
 _RING_BYTES = 1 << 19  # of pages on their way
 _ROWS = 16  # query rows come in multiples of this
+_MOST_ROWS = 128  # of a program: as many as the matrix unit takes, and few enough for vector memory
 
 
 def unsupported(arena: Arena) -> str | None:
@@ -38,7 +40,7 @@ def unsupported(arena: Arena) -> str | None:
         return f"its tables take {tables} bytes: at most {TABLE_BYTES}, page_bytes must be larger"
     for i, (bits, size) in enumerate(zip(arena.bits, arena.page_tokens, strict=True)):
         level = _level(arena, i)
-        chunks = [level.chunk(index) for index in range(2)] if level.across else []
+        chunks = [level.layout.run(index) for index in range(2)] if level.across else []
         if any(chunk % level.turns for chunk in chunks):
             multiple = LANES // math.gcd(*chunks, LANES)
             return f"a page holds {size} tokens of {bits} bits: it must be a multiple of {multiple}"
@@ -63,9 +65,10 @@ def attend_rotated(
     """
     if reason := unsupported(arena):
         raise NotImplementedError(f"arena: {reason}")
-    padded = jnp.pad(q, ((0, 0), (0, -q.shape[1] % _ROWS), (0, 0)))
+    rows = min(_MOST_ROWS, -(-q.shape[1] // _ROWS) * _ROWS)
+    padded = jnp.pad(q, ((0, 0), (0, -q.shape[1] % rows), (0, 0)))
     parts = [
-        _attend_level(padded, arena, units, _level(arena, i), interpret)
+        _attend_level(padded, arena, units, _level(arena, i), rows, interpret)
         for i in range(len(arena.bits))
     ]
     y, mass, top = (
@@ -79,25 +82,25 @@ def _level(arena, index):
     return Level(index, len(arena.bits), arena.layouts[index], arena.page_bytes // LANES)
 
 
-def _attend_level(q, arena, units, level, interpret):
+def _attend_level(q, arena, units, level, rows, interpret):
     """One level's y [N, T, D], not normalised, its mass and top [N, T]."""
     laid = _lay_out(level.layout.asked(q), level)
     num_units, size, head_dim = q.shape
     sums = (1, size, head_dim) if level.across else laid.shape[1:]
     depth = max(2, min(_RING_BYTES // arena.page_bytes, 32))
-    # Of one page lanes and rows can be copied, of one row of [P, page_bytes] they cannot.
-    data = arena.data.reshape(-1, level.page_rows, LANES)
 
-    def block(*shape):
-        return pl.BlockSpec((None, *shape), lambda n, *_: (n, *(0,) * len(shape)))
-
+    laid_rows, sum_rows = (
+        pl.BlockSpec((None, number, rows, width), lambda n, r, *_: (n, 0, r, 0))
+        for number, _, width in (laid.shape[1:], sums)
+    )
+    number_rows = pl.BlockSpec((None, rows, LANES), lambda n, r, *_: (n, r, 0))
     y, mass, top = pl.pallas_call(
         functools.partial(_kernel, level=level, depth=depth),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(num_units,),
-            in_specs=[block(*laid.shape[1:]), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[block(*sums), block(size, LANES), block(size, LANES)],
+            grid=(num_units, size // rows),
+            in_specs=[laid_rows, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[sum_rows, number_rows, number_rows],
             scratch_shapes=[
                 pltpu.VMEM((depth, level.page_rows, LANES), jnp.uint8),
                 pltpu.VMEM((level.page_rows + LANES * level.parts, LANES), jnp.int32),
@@ -109,34 +112,39 @@ def _attend_level(q, arena, units, level, interpret):
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name=f"attend_pages_{level.bits}_bits",
-    )(arena.order, arena.offset, arena.count.reshape(-1), units, laid, data)
+    )(arena.order, arena.offset, arena.count.reshape(-1), units, laid, arena.data)
     return _taken_back(y, level), mass[..., 0], top[..., 0]
 
 
 def _lay_out(q, level):
     """Queries [N, T, D] as [N, parts, T, X], in the order of a page's coordinates."""
-    if level.across:
-        runs = q.reshape(*q.shape[:2], -1, level.chunk(0) // level.turns, level.turns)
-        q = jnp.swapaxes(runs, -1, -2).reshape(q.shape)
-        return jnp.stack(jnp.split(q, len(level.layout.parts(0)), axis=-1), axis=1)
-    if level.layout.wide:
-        q = jnp.stack([q, jnp.zeros_like(q)], axis=-1).reshape(*q.shape[:2], -1)
-    q = jnp.tile(q, level.shared).reshape(*q.shape[:2], level.parts, LANES)
-    return jnp.swapaxes(q, 1, 2)
+    laid = jnp.matmul(q, _order(level, 0), precision=lax.Precision.HIGHEST)
+    number = len(level.layout.parts(0)) if level.across else level.parts
+    return jnp.swapaxes(laid.reshape(*q.shape[:2], number, -1), 1, 2)
 
 
 def _taken_back(y, level):
-    """Sums of values as `_lay_out` has queries, in order again; of tokens that share a row the sum."""
+    """Sums of values in the order of a page's coordinates, in that of vectors again."""
+    y = jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], -1)
+    return jnp.matmul(y, _order(level, 1).T, precision=lax.Precision.HIGHEST)
+
+
+def _order(level, index):
+    """[D, parts X] of zeros and ones: to which lanes of a page's rows a coordinate goes.
+
+    Of keys (0) or values (1). A product with it is exact, and keeps queries as TPUs hold matrices;
+    reshapes would spread them.
+    """
+    eye = np.eye(level.layout.head_dim, dtype=np.float32)
     if level.across:
-        runs = y[:, 0].reshape(
-            y.shape[0], y.shape[2], -1, level.turns, level.chunk(1) // level.turns
-        )
-        return jnp.swapaxes(runs, -1, -2).reshape(y[:, 0].shape)
-    y = jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], level.shared, -1).sum(axis=2)
-    return y[..., ::2] if level.layout.wide else y
+        runs = eye.reshape(len(eye), -1, level.layout.run(index) // level.turns, level.turns)
+        return runs.swapaxes(-1, -2).reshape(len(eye), -1)
+    if level.layout.wide:
+        eye = np.stack([eye, np.zeros_like(eye)], axis=-1).reshape(len(eye), -1)
+    return np.tile(eye, level.shared)
 
 
 def _kernel(
@@ -156,7 +164,7 @@ def _kernel(
     level,
     depth,
 ):
-    """One unit's queries over its pages."""
+    """Some of one unit's queries over its pages."""
     group = units_ref[pl.program_id(0)] * level.num_levels + level.number
     begin, count = offset_ref[group], count_ref[group]
     num_pages = lax.div(count + level.page_tokens - 1, level.page_tokens)

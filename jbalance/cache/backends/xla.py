@@ -108,7 +108,7 @@ def _attend_level(q, arena, units, index, level, sight):
         # Beyond a group's last page there is another's, or none: read, but masked.
         ids = arena.order[jnp.minimum(place, arena.num_pages - 1)]
         valid = jnp.arange(block_tokens) < left[:, None]
-        tile = _Tile(arena.data, ids, layout)
+        tile = _Tile(arena.flat, ids, layout)
         y, mass, top = _softmax_blocks(jax.tree.map(lambda x: x[unit], query), tile, valid)
         own = (unit == of_unit[:, None]) & (left > 0)
         return _merge_blocks(carry, y, mass, top, own)
