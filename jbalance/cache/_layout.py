@@ -147,11 +147,10 @@ class PageLayout(NamedTuple):
             k, v = (self._unpacked(i, parts[i], parts[KEY_NORMS + i]) for i in range(2))
         return unrotate_keys(self.asked(k)), unrotate(v), parts[CODES][..., 0]
 
-    def levels(self, index: int, packed: jax.Array) -> jax.Array:
-        """`_codec.integer_levels` of keys (0) or values (1) [..., width * N]: int8 [..., D * N]."""
+    def levels(self, index: int, packed: jax.Array) -> list[jax.Array]:
+        """`_codec.integer_levels` of each part of keys (0) or values (1) [..., width * N]."""
         width = self.widths[index]
-        parts = [_codec.levels_of(packed, part, width) for part in self.parts(index)]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return [_codec.levels_of(packed, part, width) for part in self.parts(index)]
 
     def norms(self, index: int, word: jax.Array) -> tuple[jax.Array, ...]:
         """Norms [...] float32 of each part of keys (0) or values (1), from their two bytes as uint16."""
@@ -172,17 +171,16 @@ class PageLayout(NamedTuple):
 
     def _unpacked(self, index, packed, norm_bytes):
         """The rotated keys (0) or values (1) [..., D] of `_packed`."""
-        levels = self.levels(index, packed).astype(jnp.float32)
-        if self.bits == 8:
-            levels += 0.5
         norms = self.norms(index, lax.bitcast_convert_type(norm_bytes, jnp.uint16))
         # A page that was another precision's may hold any bytes behind its last token.
         units = [
             jnp.where(jnp.isfinite(norm), norm, 0)[..., None] * _codec.step(part.size, part.bits)
             for norm, part in zip(norms, self.parts(index), strict=True)
         ]
-        split = jnp.split(levels, len(units), axis=-1)
-        return jnp.concatenate([x * u for x, u in zip(split, units, strict=True)], axis=-1)
+        levels = [x.astype(jnp.float32) for x in self.levels(index, packed)]
+        if self.bits == 8:
+            levels = [x + 0.5 for x in levels]
+        return jnp.concatenate([x * u for x, u in zip(levels, units, strict=True)], axis=-1)
 
     def times(self, rows: jax.Array) -> jax.Array:
         """Bytes [..., token_bytes] of `timed` tokens to their positions [...], modulo 2^16."""

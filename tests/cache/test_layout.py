@@ -207,7 +207,7 @@ def test_planes_are_where_a_vector_that_lies_across_has_them(bits, index):
         _codec.levels(x.size, x.bits)[c] for x, c in zip(layout.parts(index), codes, strict=True)
     ]
     units = [np.full(x.size, _codec.step(x.size, x.bits)) for x in layout.parts(index)]
-    got = layout.levels(index, jnp.asarray(packed)) * np.concatenate(units)
+    got = np.concatenate(layout.levels(index, jnp.asarray(packed))) * np.concatenate(units)
     np.testing.assert_allclose(got, np.concatenate(levels), rtol=1e-6)
 
 
