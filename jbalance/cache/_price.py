@@ -79,7 +79,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     above it: who reaches it passes it.
 
     >>> steps(64, (8, 4, 3))
-    (66, 31, 0)
+    (71, 35, 0)
 
     Args:
       head_dim: D.
