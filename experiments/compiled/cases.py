@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jbalance import attention
-from jbalance.cache import _codec, _pages
+from jbalance.cache import _pages
+from jbalance.cache._rotation import rotate_keys
 from jbalance.cache.backends import gpu, tpu
 
 TOKENS, HEADS = 2048, 2
@@ -157,7 +158,7 @@ def pages(platform: str, head_dim: int, bits: int, queries: int = QUERIES) -> Pr
 
     def run(q, data, order, offset, count, units):
         given = _pages.Arena(data, order, offset, count, head_dim, (bits,))
-        return kernel.attend_rotated(_codec.rotate(q), given, units)
+        return kernel.attend_rotated(rotate_keys(q), given, units)
 
     shapes = (q, at.data, at.order, at.offset, at.count, units)
     return Program(run, shapes, 2 * at.page_tokens[0] * head_dim / 1000)

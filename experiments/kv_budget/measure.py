@@ -13,6 +13,7 @@ from flax import nnx
 from experiments.models.attention import PLAIN, attention_weights, causal_attention
 from experiments.models.transformer import Transformer
 from jbalance import importance
+from jbalance.cache._channels import query_energy
 from jbalance.importance import Knowledge
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
@@ -33,6 +34,7 @@ class Measured(NamedTuple):
     v: jax.Array  # [L, S, K, D]
     w: dict[str, jax.Array]  # by scorer, [L, K, S] importance of the tokens
     error: dict[str, jax.Array]  # by scorer, [L, K, M] output error of keeping counts[m] tokens
+    energy: jax.Array  # [L, K, D] of the queries, by channel
     known: Knowledge | None = None  # the user's rules about the tokens
 
 
@@ -102,7 +104,7 @@ def _prefill(graph, state, tokens, names, counts) -> Measured:
                 w[name] = importance.protected(w[name], num_sinks=NUM_SINKS, num_recent=NUM_RECENT)
             last = q[-PROBE_TOKENS:]
             error[name] = importance.output_error(last, k, v, w[name], counts, num_local=NUM_RECENT)
-        return y, Measured(k, v, w, error)
+        return y, Measured(k, v, w, error, query_energy(q, k.shape[1]))
 
     frequencies = jnp.asarray([spec.frequencies for spec in model.attention_specs], jnp.float32)
     return model.hidden(tokens[None], None, attention, frequencies)[1]

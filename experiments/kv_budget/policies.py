@@ -261,7 +261,7 @@ def _plan(policy, measured, budgets_bytes, reserve, windows) -> Plan:
 def pack(policy: Policy, measured: Measured, plan: Plan, devices: list[jax.Device]) -> Context:
     """The context as it was planned, on its devices."""
     w = measured.w[policy.scorer]
-    layers = (LayerTokens(k, v, w) for k, v, w in zip(measured.k, measured.v, w, strict=True))
+    layers = map(LayerTokens, measured.k, measured.v, w, measured.energy)
     codes = codes_of(np.asarray(w).reshape(-1, w.shape[2]), measured.known).reshape(w.shape)
     return write(plan, codes, layers, devices, centroids=policy.centroids)
 

@@ -27,6 +27,7 @@ from jbalance._bits import in_32_bits
 from jbalance.adapters.forward_batch import BatchMetadata, rows_of
 from jbalance.attention import Partial, merge
 from jbalance.cache import KVCache, _cache, _prefill, _settle, _step
+from jbalance.cache._channels import query_energy
 from jbalance.decode import devices as over
 from jbalance.decode.model import AttentionSpec, check_attention, windows_of
 from jbalance.decode.prefill import CHUNK_TOKENS, Tokens, capacity_for, causal_chunk
@@ -309,5 +310,10 @@ def _read(spec, layer, qkv, metadata, i, cache):
     y, repeated = lax.fori_loop(0, -(-number // CHUNK_TOKENS), chunk, empty)
     w = tokens.placed(worth_of(repeated, later), size)
     pages = metadata.allowances[place]
-    cache, _ = _prefill.admit(cache, place, layer, k, v, w, pages, num_tokens=number, start=prefix)
+    rest = {
+        "num_tokens": number,
+        "start": prefix,
+        "energy": query_energy(q, spec.num_kv_heads, number),
+    }
+    cache, _ = _prefill.admit(cache, place, layer, k, v, w, pages, **rest)
     return y, cache

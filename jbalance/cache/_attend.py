@@ -11,8 +11,8 @@ from jax import lax
 
 from jbalance import _fallback, checks
 from jbalance.attention.partial import EMPTY, Partial
-from jbalance.cache import _codec
 from jbalance.cache._pages import Arena
+from jbalance.cache._rotation import rotate_keys, unrotate
 from jbalance.cache._sight import FULL, Sight
 from jbalance.cache.backends import gpu, tpu, xla
 
@@ -62,9 +62,9 @@ def attend_pages(
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], EMPTY))
     units = jnp.asarray(units, jnp.int32)
     known = (units >= 0) & (units < arena.count.shape[0])
-    turned = _codec.rotate(q) / math.sqrt(arena.head_dim)
+    turned = rotate_keys(q) / math.sqrt(arena.head_dim)
     total = _by_backend(turned, arena, jnp.where(known, units, 0), sight, together, backend)
-    y = jnp.where(known[:, None, None], _codec.unrotate(total.y), 0)
+    y = jnp.where(known[:, None, None], unrotate(total.y), 0)
     return Partial(y, jnp.where(known[:, None], total.lse, EMPTY))
 
 

@@ -3,7 +3,8 @@
 The most recent tokens are kept unquantized in a buffer, where the attention that they receive is
 measured; the arena holds older ones, each at the precision that it is worth; and a few centroids per
 head stand for those that were evicted. Keys in arena and centroids are stored minus their head's mean
-key; this shifts every logit by the same amount, which attention adds back to the log-sum-exp.
+key; this shifts every logit by the same amount, which attention adds back to the log-sum-exp. Their
+channels are in an order and in scales of their own (`_channels`), in which queries ask for them.
 
 A unit is a layer and key/value head of a request. A cache may hold the units of some heads only, the
 others being on other devices: `slots` says which.
@@ -48,6 +49,7 @@ class KVCache:
     arena: Arena
     centroids: Centroids  # of tokens that left the arena or did not enter it
     key_mean: jax.Array  # [U, D] bfloat16, subtracted from the keys in both
+    key_channels: jax.Array  # [U, D] int8, `_channels.Basis` of both
     recent_keys: jax.Array  # [U, R, D] bfloat16
     recent_values: jax.Array  # [U, R, D] bfloat16
     # [U, R] float32, attention² by later queries of the group, summed; -1: not finite, not there
@@ -274,6 +276,7 @@ def around(
         arena=arena,
         centroids=_centroids.create(units, head_dim),
         key_mean=jnp.zeros((units, head_dim), jnp.bfloat16),
+        key_channels=jnp.zeros((units, head_dim), jnp.int8),
         recent_keys=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
         recent_values=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
         recent_energy=jnp.zeros((units, recent_tokens), jnp.float32),
@@ -288,8 +291,8 @@ def around(
 
 
 def unit_bytes(head_dim: int, recent_tokens: int) -> int:
-    """Bytes of a unit beside its part of the arena: mean key, recent buffer and centroids."""
-    return 2 * head_dim + recent_tokens * (4 * head_dim + 4) + _centroids.unit_bytes(head_dim)
+    """Bytes of a unit beside its part of the arena: mean key, channels, recent buffer and centroids."""
+    return 3 * head_dim + recent_tokens * (4 * head_dim + 4) + _centroids.unit_bytes(head_dim)
 
 
 def table_bytes_of(num_requests: int, num_heads: int) -> int:

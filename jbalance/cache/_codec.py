@@ -23,6 +23,8 @@ from jax import lax
 
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
+from jbalance.cache import _planes
+from jbalance.cache._rotation import rotate, rotation, unrotate
 
 BITS = (1, 2, 3, 4, 8)
 NORM_MAX = 65504.0  # the largest float16
@@ -35,14 +37,13 @@ _MAGNITUDES = {
     2: (38, 127),
     3: (14, 45, 79, 127),
     4: (6, 18, 31, 44, 58, 75, 96, 127),
+    5: (3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127),  # of half a key only
 }
-_LARGEST = {1: 0.79788456, 2: 1.51041761, 3: 2.1519457, 4: 2.73258957}  # Max 1960
+_LARGEST = {1: 0.79788456, 2: 1.51041761, 3: 2.1519457, 4: 2.73258957, 5: 3.26073249}  # Max 1960
 # Stretches of the grid among which each vector takes its best: 2, 9 and 19 % less error at 2, 3 and 4
 # bits for D = 64, and no bytes. At 1 bit all are the same; at 8 bits the grid ends at the largest
 # coordinate. Nine stretches in place of five: 0.1, 0.4 and 2 % less again.
-_STRETCHES = {bits: (0.8, 0.9, 1.0, 1.1, 1.2) if bits in (2, 3, 4) else (1.0,) for bits in BITS}
-PLANES = {bits: ((bits, 0),) for bits in BITS} | {3: ((2, 0), (1, 2))}  # width, lowest bit
-_SIGN_PRIME = 10007  # the rotation's signs are its quadratic residues: fixed for all versions
+_STRETCHES = {1: (1.0,), 8: (1.0,)} | dict.fromkeys((2, 3, 4, 5), (0.8, 0.9, 1.0, 1.1, 1.2))
 
 
 @jax.tree_util.register_dataclass
@@ -73,15 +74,15 @@ def codes_bytes(head_dim: int, bits: int) -> int:
 
 @in_32_bits
 def quantize(x: jax.Array, bits: int) -> Codes:
-    """Rotated Lloyd-Max quantization: codes = argmin over a few grids of |x R - norm · levels[codes]|.
+    """Rotated Lloyd-Max quantization: of a few grids the codes whose levels point most nearly along x R.
 
-    The norm is stored as the factor of least squared error, not as the length of x. Relative
-    squared errors on Gaussian vectors of 64 coordinates: 0.358, 0.111, 0.0296, 0.0072 and 3.4e-5 at
-    1, 2, 3, 4 and 8 bits. Least error shrinks: E[q · x̂] = (1 - error) q · x for an independent q,
-    which a caller may undo for keys by a factor on the logits. The rotation is fixed, so an error
-    bound holds for data that does not know it; the worst vectors (rows of Rᵀ) are several times
-    worse. A zero vector decodes to zeros. Traced norms above 65504 saturate, and norms below 6e-8
-    are zero.
+    The norm is the factor for which x · x̂ = |x|², so that products are right in the mean: E[q · x̂] =
+    q · x. The factor of least squared error would shrink them all by the error, and what the errors
+    of many vectors have in common does not average out. Relative squared errors on Gaussian vectors of
+    64 coordinates: 0.561, 0.125, 0.0304, 0.0072 and 3.4e-5 at 1, 2, 3, 4 and 8 bits. The rotation is
+    fixed, so an error bound holds for data that does not know it; the worst vectors (rows of Rᵀ) are
+    several times worse. A zero vector decodes to zeros. Traced norms above 65504 saturate, and norms
+    below 6e-8 are zero.
 
     Args:
       x: [..., D] float vectors; D a multiple of 8 for which `rotation` knows a matrix.
@@ -139,37 +140,6 @@ def dequantize(codes: Codes, head_dim: int, bits: int) -> jax.Array:
     return unrotate(level * codes.norm.astype(jnp.float32)[..., None])
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """x R in float32: the basis in which vectors are stored; [..., D] to [..., D]."""
-    return jnp.matmul(x.astype(jnp.float32), rotation(x.shape[-1]), precision=lax.Precision.HIGHEST)
-
-
-def unrotate(x: jax.Array) -> jax.Array:
-    """x Rᵀ in float32, the inverse of `rotate`; [..., D] to [..., D]."""
-    return jnp.matmul(
-        x.astype(jnp.float32), rotation(x.shape[-1]).T, precision=lax.Precision.HIGHEST
-    )
-
-
-@functools.lru_cache
-def rotation(head_dim: int, name: str = "head_dim") -> np.ndarray:
-    """R [D, D] float32: rows of a Hadamard matrix with fixed pseudo-random signs, orthonormal.
-
-    Raises:
-      ValueError: `head_dim` is not a multiple of 8, or of an order without a construction here.
-    """
-    hadamard = _hadamard(head_dim) if head_dim % 8 == 0 and head_dim > 0 else None
-    if hadamard is None:
-        known = [d for d in range(8, head_dim + 65, 8) if _hadamard(d) is not None]
-        near = sorted(sorted(known, key=lambda d: abs(d - head_dim))[:2])
-        raise ValueError(
-            f"{name} is {head_dim}: it must be a multiple of 8 that is the order of a Sylvester or "
-            f"Paley Hadamard matrix; {' and '.join(map(str, near))} are"
-        )
-    signs = _residue(np.arange(1, head_dim + 1), _SIGN_PRIME)
-    return (signs[:, None] * hadamard / math.sqrt(head_dim)).astype(np.float32)
-
-
 def levels(head_dim: int, bits: int) -> np.ndarray:
     """[2^bits] float32 values of the codes, ascending, for norm 1.
 
@@ -194,80 +164,52 @@ def integer_levels(packed: jax.Array, bits: int) -> jax.Array:
 
     levels = step · (integer_levels + 1/2 at 8 bits). Packed vectors of N tokens that lie coordinate by
     coordinate, [..., D * bits / 8 * N], give levels that lie so, [..., D * N].
-
-    Bits are tested where they lie, a tree of selects each: a lookup would be a gather, which CPUs do one
-    by one, and codes shifted out first and compared with each level take two to three times as long.
     """
-    if bits == 8:
+    (part,) = _planes.whole(packed.shape[-1] * 8 // bits, bits)
+    return levels_of(packed, part, packed.shape[-1])
+
+
+def levels_of(packed: jax.Array, part: _planes.Part, vector_bytes: int) -> jax.Array:
+    """`integer_levels` of a part of vectors [..., vector_bytes * N]: [..., size * N]."""
+    if part.bits == 8:
         return lax.bitcast_convert_type(packed ^ np.uint8(128), jnp.int8)
-    *lead, size = packed.shape
-    if bits == 3:
-        low, high = packed[..., : size // 3 * 2], packed[..., size // 3 * 2 :]
-        low, high = low.reshape(*lead, 1, 2, size // 3), high.reshape(*lead, 1, 1, size // 3)
-        unit, sign = _places(2, 2), _places(1, 1).reshape(4, 2, 1)
-    else:
-        low = high = packed[..., None, :]
-        unit = _places(bits, 1)
-        sign = unit << np.uint8(bits - 1)
-    positive = (high & sign) != 0
-    mirrored = jnp.where(positive, low, ~low)
-    level = [jnp.int8(m) for m in _MAGNITUDES[bits]]
-    for i in range(bits - 1):
-        test = (mirrored & (unit << np.uint8(i))) != 0
-        level = [jnp.where(test, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
-    return jnp.where(positive, level[0], -level[0]).reshape(*lead, 8 * size // bits)
+    return _planes.select(packed, part, vector_bytes, _MAGNITUDES[part.bits])
 
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes [..., D] below 2^bits to [..., D * bits / 8] uint8, without waste.
-
-    One plane of w = 1, 2, 4 or 8 bits of each code; at 3 bits the plane of the lower two, then that
-    of the highest. Code i of a plane lies at bit w * (i div B) of its byte i mod B, where B = D w / 8
-    is the plane's bytes: runs of neighbours unpack into runs of neighbours, which compilers turn into
-    vector instructions.
-    """
-    planes = []
-    for width, shift in PLANES[bits]:
-        part = (codes.astype(jnp.uint8) >> np.uint8(shift)) & np.uint8(2**width - 1)
-        part = part.reshape(*codes.shape[:-1], 8 // width, codes.shape[-1] * width // 8)
-        planes.append(jnp.bitwise_or.reduce(part << _shifts(width, 1), axis=-2))
-    return jnp.concatenate(planes, axis=-1)
-
-
-def _shifts(width, inner_axes):
-    """The positions of a byte's codes of `width` bits, before `inner_axes` more axes."""
-    return np.arange(0, 8, width, dtype=np.uint8).reshape(-1, *[1] * inner_axes)
-
-
-def _places(width, inner_axes):
-    """The lowest bit of each of a byte's codes."""
-    return np.uint8(1) << _shifts(width, inner_axes)
+    """Codes [..., D] below 2^bits to [..., D * bits / 8] uint8, without waste (`_planes`)."""
+    return _planes.pack([codes], _planes.whole(codes.shape[-1], bits))
 
 
 @functools.partial(jax.jit, static_argnames="bits")
 def _quantize(x, bits):
     """`quantize` without its checks."""
-    y = rotate(x)
+    codes, norm = nearest(rotate(x), bits)
+    return Codes(pack_bits(codes, bits), norm.astype(jnp.float16))
+
+
+def nearest(y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Codes [..., D] uint8 of rotated vectors y, and the norms [...] float32 of their levels."""
     norm = jnp.max(jnp.abs(y), axis=-1) if bits == 8 else jnp.sqrt(_sum(y * y))
     norm = jnp.minimum(norm, NORM_MAX)
     y *= (1 / jnp.where(norm > 0, norm, 1))[..., None]
-    size = jnp.abs(y)
-
+    size, energy = jnp.abs(y), _sum(y * y)
     stretches = jnp.asarray(_STRETCHES[bits], jnp.float32)
 
     def fit(i, best):
-        """The best of the grids so far, and grid i: |error|² = |y|² - dot² / square."""
+        """The best of the grids so far, and grid i: the cosine of its levels with y."""
         level = _rounded(size * (1 / stretches[i]), bits)
         dot, square = _sum(size * level), _sum(level * level)
-        new = dot / jnp.sqrt(square), dot / square, jnp.full(dot.shape, stretches[i])
+        # Least squared error would be dot / square, which shrinks every product by the error.
+        factor = jnp.where(dot > 0, energy / jnp.where(dot > 0, dot, 1), 0)
+        new = dot / jnp.sqrt(square), factor, jnp.full(dot.shape, stretches[i])
         return jax.tree.map(lambda x, old: jnp.where(new[0] > best[0], x, old), new, best)
 
     none = jnp.zeros_like(norm)
     # A loop, though short: unrolled it takes half as long again to compile, once for each precision.
     _, factor, stretch = lax.fori_loop(0, len(stretches), fit, (none, none, none + 1))
     codes = _nearest(y / stretch[..., None], bits)
-    norm *= factor
-    return Codes(pack_bits(codes, bits), jnp.minimum(norm, NORM_MAX).astype(jnp.float16))
+    return codes, jnp.minimum(norm * factor, NORM_MAX)
 
 
 def _sum(x):
@@ -309,38 +251,3 @@ def _check(head_dim, bits, name="head_dim"):
         raise ValueError(f"bits is {bits}: {hint}")
     rotation(head_dim, name)
     return bits
-
-
-def _residue(a, prime):
-    """Legendre symbol of each of a: 0 for multiples of the prime, 1 for squares, -1 for others."""
-    squares = np.zeros(prime, np.int64) - 1
-    squares[np.arange(prime) ** 2 % prime] = 1
-    squares[0] = 0
-    return squares[a % prime]
-
-
-def _hadamard(order):
-    """A Hadamard matrix of ±1 by the constructions of Sylvester and Paley, or None."""
-    if order == 1:
-        return np.ones((1, 1), np.int64)
-    half = _hadamard(order // 2) if order % 2 == 0 else None
-    if half is not None:
-        return np.kron([[1, 1], [1, -1]], half)
-    for prime, double in ((order - 1, False), (order // 2 - 1, True)):
-        if order % 4 or not _is_prime(prime) or (prime % 4 == 1) != double:
-            continue
-        n = np.arange(prime)
-        core = np.ones((prime + 1, prime + 1), np.int64)
-        core[0, 0] = 0
-        core[1:, 1:] = _residue(n[:, None] - n, prime)
-        if double:
-            one = np.eye(prime + 1, dtype=np.int64)
-            return np.kron(core, [[1, 1], [1, -1]]) + np.kron(one, [[1, -1], [-1, -1]])
-        core[1:, 0] = -1
-        return core + np.eye(order, dtype=np.int64)
-    return None
-
-
-def _is_prime(n):
-    """Whether n is prime, by trial division."""
-    return n > 2 and all(n % i for i in range(2, math.isqrt(n) + 1))

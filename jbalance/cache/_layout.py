@@ -2,12 +2,17 @@
 
 A page holds tokens of one unit at one precision. Below 8 bits it lies coordinate by coordinate:
 [D * bits / 8, tokens] bytes of keys, as `_codec.integer_levels` takes them, the same of values, then the
-low and the high bytes of the keys' float16 norms, then of the values'. At 8 bits it is [tokens, D] of
+low and the high bytes of the keys' norms, then of the values'. At 8 bits it is [tokens, D] of
 keys and of values and the norms; at 16 bits [tokens, D] bfloat16 of keys and of values. Then, at every
 precision, one byte per token: the code of its worth (`_price.encode_worth`). Pages of a model with
 windows (`timed`) then have the low and the high bytes of the tokens' positions, modulo 2^16. A page's
-end may be unused. Every precision stores vectors in the basis of `_codec.rotate`: one rotated query
-serves all.
+end may be unused. Values lie in the basis of `_rotation.rotate`, keys in that of `rotate_keys`: one
+rotated query serves all precisions.
+
+A norm is a float16. At 2, 3 and 4 bits keys lie in two halves (`_planes.halves`), the first with one bit
+more and the second with one bit less, each with a norm: that of the first in the higher eleven bits, a
+float16 without its sign and its last four bits, and the second's part of it in the lower five, two bits
+of exponent and three of fraction, 1/8 to 15/8. At other bits the halves are `joined`.
 
 Nothing else knows this format: the admission of tokens, the kernels and the tables ask `PageLayout`.
 """
@@ -21,13 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbalance.cache import _codec
+from jbalance.cache import _codec, _planes
+from jbalance.cache._planes import Part
+from jbalance.cache._rotation import (
+    halved,
+    joined,
+    rotate,
+    rotate_keys,
+    rotation,
+    unrotate,
+    unrotate_keys,
+)
 
 WIDE_BITS = 16  # stored as bfloat16, without a norm
 ROW_BYTES = 128
 TILE_BYTES = 32 * ROW_BYTES  # a TPU's memory holds uint8 in such: others are padded there
 # The parts of a page, in their order.
 KEYS, VALUES, KEY_NORMS, VALUE_NORMS, CODES, TIMES = range(6)
+_LEAST_RATIO, _MOST_RATIO = 0x3000, 15 / 8  # the former's bits as a float16
+_MOST_FIRST = 0x7BF0  # bits of the largest norm of a first half
 
 
 class PageLayout(NamedTuple):
@@ -69,7 +86,7 @@ class PageLayout(NamedTuple):
         """Tokens in whose multiples the TPU kernel reads pages; coordinates begin at words then."""
         if not self.across:
             return max(1, ROW_BYTES // self.widths[0])
-        narrowest = self.head_dim * min(width for width, *_ in self.planes) // 8
+        narrowest = min(self.run(index) for index in (KEYS, VALUES))
         return max(4, ROW_BYTES // narrowest) if ROW_BYTES % narrowest == 0 else 4
 
     @property
@@ -86,26 +103,35 @@ class PageLayout(NamedTuple):
         """Where a part begins in the page."""
         return self.page_tokens * sum(self.widths[:part])
 
+    def parts(self, index: int) -> tuple[Part, ...]:
+        """How a key (0) or a value (1) that is not wide is divided: each part has bits and a norm."""
+        if index == KEYS and self.split:
+            return _planes.halves(self.head_dim, self.bits)
+        return _planes.whole(self.head_dim, self.bits)
+
+    def run(self, index: int) -> int:
+        """Coordinates of keys (0) or values (1) that lie in one run, of their narrowest plane."""
+        return min(x.rows(part.size) for part in self.parts(index) for x in part.planes)
+
     @property
-    def planes(self) -> tuple[tuple[int, int, int], ...]:
-        """(bits, lowest bit, first row of bytes) of the planes of a vector that lies across."""
-        rows = np.cumsum(
-            [0, *(self.head_dim * width // 8 for width, _ in _codec.PLANES[self.bits])]
-        )
-        return tuple(
-            (*plane, int(r)) for plane, r in zip(_codec.PLANES[self.bits], rows, strict=False)
-        )
+    def split(self) -> bool:
+        """Whether keys lie in two halves."""
+        return self.bits in (2, 3, 4) and halved(self.head_dim)
+
+    def asked(self, q: jax.Array) -> jax.Array:
+        """Queries [..., D] of `rotate_keys` for the keys of this precision; its own inverse."""
+        return q if self.split else joined(q)
 
     def encode(
         self, k: jax.Array, v: jax.Array, code: jax.Array, time: jax.Array | None = None
     ) -> jax.Array:
         """Vectors [..., D], codes and times [...] to the bytes [..., token_bytes] of tokens."""
-        both = jnp.stack([k, v]).astype(jnp.float32)  # at once: half to compile
+        both = self.asked(rotate_keys(k)), rotate(v)
         if self.wide:
-            parts = [*_bytes_of(_codec.rotate(both).astype(jnp.bfloat16))]
+            parts = [_bytes_of(x.astype(jnp.bfloat16)) for x in both]
         else:
-            codes = _codec.quantize(both, self.bits)
-            parts = [*codes.packed, *_bytes_of(codes.norm[..., None])]
+            vectors, norms = zip(*(self._packed(i, x) for i, x in enumerate(both)), strict=True)
+            parts = [*vectors, *(_bytes_of(x[..., None]) for x in norms)]
         parts.append(code[..., None])
         if self.timed:
             parts.append(_bytes_of(jnp.asarray(time).astype(jnp.uint16)[..., None]))
@@ -114,16 +140,47 @@ class PageLayout(NamedTuple):
     def decode(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Bytes [..., token_bytes] to keys and values [..., D] float32 and codes [...] of worth."""
         parts = self._split(rows)
-        vectors = jnp.stack(parts[:2])
         if self.wide:
-            pairs = vectors.reshape(*vectors.shape[:-1], self.head_dim, 2)
-            both = _codec.unrotate(lax.bitcast_convert_type(pairs, jnp.bfloat16))
+            pairs = (x.reshape(*x.shape[:-1], self.head_dim, 2) for x in parts[:2])
+            k, v = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in pairs)
         else:
-            norm = lax.bitcast_convert_type(jnp.stack(parts[2:4]), jnp.float16)
-            # A page that was another precision's may hold any bytes behind its last token.
-            norm = jnp.where(jnp.isfinite(norm), norm, 0)
-            both = _codec.dequantize(_codec.Codes(vectors, norm), self.head_dim, self.bits)
-        return both[0], both[1], parts[CODES][..., 0]
+            k, v = (self._unpacked(i, parts[i], parts[KEY_NORMS + i]) for i in range(2))
+        return unrotate_keys(self.asked(k)), unrotate(v), parts[CODES][..., 0]
+
+    def levels(self, index: int, packed: jax.Array) -> list[jax.Array]:
+        """`_codec.integer_levels` of each part of keys (0) or values (1) [..., width * N]."""
+        width = self.widths[index]
+        return [_codec.levels_of(packed, part, width) for part in self.parts(index)]
+
+    def norms(self, index: int, word: jax.Array) -> tuple[jax.Array, ...]:
+        """Norms [...] float32 of each part of keys (0) or values (1), from their two bytes as uint16."""
+        if len(self.parts(index)) == 1:
+            return (_float16(word),)
+        first, ratio = pair(word)
+        return _float16(first), _float16(first) * _float16(ratio)
+
+    def _packed(self, index, y):
+        """Bytes [..., width] and norms [...] uint16 of rotated keys (0) or values (1)."""
+        parts = self.parts(index)
+        codes, norms = zip(
+            *(_codec.nearest(y[..., x.first : x.first + x.size], x.bits) for x in parts),
+            strict=True,
+        )
+        word = _bits16(norms[0]) if len(parts) == 1 else _paired(*norms)
+        return _planes.pack(list(codes), parts), word
+
+    def _unpacked(self, index, packed, norm_bytes):
+        """The rotated keys (0) or values (1) [..., D] of `_packed`."""
+        norms = self.norms(index, lax.bitcast_convert_type(norm_bytes, jnp.uint16))
+        # A page that was another precision's may hold any bytes behind its last token.
+        units = [
+            jnp.where(jnp.isfinite(norm), norm, 0)[..., None] * _codec.step(part.size, part.bits)
+            for norm, part in zip(norms, self.parts(index), strict=True)
+        ]
+        levels = [x.astype(jnp.float32) for x in self.levels(index, packed)]
+        if self.bits == 8:
+            levels = [x + 0.5 for x in levels]
+        return jnp.concatenate([x * u for x, u in zip(levels, units, strict=True)], axis=-1)
 
     def times(self, rows: jax.Array) -> jax.Array:
         """Bytes [..., token_bytes] of `timed` tokens to their positions [...], modulo 2^16."""
@@ -175,7 +232,7 @@ def token_bytes(head_dim: int, bits: int, *, timed: bool = False) -> int:
       ValueError: unsupported `head_dim` or `bits`, with those that are supported.
     """
     if bits == WIDE_BITS and not isinstance(bits, bool):
-        _codec.rotation(head_dim)
+        rotation(head_dim)
     else:
         _codec.codes_bytes(head_dim, bits)
     return PageLayout(head_dim, bits, 0, timed).token_bytes
@@ -193,3 +250,28 @@ def table_bytes(num_units: int, num_levels: int, num_pages: int) -> int:
 def _bytes_of(x):
     """[..., n] of 16 bits to [..., 2 n] uint8: low bytes and high bytes in turn."""
     return lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], -1)
+
+
+def pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The bits of two float16: a key's first norm, and what it is to be multiplied by for the second."""
+    return (word >> 5) << 4, ((word & 31) << 7) + _LEAST_RATIO
+
+
+def _paired(first, second):
+    """The word of two norms: the nearest that has both, or a first one not too small for the second."""
+    first = jnp.maximum(first, second / _MOST_RATIO)
+    high = jnp.minimum((_bits16(first).astype(jnp.int32) + 8) >> 4, _MOST_FIRST >> 4)
+    kept = _float16((high << 4).astype(jnp.uint16))
+    ratio = jnp.where(kept > 0, second / jnp.where(kept > 0, kept, 1), 0)
+    low = (_bits16(ratio).astype(jnp.int32) - _LEAST_RATIO + 64) >> 7
+    return ((high << 5) | jnp.clip(low, 0, 31)).astype(jnp.uint16)
+
+
+def _bits16(x):
+    """The bits of x as a float16, uint16."""
+    return lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
+
+
+def _float16(word):
+    """The float16 of these bits, in float32."""
+    return lax.bitcast_convert_type(word, jnp.float16).astype(jnp.float32)

@@ -22,9 +22,9 @@ from jax import lax
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import merge
-from jbalance.cache import _centroids, _pages, _price
+from jbalance.cache import _centroids, _channels, _pages, _price
 from jbalance.cache._cache import KVCache
-from jbalance.cache._prefill import by_kv_head, by_token, checked_lengths, mean_key
+from jbalance.cache._prefill import by_kv_head, by_token, checked_lengths
 from jbalance.cache._requests import release
 from jbalance.cache._step import (
     check_without_windows,
@@ -96,10 +96,10 @@ def _write_request(cache, request, k, v, w, number):
     level = jnp.where(there, _price.levels_of(code, least[:, :, None]), absent(bits))
 
     def one_layer(cache, row):
-        layer, k, v, level, code = row
-        return write_layer(cache, request, layer, k, v, level, code, number), None
+        layer, k, v, w, level, code = row
+        return write_layer(cache, request, layer, (k, v, w), level, code, number), None
 
-    rows = jnp.arange(cache.num_layers), k, v, level, code
+    rows = jnp.arange(cache.num_layers), k, v, w, level, code
     return lax.scan(one_layer, dataclasses.replace(cache, arena=arena), rows)[0]
 
 
@@ -112,8 +112,7 @@ def write_layer(
     cache: KVCache,
     request: jax.Array | int,
     layer: jax.Array | int,
-    k: jax.Array,
-    v: jax.Array,
+    tokens: tuple[jax.Array, ...],
     level: jax.Array,
     code: jax.Array,
     number: jax.Array | int,
@@ -126,20 +125,21 @@ def write_layer(
       cache: before.
       request: [] int32.
       layer: [] int32.
-      k: [S, K, D] float keys.
-      v: [S, K, D] float values.
+      tokens: keys [S, K, D], values [S, K, D], worth [K, S], and the energy of the queries if it is
+        known, as `_prefill.admit` takes them.
       level: [K, S] int, index into the bits; their number where evicted, one more where `absent`.
       code: [K, S] uint8 codes of worth.
-      number: [] int32, how many of the S tokens there are, for the mean key.
+      number: [] int32, how many of the S tokens there are, for the mean key and the channels.
       centroids: whether evicted tokens join centroids, or are lost; static.
 
     Returns:
       The cache.
     """
     units = cache.units(request, layer)
+    k, v, w, *energy = tokens
     k, v = (jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in (k, v))
-    mean = mean_key(k, number).astype(jnp.bfloat16)
-    k -= mean.astype(jnp.float32)[:, None]
+    basis = _channels.measured(k, w, number, *energy)
+    k = basis.stored(k)
     here = (units < cache.key_mean.shape[0])[:, None]
     arena = cache.arena
     time = jnp.broadcast_to(np.arange(k.shape[1], dtype=np.int32), level.shape)
@@ -158,8 +158,8 @@ def write_layer(
     if centroids:
         evicted = (level == len(arena.bits)) & here
         rest = _centroids.absorb(rest, units, k, v, _price.decode_worth(code), evicted)
-    means = cache.key_mean.at[units].set(mean, mode="drop")
-    return dataclasses.replace(cache, arena=arena, centroids=rest, key_mean=means)
+    cache = dataclasses.replace(cache, arena=arena, centroids=rest)
+    return _channels.with_units(cache, units, basis)
 
 
 @in_32_bits

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import Partial, TilePlan, Tiling, merge
-from jbalance.cache import _admit, _price
+from jbalance.cache import _admit, _channels, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import checked_allowance
@@ -88,7 +88,8 @@ def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, sca
     """Attention of the prompts, and the cache with their tokens."""
     requests, size = q.shape[:2]
     own = attention.attend(q, k, v, causal_plan(size), causal=True, scale=scale)
-    heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(scaled(q, scale))
+    queries = scaled(q, scale)
+    heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(queries)
     own = Partial(*(jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(x) for x in own))
 
     def one_request(cache, row):
@@ -98,11 +99,19 @@ def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, sca
         y = jnp.where(known[:, None, None], y, 0)
         w = token_worth(q, k, v, frequencies=frequencies, num_tokens=lengths[request])
         cache, report = admit(
-            cache, request, layer, k, v, w, allowance_pages[request], num_tokens=lengths[request]
+            cache,
+            request,
+            layer,
+            k,
+            v,
+            w,
+            allowance_pages[request],
+            num_tokens=lengths[request],
+            energy=_channels.query_energy(q, cache.num_kv_heads, lengths[request]),
         )
         return cache, (y, report.shortfall)
 
-    rows = jnp.arange(requests), heads, own, k, v, q
+    rows = jnp.arange(requests), heads, own, k, v, queries
     cache, (y, shortfall) = lax.scan(one_request, cache, rows)
     checkify.debug_check(jnp.all(shortfall == 0), "allowance_pages is below KVCache.floor_pages")
     return jax.vmap(lambda x: by_token(x, size))(y).astype(q.dtype), cache
@@ -191,12 +200,13 @@ def admit(
     *,
     num_tokens: jax.Array | int | None = None,
     start: jax.Array | int = 0,
+    energy: jax.Array | None = None,
 ) -> tuple[KVCache, Report]:
     """Let one layer's tokens of a prompt enter.
 
-    A unit's mean key is taken from the first tokens that enter it, without the sinks, and stays until
-    `release`. The first and the latest tokens of a request's first prompt always stay; the latest of
-    later ones enter at the highest worth.
+    A unit's mean key and channels are taken from the first tokens that enter it, without the sinks, and
+    stay until `release`. The first and the latest tokens of a request's first prompt always stay; the
+    latest of later ones enter at the highest worth.
 
     Args:
       cache: before; donate it.
@@ -208,6 +218,7 @@ def admit(
       allowance_pages: [] int32, for the whole request.
       num_tokens: [] int32, how many of the S there are; None for all.
       start: [] int32, position of the first, where layers have windows.
+      energy: [K, D] of the queries, `_channels.query_energy`; None if it is not known.
 
     Returns:
       The cache, and the `Report` of `_admit.admit`; with a shortfall, which only an allowance below the
@@ -230,13 +241,8 @@ def admit(
     units = cache.units(request, layer)
     number = jnp.asarray(size if num_tokens is None else num_tokens, jnp.int32)
     k, v = (jnp.swapaxes(jnp.asarray(x), 0, 1).astype(jnp.float32) for x in (k, v))
-    tables = cache.arena.count, cache.centroids.count
-    fresh = jnp.all(jnp.stack([x.at[units].get(mode="clip").sum(axis=1) == 0 for x in tables]), 0)
-    mean = jnp.where(
-        fresh[:, None],
-        mean_key(k, number).astype(jnp.bfloat16),
-        cache.key_mean.at[units].get(mode="clip"),
-    )
+    fresh = _channels.untouched(cache, units)
+    basis = _channels.entered(cache, units, k, w, number, energy)
     time, ages, clock = None, None, cache.clock
     if clock is not None:
         after = jnp.asarray(start, jnp.int32) + number
@@ -250,7 +256,7 @@ def admit(
         request * cache.units_per_request,
         cache.units_per_request,
         units,
-        k - mean.astype(jnp.float32)[:, None],
+        basis.stored(k),
         v,
         prompt_codes(w, number, fresh),
         allowance_pages,
@@ -258,19 +264,8 @@ def admit(
         time=time,
         ages=ages,
     )
-    means = cache.key_mean.at[units].set(mean, mode="drop")
-    cache = dataclasses.replace(
-        cache, arena=arena, centroids=centroids, key_mean=means, clock=clock
-    )
-    return cache, report
-
-
-def mean_key(k: jax.Array, number: jax.Array | int) -> jax.Array:
-    """[K, D]: the mean of keys [K, S, D] that are finite, without the sinks and the padding."""
-    token = np.arange(k.shape[1])
-    finite = jnp.all(jnp.isfinite(k), axis=-1, keepdims=True)
-    counted = finite & ((token >= NUM_SINKS) & (token < number))[:, None]
-    return jnp.sum(jnp.where(counted, k, 0), axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)
+    cache = dataclasses.replace(cache, arena=arena, centroids=centroids, clock=clock)
+    return _channels.with_units(cache, units, basis), report
 
 
 def prompt_codes(w: jax.Array, number: jax.Array | int, fresh: jax.Array) -> jax.Array:

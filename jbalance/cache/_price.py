@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
-from jbalance.cache._layout import token_bytes
+from jbalance.cache._layout import PageLayout, token_bytes
 
 PROTECTED = 255  # the code of tokens that are neither demoted nor evicted
 NUM_CODES = 256
 LOWEST, HIGHEST = 1, 254  # codes of worth, saturated
 _PER_OCTAVE, _OF_ONE = 12, 200  # code of worth 1
-_ERROR = {1: 0.357, 2: 0.111, 3: 0.0295, 4: 0.0072, 8: 3.45e-5, 16: 0.0}
+# Of a vector with the same bits for all coordinates; of keys in two halves the logits have less.
+_ERROR = {1: 0.561, 2: 0.125, 3: 0.0304, 4: 0.00724, 8: 3.43e-5, 16: 0.0}
+_HALVES = 0.4
 
 
 class Price(NamedTuple):
@@ -77,7 +79,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     above it: who reaches it passes it.
 
     >>> steps(64, (8, 4, 3))
-    (66, 31, 0)
+    (71, 35, 0)
 
     Args:
       head_dim: D.
@@ -94,7 +96,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     if list(bits) != sorted(set(bits), reverse=True):
         raise ValueError(f"bits is {bits}: they must descend, {tuple(sorted(set(bits))[::-1])}")
     size = [token_bytes(head_dim, b) for b in bits]
-    value = values(bits)
+    value = values(head_dim, bits)
     slopes: list[float] = []
     at_bytes, at_value, level = 0, 0.0, len(bits)
     while level:  # the envelope's next corner is that of the steepest way up
@@ -104,9 +106,15 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
 
 
-def values(bits: tuple[int, ...]) -> list[float]:
+def values(head_dim: int, bits: tuple[int, ...]) -> list[float]:
     """Of each level, the part of a token's worth that is kept there."""
-    return [1 - _ERROR[b] ** 0.75 for b in bits]
+    return [1 - error(head_dim, b) ** 0.75 for b in bits]
+
+
+def error(head_dim: int, bits: int) -> float:
+    """Relative squared error of a token at so many bits: the mean of its logits' and its value's."""
+    keys = _HALVES if PageLayout(head_dim, bits, 0).split else 1
+    return _ERROR[bits] * (1 + keys) / 2
 
 
 def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:

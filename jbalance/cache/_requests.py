@@ -60,6 +60,7 @@ def release(cache: KVCache, request: jax.Array | int) -> KVCache:
         arena=arena,
         centroids=jax.tree.map(cleared, cache.centroids),
         key_mean=cleared(cache.key_mean),
+        key_channels=cleared(cache.key_channels),
         # Values that are not finite would show through a weight of 0.
         recent_keys=cleared(cache.recent_keys),
         recent_values=cleared(cache.recent_values),

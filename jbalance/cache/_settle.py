@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
-from jbalance.cache import _admit, _centroids, _price
+from jbalance.cache import _admit, _centroids, _channels, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
 from jbalance.cache._sight import NO_WINDOW
@@ -76,16 +76,18 @@ def _flush(cache, request, allowance_pages):
     age = np.arange(half)
     first, start = request * n, cache.recent_start[request]
     place = (start + age) % cache.recent_tokens
-    k, v, energy, mean = (
+    k, v, energy = (
         lax.dynamic_slice_in_dim(x, first, n)
-        for x in (cache.recent_keys, cache.recent_values, cache.recent_energy, cache.key_mean)
+        for x in (cache.recent_keys, cache.recent_values, cache.recent_energy)
     )
     energy = energy[:, place]
     there = energy >= 0
     w = decoded_worth(jnp.maximum(energy, 0), cache.recent_count[request] - 1 - age)
     units = first + np.arange(n)
-    k = k[:, place].astype(jnp.float32) - mean[:, None].astype(jnp.float32)
-    k = jnp.where(there[..., None], k, jnp.nan)  # which `admit` leaves out
+    k = jnp.where(there[..., None], k[:, place].astype(jnp.float32), jnp.nan)
+    basis = _channels.entered(cache, units, k, w, half)
+    cache = _channels.with_units(cache, units, basis)
+    k = basis.stored(k)  # NaN where there is no token, which `admit` leaves out
     v, code = v[:, place], _price.encode_worth(w)
     time, ages = None, None
     if cache.clock is not None:

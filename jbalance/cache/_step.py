@@ -13,7 +13,7 @@ from jax import lax
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
-from jbalance.cache import _centroids
+from jbalance.cache import _centroids, _channels
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import advanced, checked_allowance, settle
@@ -200,8 +200,9 @@ def _held_by_one(context, layer, q, position, limits) -> Partial:
 
 def _held(cache, units, q, position, latest, limits, together=None) -> Partial:
     """Attention of queries [N, T, D] over the arenas and centroids of their units [N]."""
-    mean = cache.key_mean.at[units].get(mode="clip")
-    shift = _product("ktd,kd->kt", q, mean) / math.sqrt(q.shape[-1])
+    basis = _channels.of_units(cache, units)
+    shift = _product("ktd,kd->kt", q, basis.mean) / math.sqrt(q.shape[-1])
+    q = basis.asked(q)
     sight = Sight(limits, bias=None if limits.soft_cap is None else shift)
     if limits.window is not None:
         assert position is not None

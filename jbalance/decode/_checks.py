@@ -16,6 +16,7 @@ from jbalance.decode.sampling import Samplers
 
 OWN, CONTEXT = "own", "context"
 _MOST_BITS = 16
+_BY_CHANNEL = ("key_mean", "key_channels")
 
 
 def check_facts(path: Path, facts: dict[str, Any], head_dim: int, *, timed: bool) -> None:
@@ -105,7 +106,8 @@ def check_part(path: Path, part: dict[str, np.ndarray], facts: dict[str, Any], h
         if part[f"{kind}.rows.recent_values"].shape != recent.shape:
             values = part[f"{kind}.rows.recent_values"]
             raise _misshapen(path, f"{kind}.rows.recent_values", values, f"{list(recent.shape)}")
-        wanted = {"key_mean": (len(units), dim), "recent_energy": recent.shape[:2]}
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_CHANNEL, (len(units), dim))
+        wanted["recent_energy"] = recent.shape[:2]
         wanted |= dict.fromkeys(("recent_start", "recent_count"), (len(units),))
         if own["timed"]:
             wanted |= {"clock_next": (len(units),), "clock_recent": recent.shape[:2]}

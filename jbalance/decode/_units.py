@@ -15,7 +15,8 @@ from jbalance.cache._layout import page_shape, table_bytes
 from jbalance.cache._pages import Arena
 from jbalance.cache._sight import clock_bytes, create_clock
 
-_UNIT_ROWS = ("key_mean", "recent_keys", "recent_values", "recent_energy", "count", "pages")
+_CACHE_ROWS = ("key_mean", "key_channels", "recent_keys", "recent_values", "recent_energy")
+_UNIT_ROWS = (*_CACHE_ROWS, "count", "pages")
 _REQUEST_ROWS = ("recent_start", "recent_count")
 _CLOCK_ROWS = ("next", "recent")  # of a model with windows, whose layers say what they are
 
@@ -111,7 +112,7 @@ def put_together(
         slots=jnp.asarray(slots),
         layers_done=jnp.zeros((), jnp.int32),
         clock=clock,
-        **{name: rows[name] for name in _UNIT_ROWS[:4]},
+        **{name: rows[name] for name in _CACHE_ROWS},
         **{name: rows[name][first] for name in _REQUEST_ROWS},
     )
 

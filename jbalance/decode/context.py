@@ -159,9 +159,9 @@ def write(
         lasting = centroids and (plan.windows is None or plan.windows[layer] is None)
         for d, cache in enumerate(caches):
             if cache is not None:
-                moved = jax.device_put((held.k, held.v), devices[d])
+                moved = jax.device_put(tuple(held), devices[d])
                 caches[d] = _write_layer(
-                    cache, layer, *moved, level, code, number, centroids=lasting
+                    cache, layer, moved, level, code, number, centroids=lasting
                 )
     return Context(tuple(caches), number, plan, codes=codes)
 
@@ -195,6 +195,6 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="centroids")
-def _write_layer(cache, layer, k, v, level, code, number, centroids):
+def _write_layer(cache, layer, tokens, level, code, number, centroids):
     """`write_layer` of the one request, compiled for all layers."""
-    return write_layer(cache, 0, layer, k, v, level, code, number, centroids=centroids)
+    return write_layer(cache, 0, layer, tokens, level, code, number, centroids=centroids)

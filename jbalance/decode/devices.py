@@ -129,9 +129,9 @@ def admit(
     allowances: Sequence[Any],
     start: int = 0,
 ) -> Caches:
-    """One layer's tokens (k, v, w) of a prompt enter; no allowance is below what always stays.
+    """One layer's tokens of a prompt enter; no allowance is below what always stays.
 
-    The first of them is at position `start`.
+    They are (k, v, w), and the energy of their queries; the first is at position `start`.
     """
     after = []
     for d, cache in enumerate(caches):
@@ -144,8 +144,9 @@ def admit(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _admit(cache, request, layer, k, v, w, pages, number, start):
-    return _prefill.admit(cache, request, layer, k, v, w, pages, num_tokens=number, start=start)[0]
+def _admit(cache, request, layer, k, v, w, energy, pages, number, start):
+    rest = {"num_tokens": number, "start": start, "energy": energy}
+    return _prefill.admit(cache, request, layer, k, v, w, pages, **rest)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -17,6 +17,7 @@ import numpy as np
 from jbalance import attention, importance
 from jbalance.attention import Partial, merge
 from jbalance.cache import _prefill, _step
+from jbalance.cache._channels import query_energy
 from jbalance.decode import devices as over
 from jbalance.decode.devices import Caches
 from jbalance.decode.model import Functions, Model
@@ -52,7 +53,7 @@ def _piece(model, devices, caches, contexts, request, tokens, position, allowanc
         nonlocal caches
         f = model.functions(layer)
         held = over.held(devices, caches, contexts, request, layer, qkv[0], position, f.limits)
-        new = *qkv[1:], _worth(f, *qkv, number)
+        new = *qkv[1:], *_worth(f, *qkv, number)
         caches = over.admit(devices, caches, request, layer, new, number, allowances, position)
         return held
 
@@ -130,9 +131,10 @@ def _qkv(model: Functions, weights, x, positions):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _worth(model: Functions, q, k, v, number):
-    return importance.token_worth(
-        q, k, v, frequencies=model.spec.rotary, num_tokens=jnp.asarray(number)
-    )
+    """Worth of the tokens, and the energy of their queries."""
+    number = jnp.asarray(number)
+    w = importance.token_worth(q, k, v, frequencies=model.spec.rotary, num_tokens=number)
+    return w, query_energy(q, k.shape[1], number)
 
 
 @functools.partial(jax.jit, static_argnums=0)

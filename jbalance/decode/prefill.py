@@ -19,6 +19,7 @@ from jax import lax
 from jbalance import attention
 from jbalance.attention import TilePlan
 from jbalance.cache import _step
+from jbalance.cache._channels import query_energy
 from jbalance.decode.model import AttentionSpec, Functions, Model
 from jbalance.importance.token_worth import (
     NUM_QUERIES,
@@ -37,6 +38,7 @@ class LayerTokens(NamedTuple):
     k: jax.Array  # [S, K, D]
     v: jax.Array  # [S, K, D]
     w: jax.Array  # [K, S] float32 worth
+    energy: jax.Array | None  # [K, D] float32 of the queries, by channel; None where it is unknown
 
 
 def capacity_for(num_tokens: int) -> int:
@@ -115,7 +117,7 @@ def _layer(
     later = tokens.later(model.spec, qkv(jnp.clip(number - last, 0, size - last), last)[0][0])
 
     def chunk(i, carry):
-        x, repeated = carry
+        x, repeated, energy = carry
         first = i * CHUNK_TOKENS
         part = lax.dynamic_slice_in_dim(x, first, CHUNK_TOKENS, axis=1)
         q, _, _ = model.qkv(weights, part, (first + jnp.arange(CHUNK_TOKENS))[None])
@@ -123,11 +125,13 @@ def _layer(
         rules: Any = model.limits._asdict() | {"scale": model.spec.scale, "causal": True}
         y = attention.attend(q, k, v, plan, offset=first, **rules).y
         repeated += tokens.repeated(model.spec, q[0], first)
+        energy += query_energy(q[0], k.shape[2], number - first)
         part = model.finish(weights, part, y)
-        return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated
+        return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated, energy
 
-    x, repeated = lax.fori_loop(0, chunks, chunk, (x, jnp.zeros_like(later)))
-    return x, LayerTokens(k[0], v[0], tokens.placed(worth_of(repeated, later), size))
+    empty = jnp.zeros_like(later), jnp.zeros(k.shape[2:])
+    x, repeated, energy = lax.fori_loop(0, chunks, chunk, (x, *empty))
+    return x, LayerTokens(k[0], v[0], tokens.placed(worth_of(repeated, later), size), energy)
 
 
 class Tokens(NamedTuple):

@@ -34,7 +34,7 @@ from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around
 
 MANIFEST = "manifest.json"
-_FORMAT = 4
+_FORMAT = 5
 _DAMAGED = (
     *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
     *(MemoryError, OverflowError, BadZipFile, zlib.error),

@@ -258,7 +258,7 @@ def _what_if(plan: Plan, codes: ArrayLike, at: tuple[int, int], more_bytes: int,
     after = _again(plan, problem, grown).level.reshape(plan.level.shape)
     more = (after < len(plan.bits)).sum(axis=2) - plan.kept.sum(axis=2)
     finer = ((after < plan.level) & plan.kept).sum(axis=2)
-    part = np.append(_price.values(plan.bits), 0.0)
+    part = np.append(_price.values(plan.room.head_dim, plan.bits), 0.0)
     worth = np.asarray(_price.decode_worth(jnp.asarray(problem.codes)), np.float64)
     worth = np.where(problem.codes == _price.PROTECTED, 0, worth).reshape(plan.level.shape)
     gained = (worth * (part[after] - part[plan.level])).sum()

@@ -11,6 +11,7 @@ from jbalance.cache import _centroids, _pages, _price
 from jbalance.decode import context
 from jbalance.decode.plan import ladder
 from jbalance.decode.prefill import LayerTokens
+from tests.support.small_cache import given_back
 
 B, L, K, G, D, S, T = 2, 2, 2, 2, 16, 60, 3
 H, BITS, AMPLE, SCARCE = K * G, (8, 3), 30_000, 10_500
@@ -57,13 +58,12 @@ def held_of(held, request, layer):
     out = []
     for head in range(K):
         unit = int(held.units(request, layer)[head])
-        mean = np.asarray(held.key_mean[unit], np.float64)
         parts = [_pages.read(held.arena, unit, m) for m in range(len(BITS))]
         left = jax.tree.map(lambda x: x[0], _centroids.load(held.centroids, np.array([unit])))
         many = np.asarray(left.count)
         keys = [x.k[x.valid] for x in parts] + [np.repeat(left.keys, many, axis=0)]
         values = [x.v[x.valid] for x in parts] + [np.repeat(left.values, many, axis=0)]
-        out.append((np.concatenate(keys) + mean, np.concatenate(values)))
+        out.append((given_back(held, unit, np.concatenate(keys)), np.concatenate(values)))
     return out
 
 
@@ -134,7 +134,7 @@ def test_levels_are_those_of_one_price_over_layers_and_heads():
     count = (plan.level.reshape(L * K, S, 1) == np.arange(len(BITS))).sum(axis=1)
     assert plan.room.num_pages == held.arena.num_pages
     np.testing.assert_array_equal(held.arena.count, count)
-    layers = [LayerTokens(k[i, 0], v[i, 0], w[i, 0]) for i in range(L)]
+    layers = [LayerTokens(k[i, 0], v[i, 0], w[i, 0], None) for i in range(L)]
     (other,) = context.write(plan, codes, layers).caches
     q = drawn()[0][:1]
     for layer in range(L):

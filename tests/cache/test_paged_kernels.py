@@ -13,6 +13,7 @@ from jax import export
 from jbalance.attention import Partial
 from jbalance.cache import _attend, _cache, _codec, _pages
 from jbalance.cache._layout import page_shape
+from jbalance.cache._rotation import rotate_keys, unrotate
 from jbalance.cache.backends import _kernels, _tpu_page, gpu, tpu
 from tests.cache.test_paged_attention import assert_close, by_definition, filled, queries
 
@@ -26,9 +27,9 @@ both = pytest.mark.parametrize("kernel", KERNELS)
 
 def between_rotations(q, at, units, *, kernel, interpret=True):
     """A kernel as `attend_pages` calls it."""
-    turned = _codec.rotate(q) / math.sqrt(at.head_dim)
+    turned = rotate_keys(q) / math.sqrt(at.head_dim)
     got = KERNELS[kernel].attend_rotated(turned, at, units, interpret=interpret)
-    return Partial(_codec.unrotate(got.y), got.lse)
+    return Partial(unrotate(got.y), got.lse)
 
 
 # What interprets a kernel is large and runs once: a quick compilation is worth more than quick code.

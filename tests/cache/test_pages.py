@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jbalance.cache import _codec, _pages
+from jbalance.cache import _pages
 
 U, D, BITS, PAGE = 3, 16, (16, 8, 4, 3, 2), 256
 M = len(BITS)
@@ -103,12 +103,11 @@ def test_what_is_written_is_read(level):
         np.testing.assert_array_equal(held.valid, np.arange(len(held.valid)) < npp + 2)
         np.testing.assert_array_equal(held.code[: npp + 2], code[i])
         np.testing.assert_array_equal(held.code[npp + 2 :], 0)
-        for got, x in ((held.k, k[i]), (held.v, v[i])):
+        # What the bytes of a token mean is `test_layout`'s.
+        layout = at.layouts[level]
+        stored = layout.decode(layout.encode(k[i], v[i], code[i]))[:2]
+        for got, want in zip((held.k, held.v), stored, strict=True):
             np.testing.assert_array_equal(got[npp + 2 :], 0)
-            if BITS[level] == 16:
-                want = _codec.unrotate(_codec.rotate(x).astype(jnp.bfloat16))
-            else:
-                want = _codec.dequantize(_codec.quantize(x, BITS[level]), D, BITS[level])
             np.testing.assert_allclose(got[: npp + 2], want, atol=1e-5)
     # All other pages are as they were.
     mine = np.concatenate([owned(at)[u * M + level] for u in (2, 0)])
@@ -153,7 +152,7 @@ def test_demotion_by_reading_and_writing_anew():
     assert not read(at, 1, level=0).valid.any()
     lower = read(at, 1, level=2)
     error = np.square(lower.k[:3] - k[0]).sum() / np.square(k[0]).sum()
-    assert error < 0.01
+    assert error < 0.02  # half of the coordinates at 3 bits
 
 
 @pytest.mark.parametrize(

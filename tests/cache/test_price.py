@@ -38,7 +38,7 @@ def test_each_token_has_the_level_of_most_value_less_price(bits, head_dim):
     assert offsets[-1] == 0
     assert list(offsets) == sorted(offsets, reverse=True)
     size = np.array([token_bytes(head_dim, b) for b in bits] + [0])
-    value = np.array([1 - _price._ERROR[b] ** 0.75 for b in bits] + [0])
+    value = np.array([1 - _price.error(head_dim, b) ** 0.75 for b in bits] + [0])
     lowest = max(value[:-1] / size[:-1])
     code = np.arange(1, 255)
     least = 90 + np.array(offsets)

@@ -68,7 +68,11 @@ def test_every_devices_bytes_are_kept(budgets, reserve):
     plan = decode.fit(ladder(codes()), SHAPE, 8, budgets, reserve=reserve)
     rng = np.random.default_rng(1)
     layers = [
-        prefill.LayerTokens(*rng.normal(size=(2, 200, 3, 8)).astype(np.float32), None)
+        prefill.LayerTokens(
+            *rng.normal(size=(2, 200, 3, 8)).astype(np.float32),
+            np.ones((3, 200), np.float32),
+            np.ones((3, 8), np.float32),
+        )
         for _ in range(4)
     ]
     held = context.write(plan, codes().reshape(SHAPE), layers)

@@ -119,17 +119,27 @@ def rounded(x):
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
 
 
+def given_back(held, unit, keys):
+    """Keys [..., D] as they came, of those that arena and centroids hold."""
+    channels = np.asarray(held.key_channels[unit], int)
+    order = np.argsort(1 - channels % 2, kind="stable")
+    out = np.empty(np.shape(keys))
+    out[..., order] = np.asarray(keys, float) / 2.0 ** (channels // 2 / 8)[order]
+    return out + np.asarray(held.key_mean[unit], float)
+
+
 def of_parts(held, layer, q, k, v):
     """y of request 0's query [H, D], and what its first recent token gains, over decoded parts."""
     out, gained, there = [], [], int(held.recent_count[0])
     for head in range(K):
         unit = layer * K + head
-        mean = np.asarray(held.key_mean[unit], float)
         parts = [_pages.read(held.arena, unit, m) for m in range(len(BITS))]
         left = jax.tree.map(lambda x: x[0], _centroids.load(held.centroids, np.array([unit])))
         many = np.asarray(left.count)
-        parts = [(x.k[x.valid] + mean, x.v[x.valid]) for x in parts]
-        parts += [tuple(np.repeat(x, many, axis=0) for x in (left.keys + mean, left.values))]
+        parts = [(x.k[x.valid], x.v[x.valid]) for x in parts] + [
+            tuple(np.repeat(x, many, axis=0) for x in (left.keys, left.values))
+        ]
+        parts = [(given_back(held, unit, k), v) for k, v in parts]
         parts += [(held.recent_keys[unit, :there], held.recent_values[unit, :there])]
         parts += [(rounded(k[head])[None], rounded(v[head])[None])]
         keys, values = (np.concatenate([np.asarray(x[i], float) for x in parts]) for i in range(2))

@@ -43,9 +43,9 @@ def whole_levels(codes: jax.Array, bits: int) -> jax.Array:
         int(sum(int(m) << (8 * i) for i, m in enumerate(magnitudes[j : j + 4])))
         for j in range(0, half, 4)
     ]
-    word = jnp.full(codes.shape, words[0], jnp.int32)
-    if len(words) > 1:
-        word = jnp.where(rank < 4, words[0], words[1])
+    word = jnp.full(codes.shape, words[-1], jnp.int32)
+    for i, other in reversed(list(enumerate(words[:-1]))):
+        word = jnp.where(rank < 4 * (i + 1), other, word)
     size = (word >> ((rank & 3) << 3)) & 127
     size = lax.bitcast_convert_type(size | _MANTISSA, jnp.float32) - 2.0**23
     turned = lax.bitcast_convert_type(size, jnp.int32) ^ (below & _SIGN)

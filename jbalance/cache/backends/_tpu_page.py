@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jbalance.cache._layout import KEY_NORMS, PageLayout
+from jbalance.cache import _codec
+from jbalance.cache._layout import KEY_NORMS, PageLayout, pair
 from jbalance.cache.backends._kernels import digits, whole_levels
 
 LANES = 128
@@ -56,11 +57,6 @@ class Level(NamedTuple):
         return 1 if self.across else max(1, LANES // self.width)
 
     @property
-    def chunk(self) -> int:
-        """Coordinates that lie in one run of rows, of the narrowest plane."""
-        return self.layout.head_dim * min(w for w, *_ in self.layout.planes) // 8
-
-    @property
     def turns(self) -> int:
         """Alignments of the rows: row r begins at that of row r mod turns."""
         return LANES // math.gcd(self.page_tokens, LANES)
@@ -96,20 +92,19 @@ class Block(NamedTuple):
         return pltpu.roll(jnp.where(ahead, out, after), LANES - lane, 1)
 
     def vectors(self, index):
-        """Keys (0) or values (1) for norm 1 in bfloat16, by parts: [D, 128], else [128, 128]."""
+        """Keys (0) or values (1) for norm 1 in bfloat16, by parts: [size, 128], else [128, 128]."""
         if self.level.across:
-            return [self._coordinates(index)]
+            return [self._coordinates(index, part) for part in self.level.layout.parts(index)]
         return [self._rows(index, i) for i in range(self.level.parts)]
 
-    def _coordinates(self, index):
-        """[D, 128], coordinates in the order of `_lay_out`."""
-        layout = self.level.layout
-        head_dim, bits, npp = layout[:3]
-        chunk, turns = self.level.chunk, self.level.turns
-        groups = [0] * (head_dim // chunk)
-        for width, lowest, row in layout.planes:
-            runs = head_dim * width // 8 // chunk
-            start = layout.offset(index) + row * npp + self.number * LANES
+    def _coordinates(self, index, part):
+        """[size, 128] of a part of the vectors, coordinates in the order of `_lay_out`."""
+        layout, npp = self.level.layout, self.level.page_tokens
+        chunk, turns = self.level.layout.run(index), self.level.turns
+        groups = [0] * (part.size // chunk)
+        for plane in part.planes:
+            runs = plane.rows(part.size) // chunk
+            start = layout.offset(index) + plane.row * npp + self.number * LANES
             found = [
                 jnp.concatenate(
                     [
@@ -122,9 +117,9 @@ class Block(NamedTuple):
                 for run in range(runs)
             ]
             for i in range(len(groups)):
-                part = (found[i % runs] >> (width * (i // runs))) & (2**width - 1)
-                groups[i] = groups[i] | (part << lowest)
-        return whole_levels(jnp.concatenate(groups), bits)
+                code = (found[i % runs] >> plane.bit(i // runs)) & (2**plane.width - 1)
+                groups[i] = groups[i] | (code << plane.lowest)
+        return whole_levels(jnp.concatenate(groups), part.bits)
 
     def _rows(self, index, part):
         """[128, 128], part of each token on its lanes, 0 on others."""
@@ -146,13 +141,24 @@ class Block(NamedTuple):
         # What lies behind the last token may decode to NaN.
         return jnp.where(self.there(self.tokens(out.shape, 0)), out, 0).astype(jnp.bfloat16)
 
-    def norms(self, index):
-        """Norms of the keys (0) or values (1): [1, 128] float32, 0 where there is no token."""
-        npp = self.level.page_tokens
+    def units(self, index):
+        """What one of `vectors` is worth in each part: [1, 128] float32, 0 where there is no token."""
+        layout, npp = self.level.layout, self.level.page_tokens
         start = self.level.layout.offset(KEY_NORMS + index) + self.number * LANES
         low, high = self.bytes(start), self.bytes(start + npp)
-        norm = _from_float16(low | (high << 8))
-        norm = jnp.where(self.there(lax.broadcasted_iota(jnp.int32, norm.shape, 1)), norm, 0)
+        word, parts = low | (high << 8), layout.parts(index)
+        norms = [_from_float16(word)]
+        if len(parts) > 1:
+            first, ratio = map(_from_float16, pair(word))
+            norms = [first, first * ratio]
+        there = self.there(lax.broadcasted_iota(jnp.int32, word.shape, 1))
+        return [
+            self._shared(jnp.where(there, norm, 0)) * _codec.step(part.size, part.bits)
+            for norm, part in zip(norms, parts, strict=True)
+        ]
+
+    def _shared(self, norm):
+        """Norms [1, 128] of tokens in their order, in that of `vectors`."""
         if self.level.shared == 1:
             return norm
         shape = (LANES, LANES)

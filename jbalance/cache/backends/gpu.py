@@ -23,13 +23,14 @@ from jax.experimental.pallas import triton as plt
 
 from jbalance import _fallback
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
-from jbalance.cache import _codec
+from jbalance.cache import _codec, _planes
 from jbalance.cache._layout import KEY_NORMS, PageLayout
 from jbalance.cache._pages import Arena
+from jbalance.cache._planes import Part
 from jbalance.cache.backends._kernels import digits, merge_parts, whole_levels
 
 _TILE_BYTES = 1 << 14  # of a tile's keys in bfloat16, at most: several must fit in shared memory
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (32, 64, 128, 256)  # halves of keys are the depth of a product, at least 16
 _BLOCK = 1 << 12  # query rows of one program times D, at most
 PROGRAMS = 512  # of one level, about
 _LEAST_ROWS = 16  # of a product on tensor cores
@@ -48,6 +49,11 @@ class _Level(NamedTuple):
     def page_tokens(self) -> int:
         """Tokens that a page holds."""
         return self.layout.page_tokens
+
+    def parts(self, index: int) -> tuple[Part, ...]:
+        """Of keys (0) or values (1)."""
+        layout = self.layout
+        return layout.parts(index) if layout.across else _planes.whole(layout.head_dim, 8)
 
     @property
     def tile(self) -> int:
@@ -118,6 +124,7 @@ def attend_rotated(
 
 def _attend_level(q, arena, units, level, rows, interpret):
     """Parts y [N, splits, T, D], mass and top [N, splits, T] of one level."""
+    q = level.layout.asked(q)
     num_units, size, head_dim = q.shape
     lead = (num_units, level.splits, size)
 
@@ -167,7 +174,7 @@ def _kernel(
     begin = offset_ref[unit * level.num_levels + level.number]
     count = count_ref[unit, level.number]
     first, last = _tiles_of_split(count, level)
-    query = digits(q_ref[...])
+    query = [digits(q_ref[:, x.first : x.first + x.size]) for x in level.parts(0)]
 
     def step(i, carry):
         place, tile = i // level.tiles, i % level.tiles
@@ -219,35 +226,45 @@ class _Page(NamedTuple):
         return inside[None] if self.level.layout.across else inside[:, None]
 
     def vectors(self, index):
-        """Keys (0) or values (1) for norm 1 in bfloat16: [D, B] below 8 bits, else [B, D]."""
+        """Keys (0) or values (1) for norm 1 in bfloat16, by parts: [size, B], from 8 bits on [B, D]."""
         layout = self.level.layout
-        head_dim, bits, npp = layout[:3]
+        head_dim, bits = layout[:2]
         start = layout.offset(index)
         if not layout.across:
             width = layout.widths[index]
             at = start + self.slots[:, None] * width + lax.iota(jnp.int32, width)
             found = self.load(at)
             if bits == 8:
-                return whole_levels(found.astype(jnp.int32), 8)
+                return [whole_levels(found.astype(jnp.int32), 8)]
             pairs = found.reshape(-1, head_dim, 2)
             low, high = (x.astype(jnp.uint16) for x in jnp.unstack(pairs, axis=-1))
-            return lax.bitcast_convert_type(low | (high << 8), jnp.bfloat16)
-        codes = jnp.zeros((head_dim, self.slots.shape[0]), jnp.int32)
-        for width, lowest, first in layout.planes:
-            rows = first + lax.iota(jnp.int32, head_dim * width // 8)
-            at = start + rows[:, None] * npp + self.slots[None]
-            part = self.load(at).astype(jnp.int32)
-            shift = lax.broadcasted_iota(jnp.int32, (8 // width, 1, 1), 0) * width
-            part = (part[None] >> shift) & (2**width - 1)
-            codes = codes | (part.reshape(head_dim, -1) << lowest)
-        return whole_levels(codes, bits)
+            return [lax.bitcast_convert_type(low | (high << 8), jnp.bfloat16)]
+        return [self._levels(start, part) for part in self.level.parts(index)]
 
-    def norms(self, index):
-        """Norms of the keys (0) or values (1): [B] float32."""
+    def _levels(self, start, part):
+        """[size, B] bfloat16 of a part of the vectors that begin at byte `start`."""
+        npp = self.level.page_tokens
+        codes = jnp.zeros((part.size, self.slots.shape[0]), jnp.int32)
+        for plane in part.planes:
+            rows = plane.row + lax.iota(jnp.int32, plane.rows(part.size))
+            at = start + rows[:, None] * npp + self.slots[None]
+            found = self.load(at).astype(jnp.int32)
+            position = lax.broadcasted_iota(jnp.int32, (plane.positions, 1, 1), 0)
+            found = (found[None] >> (position * plane.width + plane.shift)) & (2**plane.width - 1)
+            codes = codes | (found.reshape(part.size, -1) << plane.lowest)
+        return whole_levels(codes, part.bits)
+
+    def units(self, index):
+        """What one of `vectors` is worth in each part of keys (0) or values (1): [B] float32."""
         start = self.level.layout.offset(KEY_NORMS + index) + self.slots
         low, high = (self.load(start + self.level.page_tokens * byte) for byte in (0, 1))
-        low, high = low.astype(jnp.uint16), high.astype(jnp.uint16)
-        return lax.bitcast_convert_type(low | (high << 8), jnp.float16).astype(jnp.float32)
+        word = low.astype(jnp.uint16) | (high.astype(jnp.uint16) << 8)
+        return [
+            norm * _codec.step(part.size, part.bits)
+            for norm, part in zip(
+                self.level.layout.norms(index, word), self.level.parts(index), strict=True
+            )
+        ]
 
 
 def _add_tile(query, page, there, carry):
@@ -255,21 +272,24 @@ def _add_tile(query, page, there, carry):
     y, mass, top = carry
     layout = page.level.layout
     across = layout.across
-    unit = 1 if layout.wide else _codec.step(layout.head_dim, layout.bits)
-    keys = page.vectors(0)
-    logits = sum(_dot(x, keys, trans_b=not across) for x in query)
+    parts = [
+        sum(_dot(x, keys, trans_b=not across) for x in rows)
+        for rows, keys in zip(query, page.vectors(0), strict=True)
+    ]
     if not layout.wide:
-        logits = logits * (page.norms(0) * unit)[None]
+        parts = [x * unit[None] for x, unit in zip(parts, page.units(0), strict=True)]
+    logits = sum(parts)
     logits = jnp.where(there[None], logits, EMPTY)
     new_top = jnp.maximum(top, jnp.max(logits, axis=1))
     weight = jnp.exp(logits - new_top[:, None])
     decay = jnp.exp(top - new_top)
     mass = mass * decay + jnp.sum(weight, axis=1)
-    values = page.vectors(1)
+    (values,) = page.vectors(1)
     # What lies behind the last token may decode to NaN.
     if layout.wide:
         values = jnp.where(there[:, None], values, 0)
     else:
-        weight = jnp.where(there[None], weight * (page.norms(1) * unit)[None], 0)
+        (unit,) = page.units(1)
+        weight = jnp.where(there[None], weight * unit[None], 0)
     added = sum(_dot(x, values, trans_b=across) for x in digits(weight))
     return y * decay[:, None] + added, mass, new_top

@@ -21,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jbalance.attention.partial import EMPTY, NO_TOP, Partial
-from jbalance.cache import _codec
 from jbalance.cache._pages import Arena
 from jbalance.cache.backends._kernels import digits, merge_parts
 from jbalance.cache.backends._tpu_page import LANES, Block, Level, dot
@@ -41,8 +40,9 @@ def unsupported(arena: Arena) -> str | None:
         return f"its tables take {tables} bytes: at most {TABLE_BYTES}, page_bytes must be larger"
     for i, (bits, size) in enumerate(zip(arena.bits, arena.page_tokens, strict=True)):
         level = _level(arena, i)
-        if level.across and level.chunk % level.turns:
-            multiple = LANES // math.gcd(level.chunk, LANES)
+        chunks = [level.layout.run(index) for index in range(2)] if level.across else []
+        if any(chunk % level.turns for chunk in chunks):
+            multiple = LANES // math.gcd(*chunks, LANES)
             return f"a page holds {size} tokens of {bits} bits: it must be a multiple of {multiple}"
         if not level.across and LANES % level.width and level.width % LANES:
             return f"head_dim is {arena.head_dim}: it must be a power of two"
@@ -84,12 +84,14 @@ def _level(arena, index):
 
 def _attend_level(q, arena, units, level, rows, interpret):
     """One level's y [N, T, D], not normalised, its mass and top [N, T]."""
-    laid = _lay_out(q, level)
-    num_units, size = q.shape[:2]
+    laid = _lay_out(level.layout.asked(q), level)
+    num_units, size, head_dim = q.shape
+    sums = (1, size, head_dim) if level.across else laid.shape[1:]
     depth = max(2, min(_RING_BYTES // arena.page_bytes, 32))
 
-    laid_rows = pl.BlockSpec(
-        (None, level.parts, rows, laid.shape[3]), lambda n, r, *_: (n, 0, r, 0)
+    laid_rows, sum_rows = (
+        pl.BlockSpec((None, number, rows, width), lambda n, r, *_: (n, 0, r, 0))
+        for number, _, width in (laid.shape[1:], sums)
     )
     number_rows = pl.BlockSpec((None, rows, LANES), lambda n, r, *_: (n, r, 0))
     y, mass, top = pl.pallas_call(
@@ -98,7 +100,7 @@ def _attend_level(q, arena, units, level, rows, interpret):
             num_scalar_prefetch=4,
             grid=(num_units, size // rows),
             in_specs=[laid_rows, pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[laid_rows, number_rows, number_rows],
+            out_specs=[sum_rows, number_rows, number_rows],
             scratch_shapes=[
                 pltpu.VMEM((depth, level.page_rows, LANES), jnp.uint8),
                 pltpu.VMEM((level.page_rows + LANES * level.parts, LANES), jnp.int32),
@@ -106,7 +108,7 @@ def _attend_level(q, arena, units, level, rows, interpret):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(laid.shape, jnp.float32),
+            jax.ShapeDtypeStruct((num_units, *sums), jnp.float32),
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
             jax.ShapeDtypeStruct((num_units, size, LANES), jnp.float32),
         ],
@@ -119,24 +121,26 @@ def _attend_level(q, arena, units, level, rows, interpret):
 
 def _lay_out(q, level):
     """Queries [N, T, D] as [N, parts, T, X], in the order of a page's coordinates."""
-    laid = jnp.matmul(q, _order(level), precision=lax.Precision.HIGHEST)
-    return jnp.swapaxes(laid.reshape(*q.shape[:2], level.parts, -1), 1, 2)
+    laid = jnp.matmul(q, _order(level, 0), precision=lax.Precision.HIGHEST)
+    number = len(level.layout.parts(0)) if level.across else level.parts
+    return jnp.swapaxes(laid.reshape(*q.shape[:2], number, -1), 1, 2)
 
 
 def _taken_back(y, level):
-    """The inverse of `_lay_out`; of tokens that share a row the sum."""
+    """Sums of values in the order of a page's coordinates, in that of vectors again."""
     y = jnp.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], -1)
-    return jnp.matmul(y, _order(level).T, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(y, _order(level, 1).T, precision=lax.Precision.HIGHEST)
 
 
-def _order(level):
+def _order(level, index):
     """[D, parts X] of zeros and ones: to which lanes of a page's rows a coordinate goes.
 
-    A product with it is exact, and keeps queries as TPUs hold matrices; reshapes would spread them.
+    Of keys (0) or values (1). A product with it is exact, and keeps queries as TPUs hold matrices;
+    reshapes would spread them.
     """
     eye = np.eye(level.layout.head_dim, dtype=np.float32)
     if level.across:
-        runs = eye.reshape(len(eye), -1, level.chunk // level.turns, level.turns)
+        runs = eye.reshape(len(eye), -1, level.layout.run(index) // level.turns, level.turns)
         return runs.swapaxes(-1, -2).reshape(len(eye), -1)
     if level.layout.wide:
         eye = np.stack([eye, np.zeros_like(eye)], axis=-1).reshape(len(eye), -1)
@@ -174,7 +178,7 @@ def _kernel(
         copy(i).start()
 
     lax.fori_loop(0, jnp.minimum(depth, num_pages), start, None)
-    query = [digits(q_ref[i]) for i in range(level.parts)]
+    query = [digits(q_ref[i]) for i in range(q_ref.shape[0])]
     size = q_ref.shape[1]
 
     def step(i, carry):
@@ -191,13 +195,13 @@ def _kernel(
         return carry
 
     empty = (
-        [jnp.zeros(q_ref.shape[1:], jnp.float32) for _ in range(level.parts)],
+        [jnp.zeros(y_ref.shape[1:], jnp.float32) for _ in range(y_ref.shape[0])],
         jnp.zeros((size, 1), jnp.float32),
         jnp.full((size, 1), NO_TOP, jnp.float32),
     )
     y, mass, top = lax.fori_loop(0, num_pages, step, empty)
-    for i in range(level.parts):
-        y_ref[i] = y[i]
+    for i, x in enumerate(y):
+        y_ref[i] = x
     mass_ref[...] = jnp.broadcast_to(mass, mass_ref.shape)
     top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
 
@@ -207,9 +211,13 @@ def _add_block(query, block, carry):
     y, mass, top = carry
     level = block.level
     keys = block.vectors(0)
-    logits = sum(dot(q, k, not level.across) for q, k in zip(query, keys, strict=True))
-    if not level.layout.wide:
-        logits = logits * (block.norms(0) * _codec.step(level.layout.head_dim, level.bits))
+    parts = [dot(q, k, not level.across) for q, k in zip(query, keys, strict=True)]
+    if level.across:
+        parts = [x * unit for x, unit in zip(parts, block.units(0), strict=True)]
+    logits = sum(parts)
+    if level.bits == 8:
+        (unit,) = block.units(0)
+        logits = logits * unit
     there = block.there(block.tokens(logits.shape, 1))
     logits = jnp.where(there, logits, EMPTY)
     new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
@@ -217,7 +225,8 @@ def _add_block(query, block, carry):
     decay = jnp.exp(top - new_top)
     mass = mass * decay + jnp.sum(weight, axis=1, keepdims=True)
     if not level.layout.wide:
-        weight = weight * (block.norms(1) * _codec.step(level.layout.head_dim, level.bits))
+        (unit,) = block.units(1)
+        weight = weight * unit
     rows = digits(weight)
     added = [dot(rows, v, level.across) for v in block.vectors(1)]
     return [a * decay + b for a, b in zip(y, added, strict=True)], mass, new_top

@@ -93,6 +93,7 @@ def _attend_level(q, arena, units, index, level, sight):
     # Blocks of all units lie one after the other, so that small groups share an iteration.
     ends = jnp.cumsum(-(-count // block_tokens))
     starts = ends - (-(-count // block_tokens))
+    q = layout.asked(q)
     half = 0.5 * jnp.sum(q, axis=-1, keepdims=True)
     query = _Query(_rows(q, bits, contract_tokens=False), half, sight)
     of_unit = jnp.arange(units.shape[0])
@@ -139,7 +140,7 @@ class _Tile(NamedTuple):
         return lax.gather(self.data, at, numbers, size, mode="promise_in_bounds")
 
     def vectors(self, index):
-        """Keys (0) or values (1) for norm 1: [B, tokens, D], or [B, D, tokens] below 8 bits.
+        """Keys (0) or values (1) by parts: [B, tokens, D], or [B, size, tokens] below 8 bits.
 
         Integer levels in int8; bfloat16 at 16 bits.
         """
@@ -147,19 +148,21 @@ class _Tile(NamedTuple):
         head_dim, bits, page_tokens = self.layout[:3]
         if self.layout.wide:
             pairs = part.reshape(blocks, -1, head_dim, 2)
-            return lax.bitcast_convert_type(pairs, jnp.bfloat16)
+            return [lax.bitcast_convert_type(pairs, jnp.bfloat16)]
         if bits == 8:
-            return _codec.integer_levels(part.reshape(blocks, -1, head_dim), 8)
+            return self.layout.levels(index, part.reshape(blocks, -1, head_dim))
         part = part.reshape(*part.shape[:2], -1, page_tokens)
         joined = jnp.concatenate([part[:, i] for i in range(part.shape[1])], axis=-1)
-        levels = _codec.integer_levels(joined.reshape(blocks, -1), bits)
-        return levels.reshape(blocks, head_dim, -1)
+        levels = self.layout.levels(index, joined.reshape(blocks, -1))
+        return [x.reshape(blocks, -1, joined.shape[-1]) for x in levels]
 
-    def norms(self, index):
-        """Norms of the keys (0) or values (1): [B, tokens] float32."""
-        return lax.bitcast_convert_type(self._halves(KEY_NORMS + index), jnp.float16).astype(
-            jnp.float32
-        )
+    def units(self, index):
+        """What one of `vectors` is worth in each part of keys (0) or values (1): [B, tokens] float32."""
+        norms = self.layout.norms(index, self._halves(KEY_NORMS + index))
+        return [
+            norm * _codec.step(part.size, part.bits)
+            for norm, part in zip(norms, self.layout.parts(index), strict=True)
+        ]
 
     def times(self):
         """Positions of the tokens [B, tokens] uint16, modulo 2^16."""
@@ -186,32 +189,50 @@ def _softmax_blocks(query, tile, there):
     weight = jnp.exp(logits - top[..., None])
     mass = jnp.sum(weight, axis=-1)
     # What lies behind the last token may decode to NaN.
-    values = tile.vectors(1)
+    (values,) = tile.vectors(1)
     if layout.wide:
         values = jnp.where(there[..., None], values, 0)
     else:
-        weight = jnp.where(weight > 0, weight * tile.norms(1)[:, None], 0)
+        (unit,) = tile.units(1)
+        weight = jnp.where(weight > 0, weight * unit[:, None], 0)
     y = _product(_rows(weight, bits, contract_tokens=True), values, contract_tokens=True, bits=bits)
     if bits == 8:
         y += 0.5 * jnp.sum(weight, axis=-1, keepdims=True)
-    return y if layout.wide else y * _codec.step(layout.head_dim, bits), mass, top
+    return y, mass, top
 
 
 def _logits(query, tile, some):
     """Logits [B, T, tokens] of a tile, of which `some` tokens are there: always, but that is data."""
     rows, half = query.rows, query.half
-    head_dim, bits = tile.layout[:2]
+    bits = tile.layout.bits
+    if tile.layout.across:
+        return _logits_across(rows, tile, some)
+    (keys,) = tile.vectors(0)
+    logits = _product(rows, keys, contract_tokens=False, bits=bits)
     if tile.layout.wide:
-        return _product(rows, tile.vectors(0), contract_tokens=False, bits=bits)
-    norms = (tile.norms(0) * _codec.step(head_dim, bits))[:, None]
-    if bits == 8:
-        return (_product(rows, tile.vectors(0), contract_tokens=False, bits=bits) + half) * norms
+        return logits
+    (unit,) = tile.units(0)
+    return (logits + half) * unit[:, None]
+
+
+def _logits_across(rows, tile, some):
+    """`_logits` of a tile whose vectors lie coordinate by coordinate."""
+    parts, blocks = tile.layout.parts(0), tile.ids.shape[0]
     # Unpacked by itself, in lanes of 8 bits: XLA would fuse it with the conversion, in lanes of 32 bits,
     # which takes twice as long. It does not fuse across branches.
-    shape = *tile.ids.shape[:1], head_dim, norms.shape[-1]
-    levels = lax.cond(some, lambda: tile.vectors(0), lambda: jnp.zeros(shape, jnp.int8))
-    keys = levels.astype(jnp.float32) * norms
-    return _product(rows, keys, contract_tokens=False, bits=bits)
+    tokens = tile.ids.shape[1] * tile.layout.page_tokens
+    none = [jnp.zeros((blocks, x.size, tokens), jnp.int8) for x in parts]
+    levels = lax.cond(some, lambda: tile.vectors(0), lambda: none)
+    logits = [
+        _product(
+            rows[..., x.first : x.first + x.size],
+            level.astype(jnp.float32) * unit[:, None],
+            contract_tokens=False,
+            bits=tile.layout.bits,
+        )
+        for x, level, unit in zip(parts, levels, tile.units(0), strict=True)
+    ]
+    return sum(logits[1:], logits[0])
 
 
 def _rows(x, bits, *, contract_tokens):

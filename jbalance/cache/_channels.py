@@ -1,0 +1,139 @@
+"""The basis of a unit's keys: less their mean, the channels that matter first, each in its own scale.
+
+Queries read the channels of keys with very different energy: one's error counts by its energy K in the
+keys times its energy Q in the queries. Keys are stored in two halves of unequal bits (`_layout`), so
+those that matter more come first. And a half has one error for all of its coordinates, so keys are
+stored times s, and queries over s ask for them: the logits stay, and their squared error, in proportion
+to (sum of s² K) (sum of Q / s²), would be least for s = (Q / K)^(1/4) if all keys were alike. Half of
+that exponent was measured to be best. Keys count by their worth: what nobody asks for may err.
+
+Method: Xiao et al., SmoothQuant (arXiv:2211.10438), a scale moved from one factor to the other; bits by
+variance as in any transform coder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbalance.cache._cache import KVCache
+from jbalance.importance.token_worth import NUM_SINKS
+
+_PER_OCTAVE = 8  # codes of a scale
+_MOST = 4 * _PER_OCTAVE  # beyond, single tokens would decide
+_EXPONENT = 1 / 8
+
+
+class Basis(NamedTuple):
+    """Of the keys of N units."""
+
+    mean: jax.Array  # [N, D] bfloat16
+    # [N, D] int8: whether the channel is of those that come first, and twice log2 s in eighths
+    channels: jax.Array
+
+    def stored(self, k: jax.Array) -> jax.Array:
+        """Keys [N, S, D] float32 as arena and centroids hold them."""
+        return self._turned(k - self.mean.astype(jnp.float32)[:, None], 1)
+
+    def asked(self, q: jax.Array) -> jax.Array:
+        """Queries [N, T, D] float32 for stored keys: their logits lack the product with the mean."""
+        return self._turned(q, -1)
+
+    def _turned(self, x, power):
+        """x [N, S, D] times a power of s, its channels in their order."""
+        factor = jnp.exp2((self.channels >> 1).astype(jnp.float32) * (power / _PER_OCTAVE))
+        first = (self.channels & 1).astype(jnp.int32)
+        before = jnp.sum(first, axis=1, keepdims=True)
+        place = jnp.where(
+            first == 1, jnp.cumsum(first, axis=1) - 1, before + jnp.cumsum(1 - first, axis=1) - 1
+        )
+        # A product with ones and zeros: exact, where a gather would be slow.
+        moved = (place[..., None] == np.arange(x.shape[-1])) * factor[..., None]
+        return jnp.einsum("nsd,nde->nse", x, moved, precision=lax.Precision.HIGHEST)
+
+
+def of_units(cache: KVCache, units: jax.Array) -> Basis:
+    """The basis of units [N]; any, where there is no such unit."""
+    held = cache.key_mean, cache.key_channels
+    return Basis(*(x.at[units].get(mode="clip") for x in held))
+
+
+def with_units(cache: KVCache, units: jax.Array, basis: Basis) -> KVCache:
+    """The cache with the basis of units [N]."""
+    mean = cache.key_mean.at[units].set(basis.mean, mode="drop")
+    channels = cache.key_channels.at[units].set(basis.channels, mode="drop")
+    return dataclasses.replace(cache, key_mean=mean, key_channels=channels)
+
+
+def untouched(cache: KVCache, units: jax.Array) -> jax.Array:
+    """[N] bool, whether no token has entered the unit since it was made or released."""
+    tables = cache.arena.count, cache.centroids.count
+    held = [jnp.sum(x.at[units].get(mode="clip"), axis=1) for x in tables]
+    return jnp.sum(jnp.stack(held), axis=0) == 0
+
+
+def entered(
+    cache: KVCache,
+    units: jax.Array,
+    k: jax.Array,
+    w: jax.Array,
+    number: jax.Array | int,
+    energy: jax.Array | None = None,
+) -> Basis:
+    """The basis of units [N] that tokens enter: theirs, or, in one that is untouched, `measured`."""
+    first = untouched(cache, units)[:, None]
+    new = measured(k, w, number, energy)
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), new, of_units(cache, units))
+
+
+def measured(
+    k: jax.Array, w: jax.Array, number: jax.Array | int, energy: jax.Array | None = None
+) -> Basis:
+    """The basis for the keys of a prompt.
+
+    Its mean is that of the tokens that are finite, without the sinks and the padding.
+
+    Args:
+      k: [N, S, D] float32 keys.
+      w: [N, S] worth of the tokens, >= 0.
+      number: [] int32, how many of the S tokens there are.
+      energy: [N, D] of the queries, `query_energy`; None if it is not known: the keys' alone decides,
+        and s = 1.
+    """
+    token = np.arange(k.shape[1])
+    finite = jnp.all(jnp.isfinite(k), axis=-1)
+    counted = finite & (token >= NUM_SINKS) & (token < number)
+    k = jnp.where(counted[..., None], k, 0)
+    mean = jnp.sum(k, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]
+    mean = mean.astype(jnp.bfloat16)
+    square = jnp.square(k - mean.astype(jnp.float32)[:, None])
+    keys = jnp.einsum("ns,nsd->nd", jnp.where(counted, w, 0), square)
+    asked = jnp.ones_like(keys) if energy is None else energy
+    known = jnp.all((keys > 0) & (asked > 0) & jnp.isfinite(asked), axis=1, keepdims=True)
+    keys, asked = (jnp.log2(jnp.where(known, x, 1)) for x in (keys, asked))
+    rank = jnp.argsort(jnp.argsort(-(keys + asked), axis=1, stable=True), axis=1)
+    first = known & (rank < k.shape[-1] // 2)
+    octaves = jnp.zeros_like(keys) if energy is None else _EXPONENT * (asked - keys)
+    octaves -= jnp.mean(octaves, axis=1, keepdims=True)
+    scale = jnp.clip(jnp.round(_PER_OCTAVE * octaves), -_MOST, _MOST)
+    return Basis(mean, (2 * scale + first).astype(jnp.int8))
+
+
+def query_energy(q: jax.Array, kv_heads: int, number: jax.Array | int | None = None) -> jax.Array:
+    """Squares [K, D] of queries [S, H, D] by channel, summed over tokens and each head's group.
+
+    Args:
+      q: queries.
+      kv_heads: K.
+      number: [] int32, how many of the S tokens there are; None for all.
+    """
+    size, _, head_dim = q.shape
+    square = jnp.square(q.astype(jnp.float32)).reshape(size, kv_heads, -1, head_dim)
+    if number is not None:
+        square = jnp.where((np.arange(size) < number)[:, None, None, None], square, 0)
+    return jnp.sum(square, axis=(0, 2))
