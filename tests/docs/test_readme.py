@@ -1,5 +1,6 @@
 """The code of the README and of the page on the cache runs as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +41,16 @@ def test_the_code_of_the_page_on_the_cache_runs():
 
 def test_the_readme_is_read_in_two_minutes():
     assert len(README.encode()) <= 7000
+
+
+def test_the_table_of_the_readme_is_that_of_the_recorded_run():
+    recorded = json.loads((ROOT / "docs/results/kv_budget.score.json").read_text(encoding="utf-8"))
+    for policy in ("ladder", "ladder-thorough"):
+        (line,) = re.findall(rf"^\| `{policy}`.*$", README, re.M)
+        said = re.findall(r"\*\*([\d.]+)\*\*, (\d+)", line)
+        rows = [x for x in recorded["results"] if x["policy"] == policy]
+        assert [x["budget"] for x in rows] == [0.25, 0.1, 0.05]
+        for (kl, keys), row in zip(said, rows, strict=True):
+            assert kl == f"{row['mean']['kl']:.{len(kl) - 2}f}"
+            assert int(keys) == sum(case["passkey_exact"] for case in row["cases"])
+            assert len(row["cases"]) == 16
