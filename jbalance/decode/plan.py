@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks, place
 from jbalance.cache import _cache, _pages, _price
-from jbalance.cache._layout import PageLayout, table_bytes, token_bytes
+from jbalance.cache._layout import TILE_BYTES, PageLayout, table_bytes, token_bytes
 from jbalance.cache._sight import NO_WINDOW, clock_bytes
 from jbalance.importance.token_worth import NUM_RECENT
 
@@ -44,16 +45,22 @@ class Reserve:
         checks.static_fields(self, "new_tokens", least=0)
 
     def page_bytes(self, head_dim: int, *, timed: bool = False) -> int:
-        """Of the requests' pages: eight tokens at 8 bits; `timed` for a model with windows."""
-        return -(-8 * token_bytes(head_dim, _cache.BITS[0], timed=timed) // 64) * 64
+        """Of the requests' pages: eight tokens at 8 bits, or more where kernels read whole tiles.
+
+        `timed` is for a model with windows.
+        """
+        least = 8 * token_bytes(head_dim, _cache.BITS[0], timed=timed)
+        step = 64 if jax.default_backend() == "cpu" else TILE_BYTES
+        return -(-least // step) * step
 
     def unit_bytes(self, head_dim: int, *, timed: bool = False) -> int:
         """Of each of the model's layers and key/value heads."""
-        pages = -(-max(self.new_tokens, 2 * NUM_RECENT) // 8) + len(_cache.BITS)
+        size = self.page_bytes(head_dim, timed=timed)
+        of_page = PageLayout.within(size, head_dim, _cache.BITS[0], timed=timed).page_tokens
+        pages = -(-max(self.new_tokens, 2 * NUM_RECENT) // of_page) + len(_cache.BITS)
         beside = _cache.unit_bytes(head_dim, self.recent_tokens)
         tables = table_bytes(1, len(_cache.BITS), pages)
-        pages_bytes = pages * self.page_bytes(head_dim, timed=timed)
-        return self.num_requests * (beside + tables + pages_bytes) + (4 if timed else 0)
+        return self.num_requests * (beside + tables + pages * size) + (4 if timed else 0)
 
     def device_bytes(self, num_units: int, *, timed: bool = False) -> int:
         """Of each device, whatever units it has."""

@@ -15,6 +15,7 @@ from jbalance.cache import _attend, _cache, _codec, _pages
 from jbalance.cache._layout import page_shape
 from jbalance.cache._rotation import rotate_keys, unrotate
 from jbalance.cache.backends import _kernels, _tpu_page, gpu, tpu
+from jbalance.decode import Reserve
 from tests.cache.test_paged_attention import assert_close, by_definition, filled, queries
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
@@ -230,3 +231,15 @@ def test_each_platform_has_its_kernel_and_says_when_it_has_not(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.warns(RuntimeWarning, match="tokens of 8 bits: it must be a multiple of 2"):
         jax.eval_shape(_attend.attend_pages, q, shaped(64, (8, 4, 3), 6784), units)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_pages_of_requests_beside_a_context_are_read_by_both_kernels(head_dim, monkeypatch):
+    on_cpu = Reserve(2, 64).unit_bytes(head_dim)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    reserve = Reserve(2, 64)
+    at = shaped(head_dim, (8, 4, 3), reserve.page_bytes(head_dim))
+    assert tpu.unsupported(at) is None
+    assert gpu.unsupported(at) is None
+    pages = -(-64 // at.page_tokens[0]) + 3
+    assert 2 * pages * at.page_bytes <= reserve.unit_bytes(head_dim) <= 4 * on_cpu
