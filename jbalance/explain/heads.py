@@ -7,6 +7,7 @@ What a head gets at every price, and the pages at which that price is reached, a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -226,9 +227,42 @@ def _more_bytes(codes: np.ndarray, seen: np.ndarray, room: Room, pages: int) -> 
     valid = gains[1:, :-1] & reached[1:] & (early < below[1:]) & (early > pages)
     first_unit = np.full((1, early.shape[1]), 2**62)
     candidates.append(np.concatenate([first_unit, np.where(valid, early, 2**62)]))
-    least = np.concatenate(candidates, axis=1).min(axis=1)
+    before = held[np.arange(len(held)), at_now]
+    least = _first_gain(
+        np.concatenate(candidates, axis=1),
+        lambda pages: (
+            np.asarray(_held_at(histogram, jnp.asarray(pages), offsets, room.page_tokens)) @ size
+            > before
+        ),
+    )
     page = room.page_bytes + _PAGE_ENTRY_BYTES
     return np.where(least < 2**62, (least - pages) * page, NONE)
+
+
+def _first_gain(candidates: np.ndarray, gains: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[U] the least pages of candidates [U, n] at which a unit gains; 2^62 if at none.
+
+    `gains` of [m] pages says it of all units, [m, U]. Where a unit pays the next lower price already it
+    may hold no more than before: more tokens, but fewer bits for others.
+    """
+    units = np.arange(len(candidates))
+    while True:
+        at = candidates.argmin(axis=1)
+        least = candidates[units, at]
+        wrong = (least < 2**62) & ~gains(np.minimum(least, checks.INT32_MAX))[units, units]
+        if not wrong.any():
+            return least
+        candidates[units[wrong], at[wrong]] = 2**62
+
+
+@functools.partial(jax.jit, static_argnames=("offsets", "page_tokens"))
+def _held_at(histogram, pages, offsets, page_tokens) -> jax.Array:
+    """[m, U, M] tokens that are held with so many pages [m]."""
+
+    def tokens(pages):
+        return _price.price_of(histogram, offsets, page_tokens, pages).tokens
+
+    return lax.map(tokens, pages.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("offsets", "page_tokens"))
