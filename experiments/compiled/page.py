@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.compiled import cases, pods
+from experiments.compiled import cases, sizes
 
 TEXT = """# Kernels by the accelerators' own compilers
 
@@ -60,14 +60,14 @@ def text_of(report: Mapping[str, Any]) -> str:
 def _sizes() -> dict[str, float]:
     """Of the programs for pods."""
     return {
-        "chips": pods.MODEL,
-        "requests": pods.REQUESTS,
-        "context": pods.CONTEXT,
-        "percent": 100 * pods.SHARE,
-        "prompt": pods.PROMPT,
-        "example": pods.EXAMPLE,
-        "block": pods.BLOCK,
-        "units": pods.UNITS,
+        "chips": sizes.MODEL,
+        "requests": sizes.REQUESTS,
+        "context": sizes.CONTEXT,
+        "percent": 100 * sizes.SHARE,
+        "prompt": sizes.PROMPT,
+        "example": sizes.EXAMPLE,
+        "block": sizes.BLOCK,
+        "units": sizes.UNITS,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from experiments.compiled import cases, gpu, measure, page, pods, tpu
+from experiments.compiled import cases, gpu, measure, page, pods, sizes, tpu
 from experiments.harness import collectives
 
 SCHEDULE = """
@@ -146,7 +146,7 @@ SMALL = {
 def on_eight(monkeypatch):
     """What compiles a program of small sizes for the simulated devices."""
     for name, size in SMALL.items():
-        monkeypatch.setattr(pods, name, size)
+        monkeypatch.setattr(sizes, name, size)
 
     def compiled(name):
         program = pods.programs()[name](np.array(jax.devices()[:8]))
