@@ -15,15 +15,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from experiments.generate import Written
+from experiments.generate import add_options, checked_memory, write_answer
 from experiments.harness import cli
 from experiments.models import options as models
 
 
 def job(options: argparse.Namespace) -> None:
-    memory = cli.memory("--memory", options.memory)
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: at least 1")
+    memory = checked_memory(options)
 
     from experiments.harness import texts
 
@@ -58,14 +56,7 @@ def job(options: argparse.Namespace) -> None:
             state = decode.tell(decoder, state, 0, tokens)
         else:
             state = decode.join(decoder, state, 0, tokens, sampling=sampling)
-        written, answer = Written(chat.tokenizer), []
-        while int(state.tokens[0]) not in chat.end_ids:
-            answer.append(int(state.tokens[0]))
-            written.show(answer)
-            if len(answer) == options.max_new_tokens:
-                break
-            _, state = decode.step(decoder, state)
-        written.end(answer)
+        _, state = write_answer(decoder, state, chat, options.max_new_tokens)
         position = int(state.positions[0])
 
 
@@ -101,14 +92,8 @@ def held(state, memory, position: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code."""
     parser = cli.parser("experiments.chat", __doc__)
-    models.add_options(parser)
+    add_options(parser)
     parser.add_argument("--text", help="a UTF-8 text file that the first question is about")
-    parser.add_argument(
-        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0)
     return cli.run(parser, job, arguments)
 
 

@@ -20,9 +20,7 @@ from experiments.models import options as models
 
 
 def job(options: argparse.Namespace) -> None:
-    memory = cli.memory("--memory", options.memory)
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: at least 1")
+    memory = checked_memory(options)
     if not options.question.strip():
         raise ValueError("--question is empty: ask something")
 
@@ -51,17 +49,8 @@ def job(options: argparse.Namespace) -> None:
         state = decode.join(
             decoder, state, 0, prompt, sampling=sampling, on_layer=lambda layer: advance()
         )
-    start, written, ids = time.perf_counter(), Written(chat.tokenizer), []
-    while True:
-        token = int(state.tokens[0])
-        if token in chat.end_ids:
-            break
-        ids.append(token)
-        written.show(ids)
-        if len(ids) == options.max_new_tokens:
-            break
-        _, state = decode.step(decoder, state)
-    written.end(ids)
+    start = time.perf_counter()
+    ids, state = write_answer(decoder, state, chat, options.max_new_tokens)
     rate = max(len(ids) - 1, 1) / (time.perf_counter() - start)
     held = ", ".join(f"{n:,} of {b:,}" for n, b in zip(state.nbytes, memory, strict=True))
     print(
@@ -69,6 +58,40 @@ def job(options: argparse.Namespace) -> None:
         f"a dense one of 16 bits would take {decoder.dense_bytes(len(prompt) + len(ids)):,}",
         file=sys.stderr,
     )
+
+
+def write_answer(decoder, state, chat, most: int):
+    """Writes what request 0 answers until its turn ends, or as many tokens; its ids and the state."""
+    from jbalance import decode
+
+    written, ids = Written(chat.tokenizer), []
+    while (token := int(state.tokens[0])) not in chat.end_ids:
+        ids.append(token)
+        written.show(ids)
+        if len(ids) == most:
+            break
+        _, state = decode.step(decoder, state)
+    written.end(ids)
+    return ids, state
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the model, the memory and the answer."""
+    models.add_options(parser)
+    parser.add_argument(
+        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def checked_memory(options: argparse.Namespace) -> list[int]:
+    """Bytes of each device; ValueError for sizes or tokens that cannot be."""
+    memory = cli.memory("--memory", options.memory)
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}: at least 1")
+    return memory
 
 
 class Written:
@@ -94,15 +117,9 @@ class Written:
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code."""
     parser = cli.parser("experiments.generate", __doc__)
-    models.add_options(parser)
+    add_options(parser)
     parser.add_argument("--text", help="a UTF-8 text file that the question is about")
     parser.add_argument("--question", required=True)
-    parser.add_argument(
-        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0)
     return cli.run(parser, job, arguments)
 
 

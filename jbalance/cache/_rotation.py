@@ -47,6 +47,7 @@ def joined(x: jax.Array) -> jax.Array:
     return jnp.concatenate([a + b, a - b], axis=-1) * np.float32(math.sqrt(0.5))
 
 
+@functools.lru_cache
 def halved(head_dim: int) -> bool:
     """Whether keys of D coordinates have two halves: of whole bytes, and a known rotation each."""
     return head_dim % 16 == 0 and _hadamard(head_dim // 2) is not None

@@ -37,8 +37,8 @@ def step(
 
     Call it once a layer for each token, in any order of the layers. The token joins the recent buffer;
     after the last of L layers, full buffers let their older half enter the arena, at one price for all
-    layers and heads of the request. Requests are computed one after the other: what others hold does
-    not change a bit of a request's result.
+    layers and heads of the request. What others hold does not change a bit of a request's result:
+    kernels read each unit by itself, and XLA's loops one request after the other.
 
     Args:
       cache: before; donate it, and it is changed in place.
