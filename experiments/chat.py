@@ -31,13 +31,14 @@ def job(options: argparse.Namespace) -> None:
     import numpy as np
 
     from experiments.models import chat_prompt, next_turn
-    from jbalance import adapters, decode
+    from experiments.models.worth import decoder_of
+    from jbalance import decode
     from jbalance.decode import Sampling
 
     print(f"loading {options.model}", file=sys.stderr)
     found = models.loaded(options)
     chat = found.spoken
-    decoder = adapters.decoder(found.model, found.model.attention_specs)
+    decoder = decoder_of(found.model)
     state = decode.create(decoder, memory)
     sampling, position = Sampling(options.temperature, seed=options.seed), 0
     for line in said():

@@ -33,7 +33,8 @@ def job(options: argparse.Namespace) -> None:
 
     from experiments.harness import progress
     from experiments.models import chat_prompt
-    from jbalance import adapters, decode
+    from experiments.models.worth import decoder_of
+    from jbalance import decode
     from jbalance.decode import Sampling
 
     sampling = Sampling(options.temperature, seed=options.seed)
@@ -43,7 +44,7 @@ def job(options: argparse.Namespace) -> None:
     prompt = np.array(chat_prompt(chat, options.question, text), np.int32)
     size = len(prompt) + options.max_new_tokens
     models.check_positions(found, size, "the prompt and --max-new-tokens")
-    decoder = adapters.decoder(found.model, found.model.attention_specs)
+    decoder = decoder_of(found.model)
     state = decode.create(decoder, memory)
     with progress.bar(f"reading {len(prompt)} tokens", decoder.num_layers) as advance:
         state = decode.join(

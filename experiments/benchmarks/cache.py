@@ -29,10 +29,13 @@ from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
 from experiments.kv_budget import measure
 from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
+from experiments.models.worth import decoder_of
 from jbalance import cache, importance
 from jbalance.cache import KVCache, _codec, _prefill, _settle
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._pages import Arena
+from jbalance.importance.predicted_worth import predicted_worth
+from jbalance.importance.token_worth import NUM_QUERIES, later_energy
 from jbalance.resources import kv_entry_bytes
 
 TEXT, LAYER, PIECE_TOKENS = "lcet10", 14, 2048
@@ -45,7 +48,7 @@ BARS = {
 }
 LONG_STEPS, LONG_CONTEXT = 20_000, 1024
 CODED_VECTORS = 16384
-PROMPT_TOKENS = 1280
+PROMPT_TOKENS = 4096
 
 
 class Context(NamedTuple):
@@ -218,18 +221,27 @@ def _scorers() -> list[Row]:
         return nnx.merge(graph, state).hidden(ids[None], None, _keep)[1]
 
     q, k, v = (x[LAYER] for x in queries(state, jnp.asarray(ids)))
-    worth = jax.jit(_worth_of(model))
+    learned = decoder_of(model).worth
+    assert learned is not None
+    x = jax.random.normal(jax.random.key(0), (len(ids), model.config.embed_dim))
+
+    @jax.jit
+    def predicted(weights, x, q, k, v):
+        return predicted_worth(x, later_energy(q[-NUM_QUERIES:], k, v), weights)
+
     seconds = _report.interleaved(
         {
             "prefill": functools.partial(prefill, state, jnp.asarray(ids)),
-            "worth": functools.partial(worth, q, k, v),
+            "predicted": functools.partial(predicted, learned[LAYER], x, q, k, v),
+            "sketch": functools.partial(jax.jit(_worth_of(model)), q, k, v),
             "thorough": functools.partial(measure.prefill, model, ids, ("repetition",)),
         }
     )
     label = f"prompt{len(ids)}"
-    share = model.config.num_layers * seconds["worth"] / seconds["prefill"]
+    share = model.config.num_layers / seconds["prefill"]
     return [
-        Row(label, "default_scorer_over_prefill", share, Bar(0.15)),
+        Row(label, "predicted_worth_over_prefill", share * seconds["predicted"], Bar(0.02)),
+        Row(label, "sketched_worth_over_prefill", share * seconds["sketch"], Bar(0.15)),
         Row(label, "thorough_over_prefill", seconds["thorough"] / seconds["prefill"] - 1, Bar(3.0)),
     ]
 

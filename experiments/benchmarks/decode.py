@@ -25,8 +25,8 @@ from flax import nnx
 from experiments.benchmarks import _report, _stock_model
 from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
-from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import Model, prefill
 

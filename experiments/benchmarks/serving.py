@@ -20,8 +20,8 @@ import numpy as np
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
 from experiments.harness import texts
-from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import load_gguf, smollm2_path
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import Model, Reserve, devices, prefill
 

@@ -246,8 +246,8 @@ def _ladder(sizes: Sizes) -> Iterator[Row]:
 def _decoding(sizes: Sizes) -> Iterator[Row]:
     """Tokens a second of the main job's model within a part of what the device reports as free."""
     from experiments.harness import texts
-    from experiments.kv_budget.evaluate import decoder_of
     from experiments.models import load_gguf, smollm2_path
+    from experiments.models.worth import decoder_of
     from jbalance import decode
 
     device = jax.devices()[0]

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from experiments.customer_service import data
 from experiments.customer_service.data import Lines
 from experiments.customer_service.schedule import Request
-from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import Transformer, load_gguf, smollm2_path
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import Model
 from jbalance.decode.prefill import CHUNK_TOKENS

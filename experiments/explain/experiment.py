@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import texts
-from experiments.kv_budget import evaluate, measure
+from experiments.kv_budget import measure
 from experiments.models import load
+from experiments.models.worth import decoder_of
 from jbalance import explain, importance
 from jbalance.decode import Model
 
@@ -40,7 +41,7 @@ class Scored(NamedTuple):
 @functools.cache
 def _loaded() -> tuple[Any, Any, Model]:
     found = load("smollm2")
-    return found.model, found.spoken.tokenizer, evaluate.decoder_of(found.model)
+    return found.model, found.spoken.tokenizer, decoder_of(found.model)
 
 
 @functools.cache

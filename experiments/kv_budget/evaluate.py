@@ -14,7 +14,7 @@ from flax import nnx
 
 from experiments.kv_budget.data import Case
 from experiments.models import Transformer
-from jbalance import adapters, decode
+from jbalance import decode
 from jbalance.decode import Context, Model, State, extend
 
 
@@ -25,11 +25,6 @@ class Quality(NamedTuple):
     nll_full: float  # that of the full cache
     kl: float  # mean KL(full || reduced), nats
     top1: float  # how often both have the same most likely token
-
-
-def decoder_of(model: Transformer) -> Model:
-    """The model as the library decodes it."""
-    return adapters.decoder(model, model.attention_specs)
 
 
 def log_probs(model: Model, context: Context, devices, tokens: np.ndarray) -> jax.Array:

@@ -12,9 +12,12 @@ from flax import nnx
 
 from experiments.models.attention import PLAIN, attention_weights, causal_attention
 from experiments.models.transformer import Transformer
-from jbalance import importance
+from experiments.models.worth import decoder_of
+from jbalance import decode, importance
 from jbalance.cache._channels import query_energy
+from jbalance.decode.prefill import LayerTokens, layers_of
 from jbalance.importance import Knowledge
+from jbalance.importance.predicted_worth import REPEATED_WEIGHT
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
 
@@ -22,7 +25,8 @@ NUM_RECENT = 32
 FEW_TOKENS = (8, 12, 18, 25)  # counts below the sinks and the recent tokens
 PROBE_TOKENS = 128  # last queries that stand for those to come
 SCORE_WEIGHTS = {"window": 1.0, "expected_attention": 1.0, "attention_mass": 1.0, "leverage": 0.2}
-WORTHS = ("sketch", "repetition")
+SKETCH, WORTH, REPETITION = "sketch", "worth", "repetition"
+WORTHS = (SKETCH, WORTH, REPETITION)
 REPEAT_TOKENS = 1024  # of the context, fed back at a time
 REPEAT_BLOCK = 128  # of them, whose attention is measured at a time
 
@@ -67,21 +71,43 @@ def check_length(name: str, num_tokens: int) -> None:
 
 
 def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> Measured:
-    """Run the context through the model once and measure every head on the way.
+    """Run the context through the model and measure every head on the way.
 
     Args:
       model: the decoder.
       tokens: [S] ids of the context.
       names: token scorers that order each head's tokens, sinks and recent ones above all; or of
-        `WORTHS`, whose w are in one currency for all heads and precisions.
+        `WORTHS`, whose w are in one currency for all heads and precisions: "worth" what the library's
+        own prefill finds, predicted where the model has learned to; "sketch" the same never predicted;
+        "repetition" with the context really repeated.
     """
     check_length("context", len(tokens))
-    parts = nnx.split(model)
-    measured = _prefill(*parts, jnp.asarray(tokens), tuple(sorted(names)), counts(len(tokens)))
-    if "repetition" in measured.w:
-        energy = measured.w["repetition"] ** 2 + _repeated(parts, np.asarray(tokens), measured)
-        measured.w["repetition"] = jnp.sqrt(energy)
+    parts, tokens = nnx.split(model), np.asarray(tokens)
+    own = {WORTH, REPETITION} & set(names)
+    others = tuple(sorted(set(names) - own))
+    measured = (
+        _prefill(*parts, jnp.asarray(tokens), others, counts(len(tokens))) if others else None
+    )
+    if not own:
+        assert measured is not None
+        return measured
+    decoder = decoder_of(model)
+    held = _layers(decoder, tokens)
+    measured = held if measured is None else measured._replace(w=measured.w | held.w)
+    if REPETITION in own:
+        weight = 1.0 if decoder.worth is None else REPEATED_WEIGHT
+        energy = held.w[WORTH] ** 2 + weight * _repeated(parts, tokens, measured)
+        measured.w[REPETITION] = jnp.sqrt(energy)
     return measured
+
+
+def _layers(decoder: decode.Model, tokens: np.ndarray) -> Measured:
+    """What the library's own prefill leaves of a context, and what the tokens are worth by it."""
+    layers = [held for _, held in layers_of(decoder, tokens)]
+    whole: LayerTokens = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    k, v, w = whole.k[:, : len(tokens)], whole.v[:, : len(tokens)], whole.w[..., : len(tokens)]
+    assert whole.energy is not None
+    return Measured(k, v, {WORTH: w}, {}, whole.energy)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))
@@ -96,7 +122,7 @@ def _prefill(graph, state, tokens, names, counts) -> Measured:
         table = scorers(frequencies)
         w, error = {}, {}
         for name in names:
-            if name in WORTHS:
+            if name == SKETCH:
                 w[name] = importance.token_worth(q, k, v, frequencies=frequencies)
                 continue
             w[name] = table[name](q, k, v)
@@ -114,7 +140,7 @@ def _repeated(parts, tokens: np.ndarray, measured: Measured) -> jax.Array:
     """Energies [L, K, S] received while the context is fed back in pieces of one size."""
     number = -(-len(tokens) // REPEAT_TOKENS)
     size = -(-len(tokens) // number)
-    total = jnp.zeros_like(measured.w["repetition"])
+    total = jnp.zeros((*measured.k.shape[::2], len(tokens)))
     for start in np.minimum(np.arange(number) * size, len(tokens) - size):
         piece = jnp.asarray(tokens[start : start + size])
         total += _repeat_piece(*parts, piece, measured.k, measured.v)

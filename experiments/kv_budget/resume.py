@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from experiments.harness import processes
-from experiments.kv_budget.evaluate import decoder_of
 from experiments.kv_budget.run import devices_for
 from experiments.models import Transformer
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.resources import device_budgets
 

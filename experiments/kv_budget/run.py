@@ -29,6 +29,7 @@ from experiments.kv_budget.policies import (
     scorers_of,
 )
 from experiments.models import Loaded, Transformer
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import Model, Plan, Reserve
 from jbalance.decode.context import is_local
@@ -127,7 +128,7 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
     job = Job(
         found.where.stem,
         model,
-        evaluate.decoder_of(model),
+        decoder_of(model),
         devices,
         tokenizer,
         case,

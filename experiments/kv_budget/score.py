@@ -22,6 +22,7 @@ from experiments.kv_budget.policies import (
     window_bytes,
 )
 from experiments.models import Transformer
+from experiments.models.worth import decoder_of
 
 
 def read_cases(path: str, vocab_size: int) -> dict[str, np.ndarray]:
@@ -87,7 +88,7 @@ def score(
         if not 0 < budget <= 1:
             raise ValueError(f"--budget is {budget}: a fraction of the full cache, in (0, 1]")
     chosen = [policy_of(name) for name in policies]
-    decoder = evaluate.decoder_of(model)
+    decoder = decoder_of(model)
     table: dict[tuple[str, float], list[dict[str, Any]]] = {
         (p.name, b): [{} for _ in range(max(map(len, cases.values())))]
         for p in chosen

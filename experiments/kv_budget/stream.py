@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.kv_budget.evaluate import decoder_of, rate_of
+from experiments.kv_budget.evaluate import rate_of
 from experiments.models.transformer import Transformer
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import devices
 from jbalance.resources import AttentionDims, kv_cache_bytes

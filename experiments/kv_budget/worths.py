@@ -26,6 +26,7 @@ import numpy as np
 from experiments.harness import cli, files
 from experiments.kv_budget import data, evaluate
 from experiments.models import options as models
+from experiments.models.worth import decoder_of
 from jbalance import decode, importance
 from jbalance.decode import extend, prefill
 
@@ -98,7 +99,7 @@ def job(options: argparse.Namespace) -> None:
         continuation_tokens=LONG + CONTINUATION,
         accept=evaluate.answers_with_everything(model),
     )
-    decoder, results = evaluate.decoder_of(model), []
+    decoder, results = decoder_of(model), []
     ways: dict[str, Any] = {
         "token_worth": contextlib.nullcontext,
         "attention_alone": attention_alone,

@@ -17,6 +17,7 @@ from experiments.kv_budget import evaluate, measure, policies
 from experiments.kv_budget.measure import Measured
 from experiments.long_text import data
 from experiments.models import Transformer, load_gguf, smollm2_path
+from experiments.models.worth import decoder_of
 from jbalance import decode
 from jbalance.decode import Context, Model, Reserve
 
@@ -62,7 +63,7 @@ class Loaded(NamedTuple):
 def loaded() -> Loaded:
     """All of it, loaded once."""
     _, model, tokenizer = load_gguf(smollm2_path())
-    return Loaded(model, tokenizer, evaluate.decoder_of(model))
+    return Loaded(model, tokenizer, decoder_of(model))
 
 
 @functools.cache

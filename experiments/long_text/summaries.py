@@ -140,7 +140,7 @@ ARMS: Mapping[str, Arm] = {
     "lead": lead,
     "chance": chance,
     "TextRank": textrank,
-    "worth a word": by_worth("sketch"),
+    "worth a word": by_worth("worth"),
     "attention a word": by_worth("attention_mass"),
     "best sentences": oracle,
     **{name: writer(*given) for name, given in WRITERS.items()},

@@ -8,11 +8,15 @@ from jbalance.decode.plan import Plan, Reserve, fit, ladder
 from jbalance.decode.sampling import Sampling
 from jbalance.decode.saved import notes_of, restore, save
 from jbalance.decode.state import State, create
+from jbalance.decode.worth import fit_worth
+from jbalance.importance.predicted_worth import WorthWeights
 
 __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     # what a decoder offers
     "AttentionSpec",
     "Model",
+    "fit_worth",
+    "WorthWeights",
     # prompts in, tokens out
     "generate",
     "Sampling",

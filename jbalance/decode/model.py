@@ -21,6 +21,7 @@ import numpy as np
 
 from jbalance import checks
 from jbalance.cache._sight import MOST_WINDOW, Limits
+from jbalance.importance.predicted_worth import WorthWeights
 from jbalance.resources import kv_entry_bytes
 
 
@@ -107,6 +108,8 @@ class Model:
         of each layer's.
       finish: (layer, x, y [B, T, H, D]) -> x; one, or a tuple of each layer's.
       logits: (params, x) -> [B, T, V].
+      worth: of each layer, what predicts what is asked of a prompt's tokens, by `decode.fit_worth`; None
+        for layers, or a model, where it is estimated from a sketch (`importance.token_worth`).
     """
 
     params: Any
@@ -116,6 +119,7 @@ class Model:
     qkv: Callable[..., tuple[jax.Array, ...]] | tuple[Callable[..., tuple[jax.Array, ...]], ...]
     finish: Callable[..., jax.Array] | tuple[Callable[..., jax.Array], ...]
     logits: Callable[..., jax.Array]
+    worth: tuple[WorthWeights | None, ...] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -176,6 +180,29 @@ def check_model(model: Model) -> None:
                 f"all, or one for each"
             )
     check_attention(model.attention)
+    if model.worth is not None:
+        _check_worth(model)
+
+
+def _check_worth(model: Model) -> None:
+    """ValueError for weights that are not those of the model's layers."""
+    if len(model.worth or ()) != model.num_layers:
+        raise ValueError(
+            f"model.worth has {len(model.worth or ())} entries for {model.num_layers} layers"
+        )
+    for i, (worth, spec) in enumerate(zip(model.worth or (), model.attention, strict=True)):
+        if worth is None:
+            continue
+        checks.instance(f"model.worth[{i}]", worth, WorthWeights)
+        if spec.window is not None:
+            raise ValueError(f"model.worth[{i}] must be None: layer {i} has a window")
+        heads = spec.num_kv_heads
+        got = tuple(np.shape(part)[-1] for part in worth)
+        if got != (heads,) * 3 or np.shape(worth.features) != (5 + 2 * heads, heads):
+            raise ValueError(
+                f"model.worth[{i}] has weights of shapes {[np.shape(part) for part in worth]}: layer "
+                f"{i} has {heads} key/value heads"
+            )
 
 
 def check_attention(attention: Sequence[AttentionSpec]) -> None:

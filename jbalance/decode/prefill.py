@@ -21,6 +21,7 @@ from jbalance.attention import TilePlan
 from jbalance.cache import _step
 from jbalance.cache._channels import query_energy
 from jbalance.decode.model import AttentionSpec, Functions, Model
+from jbalance.importance.predicted_worth import WorthWeights, predicted_worth
 from jbalance.importance.token_worth import (
     NUM_QUERIES,
     later_energy,
@@ -62,13 +63,19 @@ def layers_of(
     capacity = capacity_for(len(tokens) if capacity is None else capacity)
     if len(tokens) > capacity:
         raise ValueError(f"tokens has {len(tokens)} entries: the capacity is {capacity}")
-    padded = np.zeros(capacity, np.int32)
-    padded[: len(tokens)] = tokens
     number = jnp.int32(len(tokens))
-    x = _embed(model.functions(0), model.params, jnp.asarray(padded))
+    x = embedded(model, tokens, capacity)
     for layer, weights in enumerate(model.layers):
-        x, held = _layer(model.functions(layer), weights, x, number)
+        worth = None if model.worth is None else model.worth[layer]
+        x, held = _layer(model.functions(layer), weights, worth, x, number)
         yield x, held
+
+
+def embedded(model: Model, tokens: np.ndarray, capacity: int | None = None) -> jax.Array:
+    """[1, capacity, E]: the residual stream before the first layer; of `layers_of`."""
+    padded = np.zeros(capacity_for(len(tokens)) if capacity is None else capacity, np.int32)
+    padded[: len(tokens)] = tokens
+    return _embed(model.functions(0), model.params, jnp.asarray(padded))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,9 +93,9 @@ def _logits_at(model: Functions, params: Any, x: jax.Array, position: jax.Array)
     return model.logits(params, lax.dynamic_slice_in_dim(x, position, 1, axis=1))[0, 0]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _layer(
-    model: Functions, weights: Any, x: jax.Array, number: jax.Array
+    model: Functions, weights: Any, worth: WorthWeights | None, x: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, LayerTokens]:
     """x [1, S, E] through one layer, of which `number` tokens are there."""
     size = x.shape[1]
@@ -116,22 +123,32 @@ def _layer(
     last = min(NUM_QUERIES, size)
     later = tokens.later(model.spec, qkv(jnp.clip(number - last, 0, size - last), last)[0][0])
 
+    def weighed(w, part, q, first):
+        """What the chunk's tokens are worth is predicted, or its queries are asked about all."""
+        if worth is None:
+            return w + tokens.repeated(model.spec, q, first)
+        known = lax.dynamic_slice_in_dim(later, first, CHUNK_TOKENS, axis=1)
+        own = predicted_worth(part, known, worth, start=first, num_tokens=number)
+        return lax.dynamic_update_slice_in_dim(w, own, first, axis=1)
+
     def chunk(i, carry):
-        x, repeated, energy = carry
+        x, w, energy = carry
         first = i * CHUNK_TOKENS
         part = lax.dynamic_slice_in_dim(x, first, CHUNK_TOKENS, axis=1)
         q, _, _ = model.qkv(weights, part, (first + jnp.arange(CHUNK_TOKENS))[None])
         plan = causal_chunk(first, size)
         rules: Any = model.limits._asdict() | {"scale": model.spec.scale, "causal": True}
         y = attention.attend(q, k, v, plan, offset=first, **rules).y
-        repeated += tokens.repeated(model.spec, q[0], first)
+        w = weighed(w, part[0], q[0], first)
         energy += query_energy(q[0], k.shape[2], number - first)
         part = model.finish(weights, part, y)
-        return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), repeated, energy
+        return lax.dynamic_update_slice_in_dim(x, part, first, axis=1), w, energy
 
     empty = jnp.zeros_like(later), jnp.zeros(k.shape[2:])
-    x, repeated, energy = lax.fori_loop(0, chunks, chunk, (x, *empty))
-    return x, LayerTokens(k[0], v[0], tokens.placed(worth_of(repeated, later), size), energy)
+    x, w, energy = lax.fori_loop(0, chunks, chunk, (x, *empty))
+    if worth is None:
+        w = worth_of(w, later)
+    return x, LayerTokens(k[0], v[0], tokens.placed(w, size), energy)
 
 
 class Tokens(NamedTuple):

@@ -45,7 +45,7 @@ def test_worth_is_that_of_the_whole_layer_at_once(decoder):
     want = importance.token_worth(
         q[0, :size], k[0, :size], v[0, :size], frequencies=decoder.functions(0).spec.rotary
     )
-    _, held = prefill._layer(decoder.functions(0), decoder.layers[0], x, jnp.int32(size))
+    _, held = prefill._layer(decoder.functions(0), decoder.layers[0], None, x, jnp.int32(size))
     np.testing.assert_allclose(held.w[:, :size], want, rtol=1e-3, atol=1e-5)
     assert (held.w[:, size:] == 0).all()
 
@@ -57,7 +57,7 @@ def test_a_layer_needs_what_a_layer_and_a_chunk_need(decoder):
     x = jax.ShapeDtypeStruct((1, size, embed), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     memory = (
-        prefill._layer.lower(decoder.functions(0), decoder.layers[0], x, number)
+        prefill._layer.lower(decoder.functions(0), decoder.layers[0], None, x, number)
         .compile()
         .memory_analysis()
     )

@@ -19,7 +19,7 @@ def decode(model, context):
     """Tokens of a request that reads a context, and the bytes that this process's devices held."""
     import jax
 
-    from experiments.kv_budget.evaluate import decoder_of
+    from experiments.models.worth import decoder_of
     from jbalance import decode
     from jbalance.decode import Reserve
 

@@ -9,6 +9,7 @@ from flax import nnx
 from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.policies import POLICIES, make_plan, pack, policy_of, window_bytes
 from experiments.models import Transformer, prefill_attention
+from experiments.models.worth import decoder_of
 from jbalance.cache import _price
 from jbalance.decode import Reserve
 
@@ -86,7 +87,7 @@ def test_the_ladder_fills_its_pages_with_the_best_tokens_of_every_head(measured)
     level = plan.level.reshape(UNITS, -1)
     assert (level[:, :4] == 0).all()
     assert (level[:, -8:] == 0).all()
-    inner = np.asarray(measured.w["sketch"]).reshape(UNITS, -1)[:, 4:-8]
+    inner = np.asarray(measured.w["worth"]).reshape(UNITS, -1)[:, 4:-8]
     number = np.stack([(level == m).sum(axis=1) for m in range(3)], axis=1)
     tokens = np.array(plan.room.page_tokens)
     room = -(-number // tokens) * tokens - number
@@ -122,7 +123,7 @@ def test_full_keeps_everything_whatever_the_budget(small_model, context, measure
     plan = make_plan(policy, measured, [1, 1])
     assert plan.kept.all()
     held = pack(policy, measured, plan, devices)
-    got = evaluate.log_probs(evaluate.decoder_of(small_model), held, devices, NEW)
+    got = evaluate.log_probs(decoder_of(small_model), held, devices, NEW)
     want = evaluate.reference(small_model, context, NEW)
     np.testing.assert_allclose(got, want, atol=0.01)
 
@@ -133,7 +134,7 @@ def test_evicting_equals_the_masked_model(small_model, context, measured, name):
     policy, devices = policy_of(name), jax.devices()[:2]
     plan = make_plan(policy, measured, [20_000, 12_000])
     held = pack(policy, measured, plan, devices)
-    got = evaluate.log_probs(evaluate.decoder_of(small_model), held, devices, NEW)
+    got = evaluate.log_probs(decoder_of(small_model), held, devices, NEW)
     want = masked_logits(small_model, context, plan.kept, NEW)
     np.testing.assert_allclose(got, jax.nn.log_softmax(want), atol=0.01)
 

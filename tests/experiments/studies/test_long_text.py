@@ -71,8 +71,8 @@ def test_textrank_puts_first_what_shares_most(part, monkeypatch):
 
 def test_worth_a_word_takes_what_fits(part):
     worth = np.array([1.0, 9.0, 2.0, 3.0, 100.0])[part.sentence_of]  # of each token
-    known = types.SimpleNamespace(w={"sketch": np.broadcast_to(worth / 6, (2, 3, len(worth)))})
-    text = summaries.by_worth("sketch")(part, known, 0)
+    known = types.SimpleNamespace(w={"worth": np.broadcast_to(worth / 6, (2, 3, len(worth)))})
+    text = summaries.by_worth("worth")(part, known, 0)
     # The last is worth most a word and does not fit; all others do, in the order of the text.
     assert text == " ".join(part.sentences[:4])
     assert len(summaries.lead(part, None, 0).split()) <= summaries.WORDS
