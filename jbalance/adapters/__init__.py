@@ -24,6 +24,7 @@ from jbalance.adapters.patch import patch_dot_product_attention
 from jbalance.adapters.prune import head_gradients, heads_to_keep, prune_heads
 from jbalance.adapters.serve import serialize
 from jbalance.adapters.tile_budget import Tiles, attend_within
+from jbalance.adapters.track import track
 from jbalance.attention import TileBalancer, TileBudget
 
 __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
@@ -41,6 +42,7 @@ __all__ = [  # noqa: RUF022  (from one call to a model that adapts)
     "LinenBalancedAttention",
     "NnxBalance",
     "budgets_of",
+    "track",
     # decoding over a cache of fixed bytes
     "decoder",
     "forward",
