@@ -19,7 +19,7 @@ from experiments.harness import files, logs, optimisers
 from experiments.translation import data, decode, memory, tiles, training
 from experiments.translation.data import LANGUAGES, MOST_TOKENS, Batch, Sizes, Split
 from experiments.translation.model import Config, Translator
-from jbalance import multitask
+from jbalance import adapters, multitask
 
 EXPERIMENT = "translation"
 MODELS = Path("out/translation")  # parameters of the runs, for pictures
@@ -185,8 +185,9 @@ def run(
             seconds.append(time.perf_counter() - started)
             weights.append(np.asarray(weight))
             reports.append(jax.tree.map(np.asarray, report))
-            for language, value in zip(LANGUAGES, losses[-1], strict=True):
-                log.add_scalar(f"loss/{language}", value, i)
+            told = {"loss": losses[-1], "weight": weights[-1]}
+            named = {name: dict(zip(LANGUAGES, x, strict=True)) for name, x in told.items()}
+            adapters.track(log, i, named, maps={"tiles": reports[-1].tiles})
             advance()
     computed = np.stack([report.tiles for report in reports])  # [steps, tasks, attentions]
     candidates = np.stack([report.candidates for report in reports])
