@@ -39,7 +39,7 @@ def _job(options: argparse.Namespace, command: str) -> None:
         tasks=tuple(options.task or (*tasks.TASKS, prose.NAME)),
         lengths=_lengths(options.length),
         samples=options.samples,
-        policies=tuple(options.policy.split(",")),
+        policies=tuple(filter(None, options.policy.split(","))),
         budgets=tuple(budgets_of(options.budget)),
     )
     run.check(settings)
@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", nargs="+", metavar="NAME", help="all if left out")
     parser.add_argument("--length", default="1024", help="tokens, with commas; default: 1024")
     parser.add_argument("--samples", type=int, default=8, help="contexts of each; default: 8")
-    parser.add_argument("--policy", default="ladder,ladder-thorough", help="names, with commas")
+    parser.add_argument(
+        "--policy",
+        default="ladder,ladder-thorough",
+        help="names, with commas; empty to screen with the full cache alone",
+    )
     parser.add_argument("--budget", default="0.25,0.1,0.05", help="fractions, with commas")
     parser.add_argument("--json", required=True, metavar="OUT", help="file of results")
     models.add_options(parser)

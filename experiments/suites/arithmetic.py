@@ -12,7 +12,7 @@ from experiments.suites.cases import Case, Writer, fitting
 from experiments.suites.many_questions import CLASSES, QUESTIONS, by_examples
 
 LABEL_LETTERS = 3
-MOST_REPEATED = 9  # of a thing that is counted
+MOST_REPEATED = 5  # of a thing that is counted
 ASSIGNMENTS = 4  # in a chain that is asked for
 LARGEST_X, LARGEST_FACTOR, LARGEST_SHIFT = 60, 9, 20
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from experiments.harness import texts
 
-QUESTION_TOKENS = 128  # of a length, for a question and its answer; the others are the context's
+QUESTION_TOKENS = 144  # of a length, for a question and its answer; the others are the context's
 NOISE = (
     "The river is cold. The road is long. Rain falls on the hills. We walk and we rest. "
     "Then the day ends."

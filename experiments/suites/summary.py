@@ -10,6 +10,7 @@ import numpy as np
 from experiments.harness import runs
 from experiments.harness.statistics import Range, paired_bootstrap
 from experiments.suites import prose, tasks
+from experiments.suites.cases import QUESTION_TOKENS
 from experiments.suites.run import FULL, Row
 
 SOLVED = 0.5  # of the strings, from which on a task counts among those that the full cache solves
@@ -195,9 +196,9 @@ Departures from RULER:
 
 - Haystacks are public-domain prose from packages in place of essays; names, words, sentences and
   questions are others, in the form of plain text that goes on, without a chat template.
-- A context has exactly length - 128 tokens, so that one program serves all; 128 are left for the
-  longest question and its answer. What a task leaves of the context is noise at its very front, and
-  the last sentence of prose is cut.
+- A context has exactly length - {QUESTION_TOKENS} tokens, so that one program serves all; the others are
+  left for the longest question and its answer. What a task leaves of the context is noise at its very
+  front, and the last sentence of prose is cut.
 - A sample's size is found by search for each sample, not for the first one and then by decrements.
 - An answer ends at its line's end, or 8 tokens beyond the right one's number.
 - A reference must stand in the answer as a whole word or number.
