@@ -132,6 +132,15 @@ def _again(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Iterator[t
         yield from (pairs[i] for i in rng.permutation(len(pairs)))
 
 
+def codes_in_prose(writer: Writer, rng: np.random.Generator) -> Case:
+    """Five access codes among prose, each asked for alone."""
+    keys, codes = words.keys(rng, QUESTIONS), words.numbers(rng, QUESTIONS, retrieval.DIGITS)
+    pairs = list(zip(keys, codes, strict=True))
+    needles = [retrieval.needle(*pair) for pair in pairs]
+    context = haystacks.in_prose(writer, rng, retrieval.INTRO, needles)
+    return Case(context, tuple(retrieval.question(writer, [key], [code]) for key, code in pairs))
+
+
 def mixed(writer: Writer, rng: np.random.Generator) -> Case:
     """Two access codes, a code by its beginning and the values of two chains, from one prose."""
     keys = words.keys(rng, 2)
@@ -151,6 +160,7 @@ def mixed(writer: Writer, rng: np.random.Generator) -> Case:
 
 
 TASKS = {
+    "many_codes": codes_in_prose,
     "many_key_values": key_values,
     "many_prefix_suffix": prefix_suffix,
     "many_values": values,

@@ -174,6 +174,14 @@ def test_coded_words_stand_as_often_as_a_zeta_distribution_says(made, smollm2, l
     assert any(fits(total) for total in range(len(body), 2 * len(body)))
 
 
+def test_every_code_among_prose_is_asked_for(made):
+    _, text, questions = made("many_codes")
+    pairs = re.findall(CODE, text)
+    assert len(set(pairs)) == len(pairs) == len(questions) == 5
+    asked = [(re.findall(r"code of (\S+) is", x)[0], value) for x, _, (value,) in questions]
+    assert sorted(asked) == sorted(pairs)
+
+
 def test_keys_have_the_values_that_are_asked_for(made):
     _, text, questions = made("many_key_values")
     pairs = re.findall(r"^(\w{8}): (\w{8})$", text, re.M)
