@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _job(options: argparse.Namespace, command: str) -> None:
     from experiments.harness import progress
     from experiments.kv_budget.score import budgets_of
-    from experiments.suites import prose, run, summary, tasks
+    from experiments.suites import page, prose, run, tasks
 
     settings = run.Settings(
         tasks=tuple(options.task or (*tasks.TASKS, prose.NAME)),
@@ -56,9 +56,9 @@ def _job(options: argparse.Namespace, command: str) -> None:
                 bar()
 
             run.run(found.model, found.spoken.tokenizer, options.model, settings, results, step)
-        page = path.with_suffix(".md")
-        files.write_text(page, summary.page(results, report["commands"]))
-        print(page)
+        tables = path.with_suffix(".md")
+        files.write_text(tables, page.text_of(results, report["commands"]))
+        print(tables)
 
 
 def _begun(path: Path, command: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.harness import runs, texts
 from experiments.kv_budget import evaluate
-from experiments.suites import answers, prose, run, summary, tasks
+from experiments.suites import answers, page, prose, run, summary, tasks
 from experiments.suites.__main__ import main
 from experiments.suites.cases import Case, Question, Writer
 from tests.support.small_models import VOCAB, greedy_alone, make_model, make_sharp
@@ -177,10 +177,10 @@ def test_the_page_has_every_task_and_arm():
     entry = {"model": "m", "task": "vt", "length": 1024, "arms": ["a"], "cases": [row(4, 2)] * 3}
     figures = {"kl": runs.packed(np.ones(4)), "agreed": 3}
     told = {**entry, "task": "prose", "cases": [{"full": figures, "a": figures}]}
-    text = summary.page([entry, told], ["the command"])
+    text = page.text_of([entry, told], ["the command"])
     assert "## m, 1,024 tokens" in text
-    assert "| vt | 3 | 1.00 | 0.500 [0.50, 0.50] (12) |" in text
-    assert "| **RULER-like**, solved ones | 3 | 1.00 | 0.500" in text
+    assert "| vt | 3 | 1.00 | 12 | 0.500 [0.50, 0.50] |" in text
+    assert "| **RULER-like**, solved | 3 | 1.00 | 12 | 0.500" in text
     assert "| vt | 24 | +0.500, 0.750 |" in text
     assert "| a | 1 | 1 | 1 | 1 | 0.7500 | 4 |" in text
 
