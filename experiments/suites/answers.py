@@ -32,6 +32,7 @@ class Reply(NamedTuple):
 
     forced: Forced
     text: str  # its own answer, up to the line's end; as far as it was needed
+    tokens: np.ndarray  # [N] of the text, and of what it was cut from
 
 
 def width_of(questions: Sequence[Question]) -> int:
@@ -41,47 +42,59 @@ def width_of(questions: Sequence[Question]) -> int:
 
 
 def reply(
-    log_probs: LogProbs, question: Question, tokenizer: Tokenizer, width: int, *, own: bool = True
+    log_probs: LogProbs,
+    question: Question,
+    tokenizer: Tokenizer,
+    width: int,
+    *,
+    wanted: Sequence[str],
+    draft: np.ndarray | None = None,
 ) -> Reply:
     """The likelihood of the right answer, and the model's own greedy one.
 
     Greedy decoding is a fixed point: tokens, each of which is the likeliest after those before it. The
     right answer is the first guess; every pass settles the tokens up to the first that differs from its
     guess, and that one (Song et al. 2021, arXiv:2002.03629). The result is that of one token at a time,
-    in one pass where the model is right.
+    in one pass where the model is right, in two where it says what the draft says.
 
     Args:
       log_probs: of the kept context.
       question: with its right answer.
       tokenizer: of the model.
       width: of `width_of`, to which tokens are padded behind.
-      own: whether the model's own answer is wanted; else it is empty.
+      wanted: strings after all of which the own answer is known well enough; none for no own answer.
+      draft: [N] tokens of an answer that the model may give.
     """
     first, number = len(question.ids) - 1, len(question.answer) + MORE_TOKENS
-    guess = np.zeros(number, np.int32)
-    guess[: len(question.answer)] = question.answer
-    forced, text = None, ""
+    guess = _padded(question.answer, number)
+    forced, text, own = None, "", np.zeros(0, np.int32)
     for _ in range(number):
-        fed = np.zeros(width, np.int32)
-        fed[: first + number] = np.concatenate([question.ids, guess[:-1]])
+        fed = _padded(np.concatenate([question.ids, guess[:-1]]), width)
         likeliest, chosen = map(np.asarray, _read(log_probs(fed), fed))
         predicted = likeliest[first : first + number]
         if forced is None:
             behind = slice(first, first + len(question.answer))
             forced = Forced(float(chosen[behind].sum()), likeliest[behind])
-        if not own:
+        if not wanted:
             break
         same = np.append(predicted == guess, False)
-        settled = min(int(np.argmin(same)) + 1, number)
-        text = tokenizer.decode(predicted[:settled].tolist())
-        if "\n" in text or settled == number:
+        own = predicted[: int(np.argmin(same)) + 1]
+        text = tokenizer.decode(own.tolist())
+        if "\n" in text or len(own) == number:
             text = text.split("\n")[0] + "\n"
             break
-        if all(found(text, question.references)):
+        if all(found(text, wanted)):
             break
         guess = predicted
+        if draft is not None and np.array_equal(draft[: len(own)], own):
+            guess = np.concatenate([draft, predicted[len(draft) :]])[:number]
     assert forced is not None
-    return Reply(forced, text)
+    return Reply(forced, text, own)
+
+
+def _padded(tokens: np.ndarray, number: int) -> np.ndarray:
+    """Zeros behind."""
+    return np.pad(tokens, (0, number - len(tokens))).astype(np.int32)
 
 
 def found(text: str, references: Sequence[str]) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from experiments.kv_budget.policies import Policy, policy_of, scorers_of
 from experiments.models import Transformer
 from experiments.suites import prose, tasks
 from experiments.suites.answers import LogProbs, Reply, found, reply, width_of
-from experiments.suites.cases import Writer
+from experiments.suites.cases import Case, Question, Writer
 from jbalance.decode import Model
 
 FULL = "full"
@@ -147,37 +148,46 @@ def task_row(
 ) -> Row:
     """Case `index` of a task: what the full cache's answers hold, and what of that the others' hold."""
     case = tasks.case_of(task, writer, index)
-    width = width_of(case.questions)
     row: Row = {}
-    full: list[Reply] = []
-    first: list[list[bool]] = []
+    full: list[Reply] | None = None
     for arm, cache_bytes, log_probs in _arms(model, decoder, case.context, policies, budgets):
-        wanted = [any(x) for x in first] or [True] * len(case.questions)
-        replies = [
-            reply(log_probs, question, writer.tokenizer, width, own=own)
-            for question, own in zip(case.questions, wanted, strict=True)
-        ]
-        hits = [
-            found(x.text, question.references)
-            for x, question in zip(replies, case.questions, strict=True)
-        ]
-        if arm == FULL:
-            full, first = replies, hits
+        replies = _replies(log_probs, case, writer.tokenizer, full)
+        if full is None:
+            full = replies
             row[arm] = {
-                "strings": sum(map(len, hits)),
-                "found": sum(map(sum, hits)),
+                "strings": sum(len(question.references) for question in case.questions),
                 "tokens": sum(len(question.answer) for question in case.questions),
             }
-        else:
-            pairs = zip(first, hits, strict=True)
-            row[arm] = {"kept": sum(int(np.logical_and(*pair).sum()) for pair in pairs)}
-        agreed = sum(
-            int((x.forced.likeliest == other.forced.likeliest).sum())
-            for x, other in zip(replies, full, strict=True)
-        )
+        hits = [
+            len(set(_held(question, ours)) & set(_held(question, whole)))
+            for question, ours, whole in zip(case.questions, replies, full, strict=True)
+        ]
+        agreed = [
+            int((ours.forced.likeliest == whole.forced.likeliest).sum())
+            for ours, whole in zip(replies, full, strict=True)
+        ]
+        row.setdefault(arm, {})["found" if arm == FULL else "kept"] = sum(hits)
         likelihood = sum(x.forced.log_likelihood for x in replies)
-        row[arm] |= {"agreed": agreed, "log_likelihood": likelihood, "bytes": cache_bytes}
+        row[arm] |= {"agreed": sum(agreed), "log_likelihood": likelihood, "bytes": cache_bytes}
     return row
+
+
+def _replies(
+    log_probs: LogProbs, case: Case, tokenizer: Tokenizer, full: list[Reply] | None
+) -> list[Reply]:
+    """To all questions; of a smaller cache's, what the full one's answers hold is all that counts."""
+    width, replies = width_of(case.questions), []
+    for i, question in enumerate(case.questions):
+        wanted = question.references if full is None else _held(question, full[i])
+        draft = None if full is None else full[i].tokens
+        replies.append(reply(log_probs, question, tokenizer, width, wanted=wanted, draft=draft))
+    return replies
+
+
+def _held(question: Question, own: Reply) -> tuple[str, ...]:
+    """The references that an answer holds."""
+    hits = found(own.text, question.references)
+    return tuple(itertools.compress(question.references, hits))
 
 
 def prose_row(

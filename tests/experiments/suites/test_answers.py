@@ -50,9 +50,10 @@ def test_an_answer_is_that_of_one_token_at_a_time(sharp, right):
         calls.append(tokens)
         return evaluate.reference(sharp, context, tokens)
 
-    found = answers.reply(log_probs, question, Numbers(), answers.width_of([question]))
+    width, wanted = answers.width_of([question]), question.references
+    found = answers.reply(log_probs, question, Numbers(), width, wanted=wanted)
     assert found.text.split()[:5] == list(map(str, greedy[:5]))
-    assert len(calls) == 1 or not right
+    assert (len(calls) == 1) == right
     assert len({len(tokens) for tokens in calls}) == 1
     fed = np.concatenate([question.ids, question.answer])
     dense = np.asarray(evaluate.reference(sharp, context, fed))[len(question.ids) - 1 : -1]
@@ -69,8 +70,28 @@ def test_an_answer_that_nobody_needs_takes_one_pass(sharp):
         calls.append(tokens)
         return evaluate.reference(sharp, context, tokens)
 
-    found = answers.reply(log_probs, question, Numbers(), 32, own=False)
+    found = answers.reply(log_probs, question, Numbers(), 32, wanted=())
     assert (found.text, len(calls)) == ("", 1)
+
+
+@pytest.mark.parametrize("changed", [None, 3, 0])
+def test_a_draft_saves_passes_and_changes_nothing(sharp, changed):
+    """It is believed as far as the model says the same."""
+    context, calls = ids(1, SIZE), []
+    question, greedy = asked(sharp, context, False)
+    draft = greedy.copy()
+    if changed is not None:
+        draft[changed] = (draft[changed] + 1) % VOCAB
+
+    def log_probs(tokens):
+        calls.append(tokens)
+        return evaluate.reference(sharp, context, tokens)
+
+    given = {"wanted": question.references, "draft": draft}
+    found = answers.reply(log_probs, question, Numbers(), 32, **given)
+    assert found.text.split()[:5] == list(map(str, greedy[:5]))
+    np.testing.assert_array_equal(found.tokens[:5], greedy[:5])
+    assert len(calls) == 2 or changed is not None
 
 
 @pytest.mark.parametrize(
