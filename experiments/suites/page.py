@@ -24,13 +24,13 @@ own, with wording of their own: **RULER-like**, and no figure here is one of RUL
 Every context is kept alone, before any question is known; the question and the fixed beginning of its
 answer come behind it. The full cache (16 bits) answers first. *full* is its score, the part of the
 reference strings that its greedy answers hold; *retained* is the part of these strings that a smaller
-cache's answers hold too, *strings* their number, with a 95 % interval over whole contexts (bootstrap;
-Clopper and Pearson where nothing was lost). A small model fails many tasks by itself: the rows of groups
-are over all strings of the tasks whose full score is {SOLVED} or more. The bars are {BARS[0.25]}
-retained at 25 % of the bytes, {BARS[0.1]} at 10 %, {BARS[0.05]} at 5 %, and {LEARNING_BAR} at 25 % for
-arithmetic and learning in the context. *Answers*: nats a token of the right answer's likelihood lost to
-the smaller cache, and how often both have the same most likely token there, whether the model can solve
-the task or not.
+cache's answers hold too, *strings* their number, with a 95 % interval over whole contexts (the wider
+one of the bootstrap's and of Clopper's and Pearson's for so many trials). A small model fails many tasks
+by itself: the rows of groups are over all strings of the tasks whose full score is {SOLVED} or more. The
+bars are {BARS[0.25]} retained at 25 % of the bytes, {BARS[0.1]} at 10 %, {BARS[0.05]} at 5 %, and for
+arithmetic and learning in the context {LEARNING_BAR} at 25 %. *Answers*: nats a token of the right
+answer's likelihood lost to the smaller cache, and how often both have the same most likely token there,
+whether the model can solve the task or not.
 
 Departures from RULER:
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from experiments.harness import runs
 from experiments.harness.statistics import Range, paired_bootstrap
@@ -32,20 +33,20 @@ def screened(cases: Sequence[Row]) -> float:
 def retained(cases: Sequence[Row], arm: str) -> Retained:
     """With an interval over whole contexts, of 95 %.
 
-    It is the percentile bootstrap's, which sees no spread where no context, or every one, loses all that
-    there is; then it is Clopper's and Pearson's (1934) for so many contexts.
+    It is the wider one of the percentile bootstrap's, which sees no spread in few contexts that are
+    alike, and of Clopper's and Pearson's (1934) for as many trials as there are contexts, as if each
+    kept all of its strings or none.
     """
     pairs = [(case[arm]["kept"], case[FULL]["found"]) for case in cases if case[FULL]["found"]]
     if len(pairs) < 2:
         return Retained(len(pairs), sum(found for _, found in pairs), None)
     kept, found = np.array(pairs, float).T
     part = paired_bootstrap(kept, np.zeros(len(kept)), found, confidence=1 - OUTSIDE)
-    beyond = (OUTSIDE / 2) ** (1 / len(kept))
-    if part.mean == 1:
-        part = part._replace(low=beyond)
-    elif part.mean == 0:
-        part = part._replace(high=1 - beyond)
-    return Retained(len(kept), int(found.sum()), part)
+    number, hits = len(kept), part.mean * len(kept)
+    low = stats.beta.ppf(OUTSIDE / 2, hits, number - hits + 1) if hits else 0.0
+    high = stats.beta.ppf(1 - OUTSIDE / 2, hits + 1, number - hits) if hits < number else 1.0
+    part = Range(part.mean, min(part.low, float(low)), max(part.high, float(high)))
+    return Retained(number, int(found.sum()), part)
 
 
 class Likelihood(NamedTuple):

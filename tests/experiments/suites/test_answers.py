@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments.harness import runs, texts
 from experiments.kv_budget import evaluate
@@ -149,18 +150,26 @@ def test_what_is_retained_is_a_part_of_what_was_found():
     part = summary.retained(cases, "a")
     assert (part.contexts, part.strings) == (3, 8)
     assert part.part.mean == 5 / 8
-    assert 0.4 < part.part.low < 5 / 8 < part.part.high <= 1
+    assert 0 < part.part.low < 0.2 < 5 / 8 < part.part.high <= 1  # of three contexts
     assert summary.screened(cases) == 8 / 16
     assert summary.likelihood(cases, "a") == (0.5, 0.75)
 
 
-def test_few_contexts_without_a_loss_promise_little():
-    """Clopper's and Pearson's lower end for n of n is (0.05 / 2)^(1 / n)."""
-    part = summary.retained([row(1, 1)] * 8, "a").part
-    assert part.mean == part.high == 1
-    assert part.low**8 == pytest.approx(0.025)
-    part = summary.retained([row(1, 0)] * 8, "a").part
-    assert (1 - part.high) ** 8 == pytest.approx(0.025)
+@pytest.mark.parametrize(("kept", "number"), [(8, 8), (0, 8), (3, 4), (1, 2)])
+def test_few_contexts_promise_little(kept, number):
+    """As of so many trials: the exact interval of Clopper and Pearson."""
+    cases = [row(4, 4)] * kept + [row(4, 0)] * (number - kept)
+    part = summary.retained(cases, "a").part
+    exact = stats.binomtest(kept, number).proportion_ci(method="exact")
+    assert part.mean == kept / number
+    assert part.low <= exact.low + 1e-9
+    assert part.high >= exact.high - 1e-9
+
+
+def test_many_alike_contexts_have_the_interval_of_the_exact_test():
+    part = summary.retained([row(2, 1)] * 10, "a").part
+    exact = stats.binomtest(5, 10).proportion_ci(method="exact")
+    assert (part.low, part.high) == pytest.approx((exact.low, exact.high))
     assert summary.retained([row(1, 1), row(0, 0)], "a").part is None
 
 
@@ -195,13 +204,13 @@ def test_a_passage_is_cut_where_its_continuation_begins(smollm2):
 
 
 def test_the_page_has_every_task_and_arm():
-    entry = {"model": "m", "task": "vt", "length": 1024, "arms": ["a"], "cases": [row(4, 2)] * 3}
+    entry = {"model": "m", "task": "vt", "length": 1024, "arms": ["a"], "cases": [row(4, 4)] * 3}
     figures = {"kl": runs.packed(np.ones(4)), "agreed": 3}
     told = {**entry, "task": "prose", "cases": [{"full": figures, "a": figures}]}
     text = page.text_of([entry, told], ["the command"])
     assert "## m, 1,024 tokens" in text
-    assert "| vt | 3 | 1.00 | 12 | 0.500 [0.50, 0.50] |" in text
-    assert "| **RULER-like**, solved | 3 | 1.00 | 12 | 0.500" in text
+    assert "| vt | 3 | 1.00 | 12 | 1.000 [0.29, 1.00] |" in text
+    assert "| **RULER-like**, solved | 3 | 1.00 | 12 | 1.000" in text
     assert "| vt | 24 | +0.500, 0.750 |" in text
     assert "| a | 1 | 1 | 1 | 1 | 0.7500 | 4 |" in text
 
