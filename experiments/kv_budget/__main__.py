@@ -159,12 +159,7 @@ def _score(options: argparse.Namespace) -> None:
     names = options.policy.split(",")
     for name in names:
         policies.policy_of(name)
-    try:
-        budgets = [float(part) for part in options.budget.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--budget is {options.budget!r}: fractions of the full cache, such as 0.25,0.1"
-        ) from None
+    budgets = score.budgets_of(options.budget)
     keep = files.json_writer(options.json)
     model = models.loaded(options).model
     cases = score.read_cases(options.cases, model.config.vocab_size)

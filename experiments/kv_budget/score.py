@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.harness import files
 from experiments.kv_budget import evaluate, measure
+from experiments.kv_budget.measure import Measured
 from experiments.kv_budget.policies import (
     Policy,
     everything,
@@ -23,6 +24,7 @@ from experiments.kv_budget.policies import (
 )
 from experiments.models import Transformer
 from experiments.models.worth import decoder_of
+from jbalance.decode import Context, Model
 
 
 def read_cases(path: str, vocab_size: int) -> dict[str, np.ndarray]:
@@ -65,6 +67,27 @@ def _check_ids(path: str, name: str, ids: np.ndarray, vocab_size: int, number: i
         measure.check_length(name, ids.shape[1])
 
 
+def budgets_of(text: str) -> list[float]:
+    """Those of the option --budget.
+
+    Raises:
+      ValueError: anything but fractions with commas.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--budget is {text!r}: fractions of the full cache, such as 0.25,0.1"
+        ) from None
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """ValueError for what is no fraction of a cache."""
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budget is {budget}: a fraction of the full cache, in (0, 1]")
+
+
 def score(
     model: Transformer,
     cases: dict[str, np.ndarray],
@@ -84,9 +107,7 @@ def score(
     Raises:
       ValueError: unknown policy, a budget outside (0, 1].
     """
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise ValueError(f"--budget is {budget}: a fraction of the full cache, in (0, 1]")
+    check_budgets(budgets)
     chosen = [policy_of(name) for name in policies]
     decoder = decoder_of(model)
     table: dict[tuple[str, float], list[dict[str, Any]]] = {
@@ -122,12 +143,38 @@ def _results(table: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, 
     }
 
 
-def _score_context(decoder, measured, policies: list[Policy], budgets, full, given):
-    """Rows of one context: quality against `full`, or whether the pass key is found if that is None."""
+class Kept(NamedTuple):
+    """A context as a policy keeps it within a budget."""
+
+    policy: str
+    budget: float  # fraction of the full cache's bytes
+    context: Context
+    cache_bytes: int  # that it takes, windows left out
+    budget_bytes: int
+
+
+def kept_contexts(
+    decoder: Model,
+    measured: Measured,
+    policies: Sequence[Policy],
+    budgets: Sequence[float],
+    devices: list[jax.Device],
+) -> Iterator[Kept]:
+    """A measured context by every policy at every budget, one at a time.
+
+    Args:
+      decoder: whose context it is.
+      measured: by the scorers of all policies.
+      policies: of which `full` keeps everything at any budget.
+      budgets: fractions of the full cache's bytes at 16 bits, of layers without a window.
+      devices: [1].
+
+    Raises:
+      RuntimeError: bytes above the budget.
+    """
     size, windows = measured.k.shape[1], decoder.windows
     whole = [spec for spec in decoder.attention if spec.window is None]
     full_bytes = dataclasses.replace(decoder, attention=tuple(whole)).dense_bytes(size)
-    devices = jax.devices()[:1]
     for policy in policies:
         for budget in budgets:
             budget_bytes = int(budget * full_bytes)
@@ -136,16 +183,23 @@ def _score_context(decoder, measured, policies: list[Policy], budgets, full, giv
             resident = sum(context.nbytes) - window_bytes(plan)
             if resident > budget_bytes and policy.rule is not everything:
                 raise RuntimeError(f"{policy.name} holds {resident} of {budget_bytes} bytes")
-            if full is not None:
-                fed, labels = given["cont"][:-1].astype(np.int32), given["cont"][1:]
-                reduced = evaluate.log_probs(decoder, context, devices, fed)
-                row = evaluate.quality(reduced, full, labels)._asdict()
-                row |= {"cache_bytes": resident, "budget_bytes": budget_bytes}
-            else:
-                query, answer = given["query"].astype(np.int32), given["answer"]
-                found = evaluate.answers(decoder, context, devices, query, answer)
-                row = {"passkey_exact": float(found), "passkey_cache_bytes": resident}
-            yield (policy.name, budget), row
+            yield Kept(policy.name, budget, context, resident, budget_bytes)
+
+
+def _score_context(decoder, measured, policies: list[Policy], budgets, full, given):
+    """Rows of one context: quality against `full`, or whether the pass key is found if that is None."""
+    devices = jax.devices()[:1]
+    for kept in kept_contexts(decoder, measured, policies, budgets, devices):
+        if full is not None:
+            fed, labels = given["cont"][:-1].astype(np.int32), given["cont"][1:]
+            reduced = evaluate.log_probs(decoder, kept.context, devices, fed)
+            row = evaluate.quality(reduced, full, labels)._asdict()
+            row |= {"cache_bytes": kept.cache_bytes, "budget_bytes": kept.budget_bytes}
+        else:
+            query, answer = given["query"].astype(np.int32), given["answer"]
+            found = evaluate.answers(decoder, kept.context, devices, query, answer)
+            row = {"passkey_exact": float(found), "passkey_cache_bytes": kept.cache_bytes}
+        yield (kept.policy, kept.budget), row
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
