@@ -25,7 +25,9 @@ class TileBudget:
 
     @classmethod
     def of(cls, fraction: float) -> TileBudget:
-        """Before the first call."""
+        """Before the first call; `fraction` in 0..1."""
+        checks.rank("fraction", fraction, 0, "[]")
+        fraction = checks.in_range("fraction", fraction, 0, 1)
         return cls(jnp.float32(fraction), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
 
 

@@ -66,6 +66,7 @@ def shapley(worth: Game, num_units: int, key: jax.Array, *, num_permutations: in
     Reference: Shapley (1953); Castro, Gómez and Tejada, Computers & Operations Research 36 (2009).
     """
     num_units = checks.static_int("num_units", num_units, 1)
+    checks.random_key("key", key)
     num_permutations = checks.static_int("num_permutations", num_permutations, 2)
     order = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
         jax.random.split(key, num_permutations)
@@ -109,6 +110,7 @@ def exact_shapley(worth: Game, num_units: int) -> Shapley:
 
 def _measured(worth: Game, kept: Any) -> jax.Array:
     """[N] float32: what a game says of coalitions [N, U]."""
+    checks.function("worth", worth)
     kept = jnp.asarray(kept)
     measured = jnp.asarray(worth(kept), jnp.float32)
     if measured.shape != kept.shape[:1]:

@@ -87,8 +87,8 @@ def aggregator(
       ValueError: tasks below 1; from update, gradients of another number of tasks, complex or whole
         ones, losses missing, NaN or infinity.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks is {tasks}: it must be at least 1")
+    checks.instance("weighting", weighting, TaskWeighting)
+    tasks = checks.static_int("tasks", tasks, 1)
 
     def init(params: chex.ArrayTree) -> AggregatorState:
         del params
