@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
 from jbalance.cache._price import PROTECTED
@@ -65,6 +66,7 @@ def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.D
     return devices
 
 
+@in_32_bits
 def read(
     model: Model,
     tokens: np.ndarray,

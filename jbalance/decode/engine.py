@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import _step
 from jbalance.decode import devices as over
 from jbalance.decode import extend, prefill
@@ -29,6 +30,7 @@ from jbalance.decode.sampling import Sampling, sample
 from jbalance.decode.state import State, check_request, replaced, shared
 
 
+@in_32_bits
 def join(
     model: Model,
     state: State,
@@ -88,6 +90,7 @@ def join(
     return _chosen(state, caches, request, logits, state.context_tokens + len(prompt))
 
 
+@in_32_bits
 def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
     """More tokens for an active request, such as the next turn of a chat; it chooses the token after.
 
@@ -131,6 +134,7 @@ def _chosen(state, caches, request, logits, position) -> State:
     )
 
 
+@in_32_bits
 def step(model: Model, state: State) -> tuple[jax.Array, State]:
     """Every active request reads its latest token and chooses the next one.
 
@@ -204,6 +208,7 @@ def _qkv(model: Functions, weights, x, positions):
     return _step.scaled(q[:, 0], model.spec.scale), k[:, 0], v[:, 0]
 
 
+@in_32_bits
 def leave(state: State, request: int) -> State:
     """A request's place becomes free, and its memory the others'."""
     request = check_request(state, request)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.decode import engine
 from jbalance.decode import state as states
 from jbalance.decode.context import Context
@@ -17,6 +18,7 @@ from jbalance.decode.prefill import capacity_for
 from jbalance.decode.sampling import Sampling
 
 
+@in_32_bits
 def generate(
     model: Model,
     prompts: Sequence[Any],

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jbalance import allocate, checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.decode import devices as over
 from jbalance.decode.context import Context, devices_for, is_local, slots_of
@@ -50,6 +51,7 @@ class State:
         ]
 
 
+@in_32_bits
 def create(
     model: Model,
     budgets_bytes: Sequence[int],

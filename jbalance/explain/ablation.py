@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache._sight import NO_WINDOW
 from jbalance.cache._step import scaled
 from jbalance.decode import prefill
@@ -39,6 +40,7 @@ class _Kept(NamedTuple):
     layers: jax.Array  # [N, L]
 
 
+@in_32_bits
 def ablate(
     model: Model,
     context: ArrayLike,

@@ -10,9 +10,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.importance import _rotary, _tokens
 
 
+@in_32_bits
 def reconstruction(
     q: ArrayLike,
     k: ArrayLike,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.importance._tokens import tokens
 from jbalance.importance.attention_energy import attention_energy
 from jbalance.importance.reconstruction import reconstruction
@@ -23,6 +24,7 @@ NUM_QUERIES = 64  # last queries that are asked
 LATER_WEIGHT = 0.02  # of what they ask for, beside what a repetition would
 
 
+@in_32_bits
 def token_worth(
     q: ArrayLike,
     k: ArrayLike,
