@@ -124,14 +124,14 @@ class _Rule(NamedTuple):
 
 
 def _rule(name: str, blended: Callable[..., jax.Array], axis_name: str | None) -> _Rule:
-    if name == _PRICED:
+    share = checks.choice("rule", name, shares.SHARE_RULES | {_PRICED: None})
+    if share is None:
 
         def by_price(curves, budget, feedback):
             amount = jnp.sum(jnp.asarray(budget))
             return curves, blended(shares.priced(curves, amount, axis_name=axis_name), feedback)
 
         return _Rule(True, by_price)
-    share = checks.choice("rule", name, shares.SHARE_RULES | {_PRICED: None})
 
     def by_weight(w, budget, feedback):
         del budget

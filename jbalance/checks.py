@@ -18,6 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from jbalance._objects import choice, function, instance, items, mapping, random_key
+
+__all__ = ["choice", "function", "instance", "items", "mapping", "random_key"]
+
+SCALE_MAX = 1e9  # of logits
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 FLOAT32_MAX, FLOAT32_TINY = (float(getattr(np.finfo(np.float32), x)) for x in ("max", "tiny"))
 
@@ -93,10 +98,10 @@ def _host(name: str, x: Any, want: str) -> np.ndarray:
     """Concrete numbers as NumPy has them; ValueError for what are none."""
     try:
         out = np.asarray(x)
-    except ValueError:
-        raise ValueError(
-            f"{name} has rows of different lengths: it must be numbers, {want}"
-        ) from None
+    except (ValueError, TypeError) as error:
+        is_key = isinstance(error, TypeError)  # as JAX says it of a key of random numbers
+        said = f"is {reprlib.repr(x)}" if is_key else "has rows of different lengths"
+        raise ValueError(f"{name} {said}: it must be numbers, {want}") from None
     if out.dtype == np.float64 and not hasattr(x, "dtype"):  # as NumPy reads [0, 2**63]
         given = np.asarray(x, object)
         out = given if all(type(i) is int for i in given.flat) else out
@@ -109,15 +114,10 @@ def _host(name: str, x: Any, want: str) -> np.ndarray:
 
 
 def _is_real(dtype: Any) -> bool:
-    """Whether these are real numbers, booleans not among them."""
+    """Whether these are real numbers; booleans and time spans, NumPy's integers, are not."""
+    if jnp.issubdtype(dtype, np.timedelta64):
+        return False
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-
-
-def _traced(name: str, x: Any, want: str, dtype: Any) -> jax.Array:
-    """A traced array in the type that the device computes in; ValueError for what are no numbers."""
-    if not _is_real(x.dtype):
-        raise ValueError(f"{name} has dtype {x.dtype}: it must be numbers, {want}")
-    return jnp.asarray(x).astype(dtype)
 
 
 def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> Any:
@@ -126,7 +126,9 @@ def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], messa
     Inside jit NumPy's 64-bit integers would wrap, and other byte orders be misread.
     """
     if not is_concrete(x):
-        x = _traced(name, x, want, jnp.float32)
+        if not _is_real(x.dtype):
+            raise ValueError(f"{name} has dtype {x.dtype}: it must be numbers, {want}")
+        x = jnp.asarray(x).astype(jnp.float32)
         checkify.debug_check(~jnp.any(bad(jnp, x)), message)
         return x
     given = _host(name, x, want)
@@ -211,6 +213,12 @@ def int_in_range(name: str, x: Any, low: int = -INT32_MAX, high: int = INT32_MAX
     return _int32(name, x, low, high, f"whole numbers in {low}..{high}")
 
 
+def one_int(name: str, x: Any, low: int = -INT32_MAX, high: int = INT32_MAX) -> Any:
+    """`int_in_range` of a single number, [] int32."""
+    rank(name, x, 0, "[]")
+    return int_in_range(name, x, low, high)
+
+
 def index_below(name: str, x: Any, bound: int) -> Any:
     """`x` in int32; ValueError unless it is integers in 0..bound-1."""
     return _int32(name, x, 0, bound - 1, f"integers in 0..{bound - 1}")
@@ -289,16 +297,6 @@ def static_float(
     return number
 
 
-def choice(name: str, value: str, table: Any) -> Any:
-    """The entry of `table` called `value`; ValueError that lists the names otherwise."""
-    try:
-        return table[value]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"{name} is {value!r}: it must be one of {', '.join(map(repr, table))}"
-        ) from None
-
-
 def floats(name: str, x: Any, ndim: int | tuple[int, ...], shape_hint: str) -> Any:
     """`x` as a floating-point array in its own type; ValueError for others, float64 becomes float32."""
     x = x if isinstance(x, jax.Array) else _host(name, x, f"floating point, {shape_hint}")
@@ -318,12 +316,6 @@ def booleans(name: str, x: Any, shape: tuple[int, ...], shape_hint: str) -> Any:
             f"{name} has dtype {x.dtype} and shape {x.shape}: it must be bool {shape_hint} = {shape}"
         )
     return x
-
-
-def instance(name: str, x: Any, kind: type) -> None:
-    """ValueError unless `x` is one of the library's own objects of this type."""
-    if not isinstance(x, kind):
-        raise ValueError(f"{name} is {reprlib.repr(x)}: it must be a {kind.__name__}")
 
 
 def floating(name: str, x: Any) -> None:

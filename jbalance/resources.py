@@ -51,6 +51,7 @@ def status(
         is above 2^62.
     """
     checks.rank("capacity", capacity, (0, 1), "[] or [G]")
+    checks.non_empty("capacity", capacity)
     numbers = [checks.positive("capacity", capacity)]
     shape, given = np.shape(capacity), {"demand": demand, "used": used}
     for name, x in given.items():
@@ -156,15 +157,18 @@ def kv_cache_bytes(dims: AttentionDims, entries: Any, bits: Any = 16, scale_bits
     Returns:
       Bytes as a Python int, exact at any size.
     """
+    checks.instance("dims", dims, AttentionDims)
     shape = (dims.num_layers, dims.num_kv_heads)
     given = {}
     for name, x in (("entries", entries), ("bits", bits)):
+        checks.rank(name, x, (0, 2), "[] or [L, K]")
         if np.shape(x) not in ((), shape):
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [] or [L, K] = {shape}")
-        given[name] = np.broadcast_to(np.asarray(x, object), shape)
+        number = dims.num_layers * dims.num_kv_heads
+        given[name] = list(np.asarray(x, object).flat) if np.ndim(x) else [x] * number
     return sum(
         checks.static_int("entries", n, 0, None) * kv_entry_bytes(dims.head_dim, b, scale_bits)
-        for n, b in zip(given["entries"].flat, given["bits"].flat, strict=True)
+        for n, b in zip(given["entries"], given["bits"], strict=True)
     )
 
 
@@ -191,6 +195,7 @@ def parse_bytes(text: str) -> int:
 
 def human_bytes(amount_bytes: float) -> str:
     """Bytes in the largest binary unit that keeps the figure at one or more: 1536 as `1.50 KiB`."""
+    amount_bytes = checks.static_float("amount_bytes", amount_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount_bytes) < 1024 or unit == "GiB":
             break
@@ -214,7 +219,9 @@ def device_budgets(
     """
     fraction = checks.static_float("fraction", fraction, 0, 1, open_low=True)
     part = fractions.Fraction(fraction)  # exact: bytes stay whole
+    devices = checks.items("devices", devices, "devices")
     if given_bytes is not None:
+        given_bytes = checks.items("given_bytes", given_bytes, "bytes of each device")
         if len(given_bytes) != len(devices):
             raise ValueError(
                 f"given_bytes has {len(given_bytes)} budgets for {len(devices)} devices: give one each"
@@ -225,7 +232,8 @@ def device_budgets(
         ]
         return [int(size * part) for size in sizes]
     budgets = []
-    for device in devices:
+    for d, device in enumerate(devices):
+        checks.function(f"devices[{d}].memory_stats", getattr(device, "memory_stats", None))
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             raise ValueError(
@@ -246,7 +254,8 @@ def blocks(num_bytes: int | Sequence[int], block_bytes: int) -> np.ndarray:
     checks.rank("num_bytes", num_bytes, tuple(range(9)), "[] or [N]")
     checks.non_empty("num_bytes", num_bytes)
     sizes = [
-        checks.static_int("num_bytes", size, 0, None) for size in np.asarray(num_bytes, object).flat
+        checks.static_int("num_bytes", size, 0, None)
+        for size in checks.host_numbers("num_bytes", num_bytes).flat
     ]
     counts = [size // block_bytes for size in sizes]
     if max(counts) > checks.INT32_MAX:

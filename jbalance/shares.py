@@ -119,13 +119,20 @@ def constrained(
     """
     _check(alpha, "alpha")
     alpha = checks.non_negative("alpha", alpha)
+    for name, x in (("floor", floor), ("cap", cap)):
+        checks.rank(name, x, (0, 1), "[] or [U]")
+        if np.ndim(x):
+            checks.same_length(name, x, "alpha", alpha)
     floor, cap = checks.in_range("floor", floor, 0, 1), checks.in_range("cap", cap, 0, 1)
     if (group_of is None) != (group_floor is None):
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both")
     if group_floor is not None:
         _axes.unsplit(alpha=alpha, group_of=group_of)
+        checks.rank("group_of", group_of, 1, "[U]")
+        checks.same_length("group_of", group_of, "alpha", alpha)
         checks.rank("group_floor", group_floor, 1, "[P]")
+        checks.non_empty("group_floor", group_floor)
         group_floor = checks.in_range("group_floor", group_floor, 0, 1)
         group_of = checks.index_below("group_of", group_of, np.shape(group_floor)[0])
     if axis_name is None:
@@ -146,10 +153,6 @@ def constrained(
 
 def _check_sums(shape: tuple[int, ...], floor: Any, cap: Any) -> None:
     """ValueError for concrete floors [U] or [] that sum to more than 1, or caps to less."""
-    for name, x in (("floor", floor), ("cap", cap)):
-        checks.rank(name, x, (0, 1), "[] or [U]")
-        if np.ndim(x):
-            checks.length(name, x, shape[0], "U")
     if checks.is_concrete(floor):
         least = float(np.broadcast_to(np.asarray(floor, np.float64), shape).sum())
         if least > 1 + _ROUNDING:

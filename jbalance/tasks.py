@@ -77,6 +77,9 @@ def divide(
                 f"{name} has shape {np.shape(x)}: it must be [G, N] = "
                 f"{(*np.shape(capacity), *np.shape(w))}, as capacity and w say"
             )
+    checks.rank("floor", floor, (0, 1), "[] or [N]")
+    if np.ndim(floor):
+        checks.same_length("floor", floor, "w", w)
     demand, used = checks.whole("demand", demand), checks.whole("used", used)
     capacity = checks.whole("capacity", capacity)
     active = jnp.asarray(active, bool)

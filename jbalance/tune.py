@@ -78,7 +78,14 @@ def tune(
     """
     checks.static_int("max_rounds", max_rounds, 1)
     checks.static_int("patience", patience, 1)
-    for name, (low, high) in ranges.items():
+    checks.mapping("settings", settings, "numbers by name")
+    checks.mapping("ranges", ranges, "least and greatest by name")
+    for name, value in settings.items():
+        checks.static_float(f"settings[{name!r}]", value)
+    for name, ends in ranges.items():
+        checks.rank(f"ranges[{name!r}]", ends, 1, "[2]")
+        checks.length(f"ranges[{name!r}]", ends, 2, "least and greatest")
+        low, high = (checks.static_float(f"ranges[{name!r}]", x) for x in ends)
         if name not in settings:
             raise ValueError(f"ranges has {name!r}, settings has only {', '.join(settings)}")
         if not 0 < low <= settings[name] <= high < math.inf:

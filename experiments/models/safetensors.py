@@ -47,7 +47,7 @@ def load_hf_directory(
     file_of = _files(directory)
     with contextlib.ExitStack() as stack:
         opened = {
-            file: stack.enter_context(_opened(directory / file))
+            file: stack.enter_context(opened(directory / file))
             for file in sorted(set(file_of.values()))
         }
         _check_index(directory, file_of, opened)
@@ -99,7 +99,7 @@ def _check_index(directory: Path, file_of: dict[str, str], opened: Mapping[str, 
                 )
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
     """The package holds the header against the file's size."""
     try:
         return safe_open(path, framework="numpy")
@@ -133,5 +133,5 @@ def _files(directory: Path) -> dict[str, str]:
         return file_of
     if not single.is_file():
         raise FileNotFoundError(f"neither {single.name} nor {index.name} in {directory}")
-    with _opened(single) as file:
+    with opened(single) as file:
         return dict.fromkeys(file.keys(), single.name)

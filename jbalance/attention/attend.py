@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,9 @@ def attend(
         soft_cap = checks.static_float("soft_cap", soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
     segment_ids, task_shares = _check_masks(q, k, segment_ids, task_shares)
     if scale is not None:
-        scale = checks.static_float("scale", scale)
+        scale = checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
     if offset is not None:
-        offset = checks.int_in_range("offset", offset)
+        offset = checks.one_int("offset", offset)
     plan = in_order(plan)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}: it must be one of {_BACKENDS} or None")
@@ -248,7 +249,9 @@ def _check_masks(q, k, segment_ids, task_shares):
     """segment_ids in int32 and task_shares in float32; ValueError unless these fit."""
     if segment_ids is not None:
         if not isinstance(segment_ids, tuple | list):
-            raise ValueError(f"segment_ids is {segment_ids!r}: it must be the pair of ids")
+            raise ValueError(
+                f"segment_ids is {reprlib.repr(segment_ids)}: it must be the pair of ids"
+            )
         want = (q.shape[:2], k.shape[:2])
         if len(segment_ids) != 2 or tuple(np.shape(x) for x in segment_ids) != want:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 from jbalance import checks, importance
 from jbalance.attention.choose import choose
@@ -48,5 +49,8 @@ def balanced_plan(
         jax.lax.stop_gradient(checks.floats(name, x, 4, hint))
         for name, x in (("q", q), ("k", k), ("v", v))
     )
+    checks.rank("budget_tiles", budget_tiles, (0, 1), "[] or [B]")
+    if np.ndim(budget_tiles):
+        checks.length("budget_tiles", budget_tiles, q.shape[0], "B")
     budget_tiles = checks.whole("budget_tiles", budget_tiles)
     return choose(scorer(q, k, v, tiling, rows=rows), budget_tiles, tiling, **options)

@@ -92,13 +92,17 @@ def _check(score, num_tiles, tiling, floor, where):
     _axes.unsplit(score=score)
     checks.instance("tiling", tiling, Tiling)
     checks.rank("score", score, 4, "[B, H, I, J]")
+    checks.non_empty("score", score)
     if np.shape(score)[2:] != tiling.shape:
         raise ValueError(
             f"score has shape {np.shape(score)}: for {tiling} its last axes must be {tiling.shape}"
         )
     score = checks.non_negative("score", score)
     checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
+    if np.ndim(num_tiles):
+        checks.length("num_tiles", num_tiles, np.shape(score)[0], "B")
     num_tiles = checks.whole("num_tiles", num_tiles)
+    checks.rank("floor", floor, 0, "[]")
     floor = checks.in_range("floor", floor, 0, 1)
     heads = np.shape(score)[1]
     if where is not None:

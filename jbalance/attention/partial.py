@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jbalance import checks
+
 EMPTY = -1e30  # log-sum-exp of attention over nothing; finite, so that merging gives no NaN
 NO_TOP = 0.5 * EMPTY  # the largest of no logits, so that the weight of nothing is 0
 
@@ -20,6 +22,8 @@ class Partial(NamedTuple):
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Attention over both sets of keys: exact, whatever the order."""
+    for name, x in (("a", a), ("b", b)):
+        checks.instance(name, x, Partial)
     lse = jnp.logaddexp(a.lse, b.lse)
     part = jnp.exp(a.lse - lse)[..., None], jnp.exp(b.lse - lse)[..., None]
     return Partial(a.y * part[0] + b.y * part[1], lse)

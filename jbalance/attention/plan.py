@@ -83,12 +83,13 @@ def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> T
     """
     checks.instance("tiling", tiling, Tiling)
     checks.rank("mask", mask, 4, "[B|1, H|1, I, J]")
-    mask = jnp.asarray(mask)
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if mask.shape[2:] != tiling.shape or mask.dtype != bool:
         raise ValueError(
             f"mask has shape {mask.shape} and dtype {mask.dtype}: for {tiling} it must be bool and its "
             f"last axes {tiling.shape}"
         )
+    mask = jnp.asarray(mask)
     capacity = tiling.shape[1] if capacity is None else checks.static_int("capacity", capacity)
     capacity = min(capacity, tiling.shape[1])
     if checks.is_concrete(mask):
@@ -183,6 +184,7 @@ def _check_ascending(lists, count):
 
 def to_mask(plan: TilePlan) -> jax.Array:
     """[B|1, H|1, I, J] bool, the tiles of the plan."""
+    checks.instance("plan", plan, TilePlan)
     listed = jnp.arange(plan.capacity) < plan.count[..., None]
     same = plan.blocks[..., None] == jnp.arange(plan.num_key_blocks)
     return jnp.any(same & listed[..., None], axis=-2)
@@ -248,11 +250,13 @@ def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
 
 def union(a: TilePlan, b: TilePlan) -> TilePlan:
     """The tiles of either plan."""
+    _check_plans(a, b)
     return _combined(a, to_mask(a) | _mask_like(b, a), a.capacity + b.capacity)
 
 
 def intersection(a: TilePlan, b: TilePlan) -> TilePlan:
     """The tiles of both plans."""
+    _check_plans(a, b)
     return _combined(a, to_mask(a) & _mask_like(b, a), min(a.capacity, b.capacity))
 
 
@@ -261,6 +265,11 @@ def transposed(plan: TilePlan) -> TilePlan:
     mask = jnp.swapaxes(to_mask(plan), -1, -2)
     tiling = Tiling(plan.num_keys, plan.num_queries, plan.block_k, plan.block_q, causal=False)
     return from_mask(mask, tiling)
+
+
+def _check_plans(a: TilePlan, b: TilePlan) -> None:
+    for name, plan in (("a", a), ("b", b)):
+        checks.instance(name, plan, TilePlan)
 
 
 def _combined(like: TilePlan, mask: jax.Array, capacity: int) -> TilePlan:

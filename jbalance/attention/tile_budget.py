@@ -25,8 +25,12 @@ class TileBudget:
 
     @classmethod
     def of(cls, fraction: float) -> TileBudget:
-        """Before the first call."""
-        return cls(jnp.float32(fraction), jnp.zeros(CURVE_BINS), jnp.zeros(2, jnp.int32))
+        """Before the first call; `fraction` in 0..1."""
+        checks.rank("fraction", fraction, 0, "[]")
+        fraction = checks.in_range("fraction", fraction, 0, 1)
+        return cls(
+            jnp.float32(fraction), jnp.zeros(CURVE_BINS, jnp.float32), jnp.zeros(2, jnp.int32)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _check(arena, centroids, first_unit, num_units, units, k, v, code, num_token
             raise ValueError(f"{name} has shape {np.shape(x)}: it must be [N] = ({rows},)")
     if not isinstance(num_units, int | np.integer) or not 1 <= num_units <= total:
         raise ValueError(f"num_units is {num_units!r}: it must be in 1..{total}, static")
-    checks.int_in_range("first_unit", first_unit, 0, total - num_units)
+    checks.one_int("first_unit", first_unit, 0, total - num_units)
 
 
 def _candidates(first_unit, num_units, units, k, v, code, num_tokens):

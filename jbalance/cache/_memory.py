@@ -195,9 +195,9 @@ def attend(
             f"{heads}, {head_dim})"
         )
     checks.largest_finite("q", q)
-    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
+    layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
     if scale is not None:
-        scale = checks.static_float("scale", scale)
+        scale = checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
     return _attended(cache, layer, q, scale)
 
 

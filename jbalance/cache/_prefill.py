@@ -74,11 +74,11 @@ def prefill(
     """
     q, k, v = _checked(cache, q, k, v)
     requests, size = q.shape[:2]
-    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
+    layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     lengths = checked_lengths(lengths, requests, size)
     if scale is not None:
-        scale = checks.static_float("scale", scale)
+        scale = checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
     frequencies = rotary_frequencies(frequencies, cache.head_dim)
     return _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, scale)
 
@@ -236,8 +236,8 @@ def admit(
     size = np.shape(k)[0]
     if np.shape(w) != (heads, size):
         raise ValueError(f"w has shape {np.shape(w)}: it must be [K, S] = {(heads, size)}")
-    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
-    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
+    request = checks.one_int("request", request, 0, cache.num_requests - 1)
+    layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
     units = cache.units(request, layer)
     number = jnp.asarray(size if num_tokens is None else num_tokens, jnp.int32)
     k, v = (jnp.swapaxes(jnp.asarray(x), 0, 1).astype(jnp.float32) for x in (k, v))

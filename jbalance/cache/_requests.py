@@ -20,7 +20,7 @@ def shrink(
     cache: KVCache, request: jax.Array | int, allowance_pages: jax.Array | int
 ) -> tuple[KVCache, Report]:
     """Weigh a request's tokens anew, without new ones, so that others get the rest of its pages."""
-    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
+    request = checks.one_int("request", request, 0, cache.num_requests - 1)
     n, head_dim = cache.units_per_request, cache.head_dim
     none = jnp.zeros((0, 0, head_dim))
     time, ages = None, None
@@ -47,7 +47,7 @@ def shrink(
 def release(cache: KVCache, request: jax.Array | int) -> KVCache:
     """Forget a request: its pages are free, its recent buffer is empty, another may take its place."""
     checks.instance("cache", cache, KVCache)
-    request = checks.int_in_range("request", request, 0, cache.num_requests - 1)
+    request = checks.one_int("request", request, 0, cache.num_requests - 1)
     n = cache.units_per_request
     mine = jnp.arange(cache.key_mean.shape[0])[:, None] // n == request
     arena, _ = _pages.reallocate(cache.arena, jnp.where(mine, 0, cache.arena.pages))

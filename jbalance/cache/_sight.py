@@ -115,7 +115,9 @@ def create_clock(
     for window, own in zip(windows, slots, strict=True):
         of_unit[own[own >= 0]] = NO_WINDOW if window is None else window
     return Clock(
-        jnp.asarray(of_unit),
+        jnp.array(
+            of_unit
+        ),  # a copy: caches are donated, and asarray may keep the memory of the host
         jnp.zeros(num_requests, jnp.int32),
         jnp.zeros((num_requests, recent_tokens), jnp.int32),
     )

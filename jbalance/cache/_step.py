@@ -61,7 +61,7 @@ def step(
         it is does not keep it: what others see is as if it had not been.
     """
     q, k, v = _checked(cache, q, k, v, context)
-    layer = checks.int_in_range("layer", layer, 0, cache.num_layers - 1)
+    layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
     allowance_pages = checked_allowance(cache, allowance_pages)
     if active is None:
         active = jnp.ones(cache.num_requests, bool)
@@ -267,7 +267,7 @@ def scaled(q: jax.Array, scale: float | None) -> jax.Array:
     q = jnp.asarray(q).astype(jnp.float32)
     if scale is None:
         return q
-    scale = checks.static_float("scale", scale)
+    scale = checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
     return q * np.float32(scale * math.sqrt(q.shape[-1]))
 
 
@@ -300,7 +300,7 @@ def _checked(cache, q, k, v, context):
     q, k, v = (
         checks.floats(name, x, 3, "[B, H or K, D]") for name, x in (("q", q), ("k", k), ("v", v))
     )
-    if q.shape[0] != requests or q.shape[1] % heads or q.shape[2] != head_dim:
+    if q.shape[0] != requests or 0 in q.shape or q.shape[1] % heads or q.shape[2] != head_dim:
         raise ValueError(
             f"q has shape {q.shape}: it must be [B, H, D] = ({requests}, a multiple of {heads}, "
             f"{head_dim})"

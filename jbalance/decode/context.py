@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
 from jbalance.cache._price import PROTECTED
 from jbalance.decode import prefill
-from jbalance.decode.model import Model, check_model
+from jbalance.decode.model import Model, budgets_of, check_model, token_ids
 from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
 from jbalance.importance.blending import blend
@@ -54,7 +55,10 @@ def is_local(device: jax.Device) -> bool:
 
 def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.Device]:
     """The devices, one for each of so many budgets; ValueError if they are too few or too many."""
-    devices = jax.devices()[:number] if devices is None else list(devices)
+    given = jax.devices()[:number] if devices is None else devices
+    devices = checks.items("devices", given, "devices")
+    for d, device in enumerate(devices):
+        checks.instance(f"devices[{d}]", device, jax.Device)
     if len(devices) != number:
         raise ValueError(
             f"budgets_bytes has {number} entries for {len(devices)} devices: give one for each"
@@ -62,6 +66,7 @@ def devices_for(devices: Sequence[jax.Device] | None, number: int) -> list[jax.D
     return devices
 
 
+@in_32_bits
 def read(
     model: Model,
     tokens: np.ndarray,
@@ -91,9 +96,11 @@ def read(
         another number of tokens.
     """
     check_model(model)
-    devices = devices_for(devices, len(budgets_bytes))  # before the prompt is read
-    tokens = np.asarray(tokens)
+    budgets = budgets_of(budgets_bytes)
+    devices = devices_for(devices, len(budgets))  # before the prompt is read
+    tokens = token_ids("tokens", tokens)
     reserve = Reserve() if reserve is None else reserve
+    checks.instance("reserve", reserve, Reserve)
     if known is not None:
         checks.instance("known", known, Knowledge)
         checks.length("known.keep", known.keep, len(tokens), "the number of tokens")
@@ -107,7 +114,7 @@ def read(
         ladder(np.concatenate(codes), in_windows(model.windows, *shape[1:])),
         shape,
         model.head_dim,
-        list(budgets_bytes),
+        budgets,
         reserve=reserve,
         windows=model.windows,
     )

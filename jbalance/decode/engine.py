@@ -21,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import _step
 from jbalance.decode import devices as over
 from jbalance.decode import extend, prefill
-from jbalance.decode.model import Functions, Model
+from jbalance.decode.model import Functions, Model, token_ids
 from jbalance.decode.sampling import Sampling, sample
 from jbalance.decode.state import State, check_request, replaced, shared
 
 
+@in_32_bits
 def join(
     model: Model,
     state: State,
@@ -55,11 +57,13 @@ def join(
     Raises:
       ValueError: a place that is taken, an empty prompt, a weight that is not positive.
     """
-    prompt = np.asarray(prompt, np.int32)
-    checks.rank("prompt", prompt, 1, "[S]")
-    checks.non_empty("prompt", prompt)
-    weight = checks.positive("weight", weight)
-    check_request(state, request)
+    prompt = token_ids("prompt", prompt)
+    weight = checks.static_float("weight", weight, checks.FLOAT32_TINY)
+    request = check_request(state, request)
+    if capacity is not None:
+        capacity = checks.static_int("capacity", capacity, len(prompt))
+    if sampling is not None:
+        checks.instance("sampling", sampling, Sampling)
     if bool(state.active[request]):
         raise ValueError(f"request is {request}: its place is taken; `leave` it first")
     sampling = Sampling() if sampling is None else sampling
@@ -86,15 +90,17 @@ def join(
     return _chosen(state, caches, request, logits, state.context_tokens + len(prompt))
 
 
+@in_32_bits
 def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
     """More tokens for an active request, such as the next turn of a chat; it chooses the token after.
 
     Its latest token, which no step has read yet, goes in before them.
     """
-    check_request(state, request)
+    request = check_request(state, request)
+    given = token_ids("tokens", tokens)
     if not bool(state.active[request]):
         raise ValueError(f"request is {request}: its place is free; `join` first")
-    new = np.concatenate([[int(state.tokens[request])], np.asarray(tokens, np.int32)])
+    new = np.concatenate([[int(state.tokens[request])], given]).astype(np.int32)
     first = int(state.positions[request])
     caches, logits = extend.tokens_of(
         model, state.devices, state.caches, state.contexts, request, new, first, state.allowances
@@ -128,6 +134,7 @@ def _chosen(state, caches, request, logits, position) -> State:
     )
 
 
+@in_32_bits
 def step(model: Model, state: State) -> tuple[jax.Array, State]:
     """Every active request reads its latest token and chooses the next one.
 
@@ -201,9 +208,10 @@ def _qkv(model: Functions, weights, x, positions):
     return _step.scaled(q[:, 0], model.spec.scale), k[:, 0], v[:, 0]
 
 
+@in_32_bits
 def leave(state: State, request: int) -> State:
     """A request's place becomes free, and its memory the others'."""
-    check_request(state, request)
+    request = check_request(state, request)
     caches = tuple(None if x is None else over.release(x, request) for x in state.caches)
     state = dataclasses.replace(
         state,

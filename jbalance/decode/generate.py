@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.decode import engine
 from jbalance.decode import state as states
 from jbalance.decode.context import Context
-from jbalance.decode.model import Model
+from jbalance.decode.model import Model, token_ids
 from jbalance.decode.prefill import capacity_for
 from jbalance.decode.sampling import Sampling
 
 
+@in_32_bits
 def generate(
     model: Model,
     prompts: Sequence[Any],
@@ -49,16 +52,31 @@ def generate(
     Raises:
       ValueError: no prompts or an empty one, fewer than one new token, budgets too small.
     """
-    prompts = [np.asarray(p, np.int32) for p in prompts]
+    given = checks.items("prompts", prompts, "token ids of each prompt")
+    prompts = [token_ids(f"prompts[{i}]", p) for i, p in enumerate(given)]
     if not prompts:
         raise ValueError("prompts is empty: give at least one")
-    most = [int(n) for n in np.broadcast_to(np.asarray(max_new_tokens), len(prompts))]
-    if min(most) < 1:
-        raise ValueError(f"max_new_tokens is {min(most)}: it must be at least 1")
-    each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    checks.rank("max_new_tokens", max_new_tokens, (0, 1), "[] or one for each prompt")
+    if np.ndim(max_new_tokens):
+        checks.length("max_new_tokens", max_new_tokens, len(prompts), "the number of prompts")
+    counts = np.atleast_1d(checks.int_in_range("max_new_tokens", max_new_tokens, 1))
+    most = np.broadcast_to(counts, len(prompts)).tolist()
+    same = sampling is None or isinstance(sampling, Sampling)
+    each: list[Any] = (
+        [sampling] * len(prompts) if same else checks.items("sampling", sampling, "Sampling")
+    )
     if len(each) != len(prompts):
         raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
-    places = len(prompts) if num_requests is None else num_requests
+    for i, x in enumerate(each):
+        if x is not None:
+            checks.instance(f"sampling[{i}]", x, Sampling)
+    places = len(prompts)
+    if num_requests is not None:
+        places = checks.static_int("num_requests", num_requests, 1)
+    stop_tokens = [
+        checks.static_int(f"stop_tokens[{i}]", x)
+        for i, x in enumerate(checks.items("stop_tokens", stop_tokens, "token ids"))
+    ]
     state = states.create(
         model, budgets_bytes, num_requests=places, context=context, devices=devices
     )

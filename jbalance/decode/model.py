@@ -53,7 +53,7 @@ class AttentionSpec:
         if self.window is not None:
             checks.static_fields(self, "window")
         if self.scale is not None:
-            checks.static_float("scale", self.scale)
+            checks.static_float("scale", self.scale, -checks.SCALE_MAX, checks.SCALE_MAX)
         if self.soft_cap is not None:
             checks.static_float("soft_cap", self.soft_cap, 0, checks.FLOAT32_MAX, open_low=True)
         if self.num_heads % self.num_kv_heads:
@@ -158,6 +158,24 @@ class Model:
         return Functions(self.embed, qkv, finish, self.logits, self.attention[layer])
 
 
+def token_ids(name: str, x: Any, least: int = 1) -> np.ndarray:
+    """Ids [S] in int32 on the host; ValueError unless they are whole and so many at least."""
+    checks.rank(name, x, 1, "[S]")
+    if np.size(x) < least:
+        raise ValueError(
+            f"{name} is empty or short: it has {np.size(x)} tokens of at least {least}"
+        )
+    return np.asarray(checks.whole(name, x))
+
+
+def budgets_of(budgets_bytes: Any) -> list[int]:
+    """Bytes of each device; ValueError unless they are whole and >= 0, one or more."""
+    given = checks.items("budgets_bytes", budgets_bytes, "bytes of each device")
+    if not given:
+        raise ValueError("budgets_bytes is empty: give the bytes of each device")
+    return [checks.static_int(f"budgets_bytes[{d}]", x, 0, 2**62) for d, x in enumerate(given)]
+
+
 def windows_of(attention: Sequence[AttentionSpec]) -> tuple[int | None, ...] | None:
     """Of each layer; None if no layer has one."""
     windows = tuple(spec.window for spec in attention)
@@ -166,6 +184,7 @@ def windows_of(attention: Sequence[AttentionSpec]) -> tuple[int | None, ...] | N
 
 def check_model(model: Model) -> None:
     """ValueError for a model whose attention cannot be decoded here, which names the layer and why."""
+    checks.instance("model", model, Model)
     if not model.attention:
         raise ValueError("model.attention is empty: give the AttentionSpec of each layer")
     if len(model.attention) != model.num_layers:

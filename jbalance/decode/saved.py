@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.cache._sight import clock_bytes
 from jbalance.decode._checks import CONTEXT, OWN, check_facts, check_part, shown
@@ -42,6 +43,7 @@ _DAMAGED = (
 _FIELDS = ("format", "kinds", "context_tokens", "requests", "files", "model", "notes")
 
 
+@in_32_bits
 def save(
     folder: Path,
     model: Model,
@@ -105,6 +107,7 @@ def notes_of(folder: Path) -> dict[str, Any]:
     return _manifest(folder)["notes"]
 
 
+@in_32_bits
 def restore(
     folder: Path,
     model: Model,

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from jbalance import allocate, checks
+from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.decode import devices as over
 from jbalance.decode.context import Context, devices_for, is_local, slots_of
 from jbalance.decode.devices import Caches
-from jbalance.decode.model import Model, check_model
+from jbalance.decode.model import Model, budgets_of, check_model
 from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
 
@@ -50,6 +51,7 @@ class State:
         ]
 
 
+@in_32_bits
 def create(
     model: Model,
     budgets_bytes: Sequence[int],
@@ -76,9 +78,16 @@ def create(
     if recent_tokens is not None:
         recent_tokens = checks.static_int("recent_tokens", recent_tokens, 2)
     shape = (model.num_layers, model.num_kv_heads)
-    budgets = [int(b) for b in budgets_bytes]
+    budgets = budgets_of(budgets_bytes)
+    num_requests = checks.static_int("num_requests", num_requests, 1)
     devices = devices_for(devices, len(budgets))
     page_bytes = None
+    if context is not None:
+        checks.instance("context", context, Context)
+        if len(context.caches) != len(budgets):
+            raise ValueError(
+                f"context is on {len(context.caches)} devices: budgets_bytes has {len(budgets)} entries"
+            )
     if context is None:
         even = np.full(shape, sum(budgets) // (shape[0] * shape[1]))
         device_of = place_units(np.ones(shape), even, np.array(budgets)).reshape(shape)
@@ -188,7 +197,7 @@ def replaced(x: np.ndarray, index: int, value: float) -> np.ndarray:
     return x
 
 
-def check_request(state, request):
-    """ValueError for a place that there is not."""
-    if not 0 <= request < state.num_requests:
-        raise ValueError(f"request is {request}: it must be in 0..{state.num_requests - 1}")
+def check_request(state: State, request: int) -> int:
+    """The place's number; ValueError for one that there is not."""
+    checks.instance("state", state, State)
+    return checks.static_int("request", request, 0, state.num_requests - 1)

@@ -16,10 +16,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.cache._sight import NO_WINDOW
 from jbalance.cache._step import scaled
 from jbalance.decode import prefill
-from jbalance.decode.model import Functions, Model, check_model
+from jbalance.decode.model import Functions, Model, check_model, token_ids
 
 _NONE = -1e30  # a logit whose weight is 0
 
@@ -39,6 +40,7 @@ class _Kept(NamedTuple):
     layers: jax.Array  # [N, L]
 
 
+@in_32_bits
 def ablate(
     model: Model,
     context: ArrayLike,
@@ -70,7 +72,7 @@ def ablate(
     """
     check_model(model)
     context, continuation = (
-        np.asarray(_ids(name, x, least))
+        token_ids(name, x, least)
         for name, x, least in (("context", context, 1), ("continuation", continuation, 2))
     )
     batch = checks.static_int("batch", batch, 1)
@@ -85,13 +87,6 @@ def ablate(
         found = shown(_batch(model, held, batch, part))
         effects.append([x[:rows] for x in _effect(found, full, continuation[1:])])
     return Effect(*(jnp.concatenate(x) for x in zip(*effects, strict=True)))
-
-
-def _ids(name: str, x: Any, least: int) -> Any:
-    checks.rank(name, x, 1, "[tokens]")
-    if np.size(x) < least:
-        raise ValueError(f"{name} has {np.size(x)} tokens: at least {least} are needed")
-    return checks.whole(name, x)
 
 
 def _kept(model: Model, size: int, given: dict[str, Any]) -> tuple[int, list[np.ndarray | None]]:

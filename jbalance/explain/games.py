@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 
 Game = Callable[[jax.Array], Any]
 MOST_EXACT = 10  # units, of which 1,024 coalitions are measured
@@ -27,6 +28,7 @@ class Shapley(NamedTuple):
     error: jax.Array  # [U] its standard error; 0 where it is exact
 
 
+@in_32_bits
 def leave_one_out(worth: Game, num_units: int) -> jax.Array:
     """The causal effect of each unit: worth with all of them less worth with all but one.
 
@@ -46,6 +48,7 @@ def leave_one_out(worth: Game, num_units: int) -> jax.Array:
     return measured[0] - measured[1:]
 
 
+@in_32_bits
 def shapley(worth: Game, num_units: int, key: jax.Array, *, num_permutations: int = 64) -> Shapley:
     """Shapley values by sampled permutations: a unit's mean gain over those that came before it.
 
@@ -66,6 +69,7 @@ def shapley(worth: Game, num_units: int, key: jax.Array, *, num_permutations: in
     Reference: Shapley (1953); Castro, Gómez and Tejada, Computers & Operations Research 36 (2009).
     """
     num_units = checks.static_int("num_units", num_units, 1)
+    checks.random_key("key", key)
     num_permutations = checks.static_int("num_permutations", num_permutations, 2)
     order = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
         jax.random.split(key, num_permutations)
@@ -78,6 +82,7 @@ def shapley(worth: Game, num_units: int, key: jax.Array, *, num_permutations: in
     return Shapley(jnp.mean(gain, axis=0), error)
 
 
+@in_32_bits
 def exact_shapley(worth: Game, num_units: int) -> Shapley:
     """Shapley values from all coalitions: sum over S without i of |S|! (U-|S|-1)! / U! gains.
 
@@ -109,6 +114,7 @@ def exact_shapley(worth: Game, num_units: int) -> Shapley:
 
 def _measured(worth: Game, kept: Any) -> jax.Array:
     """[N] float32: what a game says of coalitions [N, U]."""
+    checks.function("worth", worth)
     kept = jnp.asarray(kept)
     measured = jnp.asarray(worth(kept), jnp.float32)
     if measured.shape != kept.shape[:1]:

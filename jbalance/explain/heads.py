@@ -141,6 +141,7 @@ def _problem(plan: Plan, codes: ArrayLike) -> tuple[list[tuple[int, np.ndarray]]
     checks.instance("plan", plan, Plan)
     if plan.price is None or plan.priced_pages is None:
         raise ValueError("plan has no price: explanations are those of decode.ladder's plans")
+    checks.rank("codes", codes, (2, 3), "[L, K, S] or [L K, S]")
     given = np.asarray(codes)
     layers, kv_heads, size = plan.level.shape
     if given.dtype != np.uint8 or given.shape not in (

@@ -202,11 +202,10 @@ def what_if(
             f"change has shape {np.shape(change)}: it must be that of budgets, {np.shape(budgets)}"
         )
     more = _changed("budgets", budgets, "change", change)
-    checks.rank("total_change", total_change, 0, "[]")
     if total_budget is None:
-        checks.int_in_range("total_change", total_change, 0, 0)
+        checks.one_int("total_change", total_change, 0, 0)
     else:
-        total_change = checks.int_in_range("total_change", total_change)
+        total_change = checks.one_int("total_change", total_change)
     changed = (
         None
         if total_budget is None

@@ -15,9 +15,14 @@ from jax.typing import ArrayLike
 
 from jbalance import checks
 
+LARGEST = 1e28  # radians per position
+
 
 def check(frequencies: Any, head_dim: int) -> Any:
-    """Frequencies [D/2] in float32, None for no rotary embedding; ValueError unless they are finite."""
+    """Frequencies [D/2] in float32, None for no rotary embedding; ValueError for others.
+
+    The angle at any position must be within float32.
+    """
     if frequencies is None:
         return None
     if head_dim % 2:
@@ -31,7 +36,7 @@ def check(frequencies: Any, head_dim: int) -> Any:
             f"frequencies has shape {np.shape(frequencies)}: it must be [D/2] = ({head_dim // 2},), "
             f"radians per position of each rotated pair (0 for a pair that does not turn)"
         )
-    return checks.finite("frequencies", frequencies)
+    return checks.in_range("frequencies", frequencies, -LARGEST, LARGEST)
 
 
 def turn(x: jax.Array, angle: ArrayLike) -> jax.Array:

@@ -47,7 +47,7 @@ def attention_energy(
     min_distance = checks.static_int("min_distance", min_distance)
     key = jnp.arange(k.shape[0])
     given = k.shape[0] if num_tokens is None else num_tokens
-    number = jnp.asarray(checks.int_in_range("num_tokens", given, 0, k.shape[0]))
+    number = jnp.asarray(checks.one_int("num_tokens", given, 0, k.shape[0]))
     start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)
 
     def step(w: jax.Array, attention: jax.Array, position: jax.Array) -> jax.Array:

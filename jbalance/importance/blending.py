@@ -73,11 +73,18 @@ def decay_feedback(
     Raises:
       ValueError: a value outside its range.
     """
+    checks.rank("feedback", feedback, tuple(range(1, 9)), "[..., U]")
     feedback = checks.in_range("feedback", feedback, -1.0, 1.0)
+    checks.rank("decay", decay, 0, "[]")
     decay = checks.in_range("decay", decay, 0.0, 1.0)
     later = jnp.asarray(decay, jnp.float32) * jnp.asarray(feedback, jnp.float32)
     if new is None:
         return later
+    checks.rank("new", new, np.ndim(feedback), "that of feedback")
+    if np.shape(new) != np.shape(feedback):
+        raise ValueError(
+            f"new has shape {np.shape(new)}: it must be that of feedback, {np.shape(feedback)}"
+        )
     new = checks.in_range("new", new, -1.0, 1.0)
     return jnp.clip(later + jnp.asarray(new, jnp.float32), -1.0, 1.0)
 

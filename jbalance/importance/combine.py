@@ -94,7 +94,10 @@ def combined(
     Raises:
       ValueError: no weights, a negative one, or an unknown name of a scorer or of `normalize`.
     """
+    checks.mapping("weights", weights, "weights by name")
     checks.non_empty("weights", list(weights))
+    if not isinstance(normalize, str):
+        checks.mapping("normalize", normalize, "a name, or names by name")
     for name, weight in weights.items():
         checks.choice("a name in weights", name, scorers)
         checks.static_float(f"weights[{name!r}]", weight, 0, checks.FLOAT32_MAX)

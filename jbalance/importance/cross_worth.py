@@ -42,8 +42,12 @@ def cross_worth(
     _tokens.comparable(q=q, k=k)
     number = k.shape[0]
     if num_frames is not None:
-        number = checks.int_in_range("num_frames", num_frames, 0, k.shape[0])
-    factor = 1 / math.sqrt(k.shape[2]) if scale is None else checks.static_float("scale", scale)
+        number = checks.one_int("num_frames", num_frames, 0, k.shape[0])
+    factor = (
+        1 / math.sqrt(k.shape[2])
+        if scale is None
+        else checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
+    )
     there = jnp.arange(k.shape[0]) < number
     size = min(_tokens.QUERY_BLOCK_TOKENS, q.shape[0])
     blocks = -(-q.shape[0] // size)

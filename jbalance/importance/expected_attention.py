@@ -54,6 +54,7 @@ def expected_attention(
     _tokens.comparable(q=q, k=k, v=v)
     future = checks.static_int("future", future, 1)
     num_sinks = checks.static_int("num_sinks", num_sinks, 0, k.shape[0] - 1)
+    checks.rank("epsilon", epsilon, 0, "[]")
     epsilon = checks.non_negative("epsilon", epsilon)
     start = max(0, num_sinks - (k.shape[0] - q.shape[0]))  # queries that are sinks themselves
     z = q[start:]

@@ -6,6 +6,7 @@ of units, so whatever can be told of them will do: an entity's spans, a speaker'
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def knowledge(rules: Iterable[Rule], num_units: int, *, beta: float = 0.5) -> Kn
     def mask(name: str, x: ArrayLike) -> np.ndarray:
         return np.asarray(checks.booleans(name, x, (num_units,), "[U]"))
 
-    for i, rule in enumerate(rules):
+    for i, rule in enumerate(checks.items("rules", rules, "rules")):
         name = f"rules[{i}]"
         if isinstance(rule, Matters):
             low = checks.FLOAT32_TINY
@@ -89,7 +90,7 @@ def knowledge(rules: Iterable[Rule], num_units: int, *, beta: float = 0.5) -> Kn
         elif isinstance(rule, Implies):
             pairs.append((mask(f"{name}.kept", rule.kept), mask(f"{name}.then", rule.then)))
         else:
-            raise ValueError(f"{name} is {rule!r}: it must be Matters, Keep or Implies")
+            raise ValueError(f"{name} is {reprlib.repr(rule)}: it must be Matters, Keep or Implies")
     checks.positive("prior, the product of all times,", prior)
     kept, then = (
         np.array([pair[side] for pair in pairs], bool).reshape(-1, num_units) for side in (0, 1)
@@ -170,8 +171,11 @@ def in_spans(offsets: ArrayLike, spans: Sequence[tuple[int, int]]) -> np.ndarray
     if offsets.shape[1] != 2:
         raise ValueError(f"offsets must have shape [U, 2], got shape {offsets.shape}")
     found = np.zeros(len(offsets), bool)
-    for i, (start, stop) in enumerate(spans):
-        if not 0 <= start <= stop:
+    for i, span in enumerate(checks.items("spans", spans, "pairs of characters")):
+        checks.rank(f"spans[{i}]", span, 1, "[2]")
+        checks.length(f"spans[{i}]", span, 2, "start and stop")
+        start, stop = (checks.static_int(f"spans[{i}]", x) for x in span)
+        if start > stop:
             raise ValueError(f"spans[{i}] is {(start, stop)}: it must be 0 <= start <= stop")
         found |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
     return found

@@ -41,6 +41,7 @@ def leverage(
     Reference: Chari and Van Durme, Compactor, arXiv 2507.08143 (there with a random sketch).
     """
     _, k, _ = _tokens.tokens(q, k, v)
+    checks.rank("ridge", ridge, 0, "[]")
     ridge = checks.positive("ridge", ridge)
     frequencies = _rotary.check(frequencies, k.shape[-1])
     k = _tokens.unit_scale(k.transpose(1, 0, 2)).transpose(1, 0, 2)

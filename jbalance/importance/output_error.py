@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ def protected(w: ArrayLike, *, num_sinks: int = 4, num_recent: int = 32) -> jax.
     Raises:
       ValueError: w not finite, or fewer than num_sinks + num_recent tokens.
     """
+    checks.rank("w", w, tuple(range(1, 9)), "[..., S]")
     w = checks.finite("w", w)
     w = jnp.asarray(w, jnp.float32)
     num_sinks, num_recent = (
@@ -91,7 +93,9 @@ def output_error(
     if w.shape != (k.shape[1], k.shape[0]):
         raise ValueError(f"w must have shape {(k.shape[1], k.shape[0])} ([K, S]), got {w.shape}")
     if not isinstance(counts, tuple | list):
-        raise ValueError(f"counts is {counts!r}: it must be rising whole numbers, a tuple")
+        raise ValueError(
+            f"counts is {reprlib.repr(counts)}: it must be rising whole numbers, a tuple"
+        )
     counts = tuple(
         checks.static_int(f"counts[{i}]", x, 1, k.shape[0]) for i, x in enumerate(counts)
     )

@@ -10,9 +10,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.importance import _rotary, _tokens
 
 
+@in_32_bits
 def reconstruction(
     q: ArrayLike,
     k: ArrayLike,
@@ -78,11 +80,11 @@ def reconstruction(
     frequencies = _rotary.check(frequencies, q.shape[-1])
     number = size
     if num_tokens is not None:
-        number = checks.int_in_range("num_tokens", num_tokens, 0, size)
+        number = checks.one_int("num_tokens", num_tokens, 0, size)
     if shift is not None:
-        shift = checks.int_in_range("shift", shift)
+        shift = checks.one_int("shift", shift)
     if start is not None:
-        start = checks.int_in_range("start", start, 0, checks.INT32_MAX)
+        start = checks.one_int("start", start, 0, checks.INT32_MAX)
     if frequencies is not None:
         ahead = jnp.asarray(number if shift is None else shift, jnp.float32)
         q = _rotary.turn(q, ahead * jnp.asarray(frequencies, jnp.float32))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.importance._tokens import tokens
 from jbalance.importance.attention_energy import attention_energy
 from jbalance.importance.reconstruction import reconstruction
@@ -22,6 +24,7 @@ NUM_QUERIES = 64  # last queries that are asked
 LATER_WEIGHT = 0.02  # of what they ask for, beside what a repetition would
 
 
+@in_32_bits
 def token_worth(
     q: ArrayLike,
     k: ArrayLike,
@@ -50,10 +53,11 @@ def token_worth(
       ValueError: shapes, dtypes or frequencies that do not fit, or a value that is not finite.
     """
     q, k, v = tokens(q, k, v)
-    repeated = repeated_energy(q, k, v, 0, frequencies=frequencies, num_tokens=num_tokens)
     size = q.shape[0]
     last = min(NUM_QUERIES, size)
+    repeated = repeated_energy(q, k, v, 0, frequencies=frequencies, num_tokens=num_tokens)
     if num_tokens is not None:
+        num_tokens = checks.one_int("num_tokens", num_tokens, 0, size)
         first = jnp.clip(jnp.asarray(num_tokens) - last, 0, size - last)
         q = jax.lax.dynamic_slice_in_dim(q, first, last)
     return worth_of(repeated, later_energy(q[-last:], k, v, num_tokens=num_tokens))

@@ -39,6 +39,8 @@ def random(key: chex.PRNGKey) -> TaskWeighting:
       key: consumed: the state's key is split from it.
     """
 
+    checks.random_key("key", key)
+
     def weigh(stats: TaskStats, state: RandomState) -> tuple[jax.Array, RandomState]:
         key, subkey = jax.random.split(state.key)
         weights = jax.nn.softmax(jax.random.normal(subkey, state.like.shape, jnp.float32))
@@ -70,7 +72,7 @@ def dwa(temperature: float = 2.0) -> TaskWeighting:
       ValueError: temperature not above 0; from update, a loss that is negative or not finite (under jit,
         a negative one counts as 0).
     """
-    checks.positive("temperature", temperature)
+    temperature = checks.static_float("temperature", temperature, checks.FLOAT32_TINY)
 
     def init(tasks: int) -> DwaState:
         ones = jnp.ones(tasks, jnp.float32)

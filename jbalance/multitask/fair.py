@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance import checks
 from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
 from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
@@ -33,10 +34,8 @@ def fair(alpha: float = 1.0, *, ridge: float = 1e-6) -> TaskWeighting:
     Raises:
       ValueError: a number outside its range; from update, gradients that are not finite.
     """
-    if not alpha >= 0:
-        raise ValueError(f"alpha is {alpha}: it must be in [0, infinity]")
-    if not 0 < ridge < math.inf:
-        raise ValueError(f"ridge is {ridge}: it must be finite and above 0")
+    alpha = checks.static_float("alpha", alpha, 0, math.inf)
+    ridge = checks.static_float("ridge", ridge, checks.FLOAT32_TINY)
 
     def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         return fair_weights(stats.gram, alpha, ridge), state

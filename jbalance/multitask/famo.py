@@ -33,8 +33,8 @@ def famo(learning_rate: float = 0.025, decay: float = 1e-3) -> TaskWeighting:
       ValueError: a number outside its range; from update, a loss that is negative or not finite (under
         jit, a negative one counts as 0, which has the weight of the smallest float32 number).
     """
-    checks.positive("learning_rate", learning_rate)
-    checks.non_negative("decay", decay)
+    learning_rate = checks.static_float("learning_rate", learning_rate, checks.FLOAT32_TINY)
+    decay = checks.static_float("decay", decay, 0)
     tiny = jnp.finfo(jnp.float32).tiny
 
     def init(tasks: int) -> FamoState:

@@ -36,8 +36,8 @@ def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> TaskWeight
       ValueError: a number outside its range; from update, a loss that is negative or not finite (under
         jit, a negative one counts as 0).
     """
-    checks.non_negative("asymmetry", asymmetry)
-    checks.positive("learning_rate", learning_rate)
+    asymmetry = checks.static_float("asymmetry", asymmetry, 0)
+    learning_rate = checks.static_float("learning_rate", learning_rate, checks.FLOAT32_TINY)
 
     def init(tasks: int) -> GradNormState:
         ones = jnp.ones(tasks, jnp.float32)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbalance import _axes, checks
@@ -127,7 +128,10 @@ def sum_of(weights: jax.Array, task_grads: chex.ArrayTree) -> chex.ArrayTree:
 
 def num_tasks(task_grads: chex.ArrayTree) -> int:
     """K; ValueError unless all leaves have the same first axis."""
-    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(task_grads)}
+    leaves = jax.tree_util.tree_leaves_with_path(task_grads)
+    for path, leaf in leaves:
+        checks.instance(f"task_grads{jax.tree_util.keystr(path)}", leaf, jax.Array, np.ndarray)
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for _, leaf in leaves}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             f"task_grads has leaves whose first axes are {sorted(sizes)}: every leaf must be [K, ...], "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbalance import checks
 from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
 
 
@@ -19,6 +20,8 @@ def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
     Args:
       key: consumed: the state is split from it.
     """
+
+    checks.random_key("key", key)
 
     def weigh(stats: TaskStats, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         state, subkey = jax.random.split(state)

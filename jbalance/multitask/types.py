@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.multitask.gramian import check_grads, gram_of, num_tasks, sum_of
 
 
@@ -40,11 +41,14 @@ def of_finite(weigh: Weigh) -> Weigh:
     can leave it out (`optax.apply_if_finite`), and the state stays what it was.
     """
 
+    @in_32_bits
     def weigh_finite(stats: TaskStats, state: Any) -> tuple[jax.Array, Any]:
-        given = [x for x in stats if x is not None]
-        for name, x in zip(TaskStats._fields, stats, strict=True):
-            if x is not None:
-                checks.finite(name, x)
+        numbers = {
+            name: jnp.asarray(checks.finite(name, x))
+            for name, x in zip(TaskStats._fields, stats, strict=True)
+            if x is not None
+        }
+        given, stats = list(numbers.values()), stats._replace(**numbers)
         known = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
         weights, later = weigh(stats, state)
         later = jax.tree.map(lambda new, old: jnp.where(known, new, old), later, state)
@@ -87,8 +91,8 @@ def aggregator(
       ValueError: tasks below 1; from update, gradients of another number of tasks, complex or whole
         ones, losses missing, NaN or infinity.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks is {tasks}: it must be at least 1")
+    checks.instance("weighting", weighting, TaskWeighting)
+    tasks = checks.static_int("tasks", tasks, 1)
 
     def init(params: chex.ArrayTree) -> AggregatorState:
         del params

@@ -26,7 +26,7 @@ def uncertainty(learning_rate: float = 1e-2) -> TaskWeighting:
       ValueError: learning_rate not above 0; from update, a loss that is negative or not finite (under
         jit, a negative one counts as 0).
     """
-    checks.positive("learning_rate", learning_rate)
+    learning_rate = checks.static_float("learning_rate", learning_rate, checks.FLOAT32_TINY)
 
     def weigh(stats: TaskStats, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = jnp.exp(-state)

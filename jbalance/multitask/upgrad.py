@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from jbalance import checks
 from jbalance.multitask._complementarity import minimize
 from jbalance.multitask.gramian import unit_diagonal
 from jbalance.multitask.types import TaskStats, TaskWeighting, of_finite
@@ -25,8 +24,7 @@ def upgrad(ridge: float = 1e-6) -> TaskWeighting:
     Raises:
       ValueError: ridge not above 0; from update, gradients that are not finite.
     """
-    if not 0 < ridge < math.inf:
-        raise ValueError(f"ridge is {ridge}: it must be finite and above 0")
+    ridge = checks.static_float("ridge", ridge, checks.FLOAT32_TINY)
 
     def weigh(stats: TaskStats, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         return upgrad_weights(stats.gram, ridge), state

@@ -36,24 +36,23 @@ def check_max_count(max_count: int | None, num_units: int, num_devices: int) -> 
     """`max_count`; ValueError unless all units fit, so many on a device."""
     if max_count is None:
         return None
-    least = -(-num_units // num_devices)
+    max_count, least = checks.static_int("max_count", max_count), -(-num_units // num_devices)
+    hint = (
+        f"{num_devices} devices then hold {num_devices * max_count} of {num_units} units of loads"
+    )
     return checks.static_int(
-        "max_count",
-        max_count,
-        least,
-        hint=f"{num_devices} devices then hold {num_devices * max_count} of {num_units} units, it must "
-        f"be at least {least}",
+        "max_count", max_count, least, hint=f"{hint}, it must be at least {least}"
     )
 
 
 def check_slots(num_slots: int, num_units: int, num_devices: int) -> int:
     """`num_slots`; ValueError unless every unit has a slot and no unit needs two on one device."""
-    hint = f"{num_units} units need one slot each"
+    hint = f"{num_units} units of loads need one slot each"
     num_slots = checks.static_int("num_slots", num_slots, num_units, hint=hint)
     if num_slots > num_units * num_devices:
         raise ValueError(
-            f"num_slots is {num_slots}: {num_units} units on {num_devices} devices, one copy of each "
-            f"on a device, fill {num_units * num_devices} at most"
+            f"num_slots is {num_slots}: {num_units} units of loads on {num_devices} devices, one copy "
+            f"of each on a device, fill {num_units * num_devices} at most"
         )
     return num_slots
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.place._copies import fewest
 from jbalance.place._inputs import check_capacity, check_loads, check_max_count, check_slots
 from jbalance.place.types import Bound, Term
@@ -17,6 +18,7 @@ from jbalance.place.types import Bound, Term
 _MOST_HOLES = 16
 
 
+@in_32_bits
 def bound(
     loads: ArrayLike,
     num_devices: int,

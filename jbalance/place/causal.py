@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import checks
+from jbalance._bits import in_32_bits
 from jbalance.place.pack import pack
 from jbalance.place.types import Placement
 
@@ -44,6 +45,7 @@ def visible_keys(segment_ids: ArrayLike, block_q: int) -> jax.Array:
     return jnp.sum(seen.reshape(-1, block_q), axis=1).astype(jnp.float32)
 
 
+@in_32_bits
 def causal_tiles(
     segment_ids: ArrayLike, num_ranks: int, block_q: int = 128, *, swaps: int = 128
 ) -> Placement:

@@ -10,12 +10,14 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance._bits import in_32_bits
 from jbalance.place._inputs import ROUNDING, check_capacity, check_loads, check_memory
 from jbalance.place.bound import of_units
 from jbalance.place.pack import placement
 from jbalance.place.types import Placement
 
 
+@in_32_bits
 def contiguous(
     loads: ArrayLike,
     num_devices: int,

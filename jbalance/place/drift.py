@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbalance import _axes, checks
 from jbalance import _search as search
+from jbalance._bits import in_32_bits
 from jbalance.place import _copies
 from jbalance.place._exchange import Problem
 from jbalance.place._inputs import (
@@ -27,6 +28,7 @@ from jbalance.place.types import Placement, Rebalanced
 from jbalance.types import Status
 
 
+@in_32_bits
 def rebalance(
     device_of: ArrayLike,
     loads: ArrayLike,

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbalance import _axes, checks
+from jbalance._bits import in_32_bits
 from jbalance.place._exchange import Problem, first_least
 from jbalance.place._inputs import (
     ROUNDING,
@@ -32,6 +33,7 @@ _EVEN = 100.0
 _OVER = 1e6  # against memory above a device's capacity, relative to it: worse than any time
 
 
+@in_32_bits
 def over_layers(
     loads: ArrayLike,
     memory: ArrayLike,
@@ -75,6 +77,7 @@ def over_layers(
     return _over_layers(*given, check_swaps(swaps))
 
 
+@in_32_bits
 def over_layers_bound(
     loads: ArrayLike, memory: ArrayLike, memory_capacity: ArrayLike, speed: ArrayLike | None = None
 ) -> jax.Array:

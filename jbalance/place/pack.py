@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbalance._bits import in_32_bits
 from jbalance.place._backtrack import within_limits
 from jbalance.place._exchange import Problem, exchange
 from jbalance.place._inputs import (
@@ -29,6 +30,7 @@ from jbalance.place.bound import largest_term, of_units
 from jbalance.place.types import Placement
 
 
+@in_32_bits
 def pack(
     loads: ArrayLike,
     num_devices: int,

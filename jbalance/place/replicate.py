@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbalance._bits import in_32_bits
 from jbalance.place import _copies
 from jbalance.place._exchange import exchange
 from jbalance.place._inputs import check_loads, check_slots, check_swaps, scale_of, status
@@ -19,6 +20,7 @@ from jbalance.place.types import Replicas
 _FEW_SLOTS = 3  # a device; up to here copies and places are searched for together
 
 
+@in_32_bits
 def replicate(loads: ArrayLike, num_devices: int, num_slots: int, *, swaps: int = 128) -> Replicas:
     """Give heavy units copies and place all copies so that the largest load of a device is small.
 

@@ -25,6 +25,7 @@ def step_time(placed: Placement | Replicas, seconds: jax.Array | float = 1.0) ->
     Raises:
       ValueError: seconds negative, NaN or of another number of layers.
     """
+    checks.instance("placed", placed, Placement, Replicas)
     seconds = checks.non_negative("seconds", seconds)
     layers = jnp.shape(placed.relative_load)
     if jnp.shape(seconds) not in ((), layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,12 +36,28 @@ def padding(num_units: int, num_devices: int) -> Padding:
     return Padding(size, 1 - num_units / size)
 
 
+def operands(q: Any, k: Any, v: Any) -> list[Any]:
+    """Heads' arrays in their own type; ValueError for others, or concrete ones that are not finite."""
+    hints = {"q": "[B, T, H, D]", "k": "[B, S, K, D]", "v": "[B, S, K, D]"}
+    out = [
+        checks.floats(name, x, 4, hint)
+        for (name, hint), x in zip(hints.items(), (q, k, v), strict=True)
+    ]
+    for name, x in zip(hints, out, strict=True):
+        checks.non_empty(name, x)
+        checks.largest_finite(name, x)
+    return out
+
+
 def axis_size(mesh: Mesh, name: str, axis_name: str | None) -> int:
     """Devices along an axis of the mesh, 1 for None; `name` is that of the argument, for errors."""
     if axis_name is None:
         return 1
-    if axis_name not in mesh.shape:
-        raise ValueError(f"{name} is {axis_name!r}: the mesh has the axes {tuple(mesh.axis_names)}")
+    checks.instance("mesh", mesh, Mesh)
+    if not isinstance(axis_name, str) or axis_name not in mesh.shape:
+        raise ValueError(
+            f"{name} is {reprlib.repr(axis_name)}: the mesh has the axes {tuple(mesh.axis_names)}"
+        )
     return mesh.shape[axis_name]
 
 

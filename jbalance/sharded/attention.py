@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jbalance import attention, checks
 from jbalance.attention import Partial, TilePlan
-from jbalance.sharded._layout import Dims, axis_size, padding, shapes, sizes_of, spread
+from jbalance.sharded._layout import Dims, axis_size, operands, padding, shapes, sizes_of, spread
 
 _Q, _KV = Dims("BTHD"), Dims("BSKD")
 # The arrays among the options of `attention.attend`.
@@ -74,6 +74,8 @@ def attend(
       ValueError: those of `attention.attend`; an axis that the mesh does not have; tasks without
         task_shares; a block_at whose blocks do not fit.
     """
+    checks.instance("plan", plan, TilePlan)
+    q, k, v = operands(q, k, v)
     options = {name: x for name, x in options.items() if x is not None}
     offset = options.pop("offset", None)
     given = {name: options.pop(name) for name in _ARRAYS if name in options}
@@ -107,6 +109,10 @@ def block_order(device_of: jax.Array, num_ranks: int) -> jax.Array:
     Raises:
       ValueError: a number of blocks that does not divide; ranks that do not have as many blocks each.
     """
+    checks.rank("device_of", device_of, 1, "[I]")
+    num_ranks = checks.static_int("num_ranks", num_ranks, 1)
+    checks.non_empty("device_of", device_of)
+    device_of = checks.index_below("device_of", device_of, num_ranks)
     num_blocks = np.shape(device_of)[0]
     _check_divides("device_of", num_blocks, num_ranks)
     if checks.is_concrete(device_of):

@@ -46,6 +46,12 @@ def choose(
     Raises:
       ValueError: those of `attention.choose`; an axis that the mesh does not have.
     """
+    checks.instance("tiling", tiling, Tiling)
+    checks.rank("score", score, 4, "[B, H, I, J]")
+    checks.non_empty("score", score)
+    score = checks.non_negative("score", score)
+    checks.rank("num_tiles", num_tiles, (0, 1), "[] or [B]")
+    num_tiles = checks.whole("num_tiles", num_tiles)
     if checks.is_concrete(num_tiles):  # too few for any values
         jax.eval_shape(lambda x: choose_tiles(x, num_tiles, tiling, **options), shapes(score))
     return _choose(score, num_tiles, tiling, tuple(options.items()), mesh, batch, heads)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jbalance import checks
-from jbalance.sharded._layout import Dims, shapes, sizes_of, spread
+from jbalance.sharded._layout import Dims, operands, shapes, sizes_of, spread
 from jbalance.tiling import Tiling
 from jbalance.types import TileScorer
 
@@ -41,7 +41,8 @@ def token_importance(
     Raises:
       ValueError: shapes; an axis that the mesh does not have.
     """
-    return _scores(q, k, v, scorer, (), True, mesh, batch, heads)
+    checks.function("scorer", scorer)
+    return _scores(*operands(q, k, v), scorer, (), True, mesh, batch, heads)
 
 
 def tile_importance(
@@ -75,8 +76,10 @@ def tile_importance(
     Raises:
       ValueError: shapes; an axis that the mesh does not have.
     """
-    options = ("tiling", tiling), ("rows", rows)
-    return _scores(q, k, v, scorer, options, False, mesh, batch, heads)
+    checks.function("scorer", scorer)
+    checks.instance("tiling", tiling, Tiling)
+    options = ("tiling", tiling), ("rows", checks.static_int("rows", rows, 1))
+    return _scores(*operands(q, k, v), scorer, options, False, mesh, batch, heads)
 
 
 @functools.partial(
@@ -84,8 +87,6 @@ def tile_importance(
 )
 def _scores(q, k, v, scorer, options, by_example, mesh, batch, heads):
     """[B, K, S] of a scorer of one example, or [B, H, I, J] of one of a batch."""
-    for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]")):
-        checks.rank(name, x, 4, hint)
     run = functools.partial(scorer, **dict(options))
     run = jax.vmap(run) if by_example else run
     # Its errors, of the shapes that the caller knows.

@@ -59,11 +59,17 @@ def blend(
         checks.rank(name, x, 1, "[U]")
         checks.same_length(name, x, "w", w)
     units["w"] = checks.non_negative("w", w)
+    if prior is not None:
+        units["prior"] = checks.non_negative("prior", prior)
+    if feedback is not None:
+        units["feedback"] = checks.in_range("feedback", feedback, -1, 1)
     common = {}
     for name, x, of in (("beta", beta, "prior"), ("eta", eta, "feedback")):
+        checks.rank(name, x, 0, "[]")
+        x = checks.in_range(name, x, 0, 1 if name == "beta" else checks.FLOAT32_MAX)
         if of in units:
             common[name] = x
-        elif not (checks.is_concrete(x) and float(x) == 0):  # type: ignore[arg-type]
+        elif not (checks.is_concrete(x) and float(x) == 0):
             raise ValueError(f"{name} is {x} but {of} is None: give {of}, or {name}=0")
     return _over_units(_blend, units, common, {}, mesh, axis_name, _UNIT)
 
@@ -171,7 +177,9 @@ def ladder(
       ValueError: those of `allocate.ladder`; budgets that are not one of each device.
     """
     num_devices = axis_size(mesh, "axis_name", axis_name)
+    checks.rank("budgets", budgets, (0, 1), "[G]")
     checks.rank("values", values, 2, "[U, M]")
+    checks.non_empty("values", values)
     num_units, levels = np.shape(values)
     each = padding(num_units, num_devices).size // num_devices
     by_shard = device_of is None

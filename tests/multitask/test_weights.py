@@ -176,7 +176,7 @@ def test_the_same_task_twice_counts_as_one_direction():
 @pytest.mark.parametrize(
     ("build", "names"),
     [
-        (lambda: multitask.upgrad(0.0), ("ridge is 0.0", "above 0")),
+        (lambda: multitask.upgrad(0.0), ("ridge is 0.0", "it must be in [1.17")),
         (lambda: multitask.fair(-1.0), ("alpha is -1.0",)),
         (lambda: multitask.fair(1.0, ridge=-1.0), ("ridge is -1.0",)),
         (lambda: multitask.dwa(0.0), ("temperature",)),
