@@ -34,9 +34,12 @@ def track(
         a map that is not [H, W].
     """
     step = checks.static_int("step", step)
+    maps = {} if maps is None else maps
+    for name, given in (("values", values), ("maps", maps)):
+        checks.instance(name, given, Mapping)
     found = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(dict(values))}
     numbers = {name: checks.host_numbers(f"values {name!r}", x) for name, x in found.items()}
-    pictures = {name: _picture(name, x) for name, x in (maps or {}).items()}
+    pictures = {name: _picture(name, x) for name, x in maps.items()}
     for name, x in numbers.items():
         checks.non_empty(f"values {name!r}", x)
         if name in pictures:

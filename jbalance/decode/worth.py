@@ -13,7 +13,7 @@ import numpy as np
 from jbalance import checks, importance
 from jbalance.cache import _step
 from jbalance.decode import prefill
-from jbalance.decode.model import Functions, Model, check_model
+from jbalance.decode.model import Functions, Model, check_model, token_ids
 from jbalance.importance.predicted_worth import (
     WorthWeights,
     fit_predicted_worth,
@@ -56,19 +56,17 @@ def fit_worth(
       The weights of each layer; None for those with a window, whose tokens are all kept.
 
     Raises:
-      ValueError: a model that is not supported, no text, or one that is too short, by its index.
+      ValueError: a model that is not supported, no text, or one that is too short or no ids, by its
+        index.
 
     Reference: Jégou et al., KVzap, arXiv 2601.07891, which fits the repetition alone.
     """
     check_model(model)
-    if not len(texts):
+    given = checks.items("texts", texts, "token ids of each text")
+    if not given:
         raise ValueError("texts is empty: give some 50,000 tokens")
     least = NUM_QUERIES + NUM_FOLLOWING
-    for i, text in enumerate(texts):
-        checks.rank(f"texts[{i}]", text, 1, "[S + 512]")
-        if len(text) < least:
-            raise ValueError(f"texts[{i}] has {len(text)} tokens: at least {least} are needed")
-    runs = [_Run(model, np.asarray(text, np.int32)) for text in texts]
+    runs = [_Run(model, token_ids(f"texts[{i}]", text, least)) for i, text in enumerate(given)]
     worth: list[WorthWeights | None] = []
     for layer, spec in enumerate(model.attention):
         rows = [run.rows(layer, measured=spec.window is None) for run in runs]

@@ -106,8 +106,12 @@ def test_what_does_not_fit_is_refused(decoder, given):
     worth = given[1]
     with pytest.raises(ValueError, match="texts is empty"):
         decode.fit_worth(decoder, [])
-    with pytest.raises(ValueError, match=r"texts\[1\] has 575 tokens: at least 576"):
+    with pytest.raises(
+        ValueError, match=r"texts\[1\] is empty or short: it has 575 tokens of at least 576"
+    ):
         decode.fit_worth(decoder, [TEXT, TEXT[:575]])
+    with pytest.raises(ValueError, match=r"texts\[0\] has dtype float64"):
+        decode.fit_worth(decoder, [TEXT + 0.5])
 
     def read(model):
         return decode.read(model, TEXT[:200], [60_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,13 @@ MORE_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "union": (attention.union, {"a": PLAN, "b": PLAN}, ""),
     "intersection": (attention.intersection, {"a": PLAN, "b": PLAN}, ""),
     "transposed": (attention.transposed, {"plan": PLAN}, ""),
+    "track": (
+        functools.partial(
+            adapters.track, mock.Mock(spec=("add_scalar", "add_histogram", "add_image"))
+        ),
+        {"step": 1, "values": {"loss": 1.0}, "maps": {"attention": np.ones((2, 3))}},
+        "step",
+    ),
     "TileBudget.of": (attention.TileBudget.of, {"fraction": 0.5}, ""),
     "TileBalancer": (attention.TileBalancer, {"rule": "priced", "decay": 0.5}, ""),
     "generate": (
