@@ -1,10 +1,10 @@
-"""What a token's worth is made of: the library's recipe, and attention alone, over the same live cache.
+"""What a token's worth is made of: learned, sketched, and attention alone, over the same live cache.
 
     python -m experiments.kv_budget.worths [--json OUT] [--contexts N]
 
 Some ten minutes on two cores. Prompts of 1,280 tokens of two texts enter a live cache of SmolLM2-135M at
-a fraction of their bytes: weighed by `importance.token_worth`, or by the attention of the last 64
-queries alone, in a currency in which a token that is decoded later weighs a seventh. KL to dense
+a fraction of their bytes: weighed by what the model has learned (`decode.fit_worth`), by
+`importance.token_worth`, or by the attention of the last 64 queries alone, in a currency in which a token that is decoded later weighs a seventh. KL to dense
 attention over the 128 tokens that follow, and pass keys found; and the same KL after 600 given tokens
 were decoded.
 """
@@ -99,12 +99,13 @@ def job(options: argparse.Namespace) -> None:
         continuation_tokens=LONG + CONTINUATION,
         accept=evaluate.answers_with_everything(model),
     )
-    decoder, results = decoder_of(model), []
+    sketched, results = decoder_of(model, learned=False), []
     ways: dict[str, Any] = {
-        "token_worth": contextlib.nullcontext,
-        "attention_alone": attention_alone,
+        "learned": (decoder_of(model), contextlib.nullcontext),
+        "token_worth": (sketched, contextlib.nullcontext),
+        "attention_alone": (sketched, attention_alone),
     }
-    for name, way in ways.items():
+    for name, (decoder, way) in ways.items():
         with way():
             for fraction in FRACTIONS:
                 row = rows_of(model, decoder, cases, fraction)
