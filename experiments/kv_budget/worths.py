@@ -4,9 +4,9 @@
 
 Some ten minutes on two cores. Prompts of 1,280 tokens of two texts enter a live cache of SmolLM2-135M at
 a fraction of their bytes: weighed by what the model has learned (`decode.fit_worth`), by
-`importance.token_worth`, or by the attention of the last 64 queries alone, in a currency in which a token that is decoded later weighs a seventh. KL to dense
-attention over the 128 tokens that follow, and pass keys found; and the same KL after 600 given tokens
-were decoded.
+`importance.token_worth`, or by the attention of the last 64 queries alone, in a currency in which a
+token that is decoded later weighs a seventh. KL to dense attention over the 128 tokens that follow, and
+pass keys found; and the same KL after 600 given tokens were decoded.
 """
 
 from __future__ import annotations
