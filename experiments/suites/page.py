@@ -75,15 +75,18 @@ def _section(entries: list[dict[str, Any]]) -> list[str]:
 
 def _retained_rows(entries, arms: list[str]) -> list[list[str]]:
     """Of each task, and of each group's solved ones together."""
-    rows = []
-    solved: dict[str, list[Row]] = {}
+    rows = [_retained_row(entry["task"], entry["cases"], arms) for entry in entries]
+    groups = _by_group([x for x in entries if screened(x["cases"]) >= SOLVED])
+    return rows + [_retained_row(f"**{name}**, solved", own, arms) for name, own in groups.items()]
+
+
+def _by_group(entries) -> dict[str, list[Row]]:
+    """The contexts of each group of tasks."""
+    found: dict[str, list[Row]] = {}
     for entry in entries:
-        cases, name = entry["cases"], entry["task"]
-        rows.append(_retained_row(name, cases, arms))
-        if screened(cases) >= SOLVED:
-            group = next(group for group, own in tasks.GROUPS.items() if name in own)
-            solved.setdefault(group, []).extend(cases)
-    return rows + [_retained_row(f"**{x}**, solved", own, arms) for x, own in solved.items()]
+        group = next(name for name, own in tasks.GROUPS.items() if entry["task"] in own)
+        found.setdefault(group, []).extend(entry["cases"])
+    return found
 
 
 def _retained_row(name: str, cases: list[Row], arms: list[str]) -> list[str]:
@@ -97,18 +100,18 @@ def _retained_row(name: str, cases: list[Row], arms: list[str]) -> list[str]:
 
 
 def _likelihood_rows(entries, arms: list[str]) -> list[list[str]]:
-    rows = []
-    for entry in entries:
-        tokens = sum(case[FULL]["tokens"] for case in entry["cases"])
-        cells = []
-        for arm in arms:
-            if arm in entry["arms"]:
-                one = likelihood(entry["cases"], arm)
-                cells.append(f"{one.less:+.3f}, {one.agreement:.3f}")
-            else:
-                cells.append("")
-        rows.append([entry["task"], str(tokens), *cells])
-    return rows
+    """Of each task, and of all in each group."""
+    rows = [_likelihood_row(entry["task"], entry["cases"], arms) for entry in entries]
+    groups = _by_group(entries)
+    return rows + [_likelihood_row(f"**{name}**, all", own, arms) for name, own in groups.items()]
+
+
+def _likelihood_row(name: str, cases: list[Row], arms: list[str]) -> list[str]:
+    cells = []
+    for arm in arms:
+        one = likelihood(cases, arm) if all(arm in case for case in cases) else None
+        cells.append("–" if one is None else f"{one.less:+.3f}, {one.agreement:.3f}")
+    return [name, str(sum(case[FULL]["tokens"] for case in cases)), *cells]
 
 
 def _prose_rows(entry) -> list[list[str]]:
