@@ -17,7 +17,6 @@ from jbalance import decode, importance
 from jbalance.cache._channels import query_energy
 from jbalance.decode.prefill import LayerTokens, layers_of
 from jbalance.importance import Knowledge
-from jbalance.importance.predicted_worth import REPEATED_WEIGHT
 from jbalance.importance.token_worth import NUM_SINKS
 from jbalance.types import TokenScorer
 
@@ -83,20 +82,14 @@ def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> M
     """
     check_length("context", len(tokens))
     parts, tokens = nnx.split(model), np.asarray(tokens)
-    own = {WORTH, REPETITION} & set(names)
-    others = tuple(sorted(set(names) - own))
-    measured = (
-        _prefill(*parts, jnp.asarray(tokens), others, counts(len(tokens))) if others else None
-    )
-    if not own:
-        assert measured is not None
-        return measured
-    decoder = decoder_of(model)
-    held = _layers(decoder, tokens)
-    measured = held if measured is None else measured._replace(w=measured.w | held.w)
-    if REPETITION in own:
-        weight = 1.0 if decoder.worth is None else REPEATED_WEIGHT
-        energy = held.w[WORTH] ** 2 + weight * _repeated(parts, tokens, measured)
+    others = set(names) - {WORTH, REPETITION} | ({SKETCH} if REPETITION in names else set())
+    if not others:
+        return _layers(decoder_of(model), tokens)
+    measured = _prefill(*parts, jnp.asarray(tokens), tuple(sorted(others)), counts(len(tokens)))
+    if WORTH in names:
+        measured.w[WORTH] = _layers(decoder_of(model), tokens).w[WORTH]
+    if REPETITION in names:
+        energy = measured.w[SKETCH] ** 2 + _repeated(parts, tokens, measured)
         measured.w[REPETITION] = jnp.sqrt(energy)
     return measured
 
