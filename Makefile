@@ -7,7 +7,7 @@ WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
 	text_classification.lstm long_text long_text.summaries explain
-.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others bench clean
+.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -33,7 +33,7 @@ pytest: venv
 
 # Compiled as for users: all optimizations, and no flag of XLA's.
 pytest-all: venv
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest -m "slow or not slow or others" --junitxml out/tests.xml
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= HYPOTHESIS_PROFILE=more $(BIN)/python -m pytest -m "slow or not slow or others" --junitxml out/tests.xml
 
 venv: $(VENV)/.installed
 
@@ -73,6 +73,20 @@ experiments/compiled/.venv/.installed: experiments/compiled/requirements.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(experiments/compiled/.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	touch $@
 
+# Changes of the code that the tests do not notice, in an environment of its own: a sample, or all of them
+# with MUTANTS= (a day). What was tried is not tried again; make clean forgets it.
+MUTANTS ?= '*_4' '*_17' '*_38' '*_71'
+
+mutate: venv .cache/mutmut/.installed
+	.cache/mutmut/bin/mutmut run --max-children 2 $(MUTANTS)
+	.cache/mutmut/bin/mutmut export-cicd-stats
+
+.cache/mutmut/.installed: tests/mutants/requirements.txt
+	$(PYTHON) -m venv .cache/mutmut
+	.cache/mutmut/bin/pip install --quiet $(WHEELS) --requirement $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/mutmut/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	touch $@
+
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
 	$(BIN)/python -m experiments.benchmarks.cache --json out/bench_cache.json
@@ -105,4 +119,4 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv .cache out data build dist *.egg-info
+	rm -rf $(VENV) experiments/peers/.venv experiments/others/.venv experiments/compiled/.venv mutants .cache out data build dist *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,8 +183,8 @@ def parse_bytes(text: str) -> int:
     unit = match and match.group(2).lower()
     if not match or unit not in _UNITS:
         raise ValueError(
-            f"bytes: {text!r} is not an amount of memory: write a number and one of B, kB, MB, GB, "
-            f"TB, KiB, MiB, GiB, TiB"
+            f"bytes: {reprlib.repr(text)} is not an amount of memory: write a number and one of B, kB, "
+            f"MB, GB, TB, KiB, MiB, GiB, TiB"
         )
     size = fractions.Fraction(match.group(1)) * _UNITS[unit]
     if size < 1 or size.denominator != 1:

@@ -37,8 +37,9 @@ LIBC = ctypes.CDLL(None)
 MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
-# Hours of it: HYPOTHESIS_PROFILE=long, or --hypothesis-profile=long, with the tests' names.
-settings.register_profile("long", deadline=None, print_blob=True, max_examples=20_000)
+# `make test-all`; and hours of it: HYPOTHESIS_PROFILE=long, with the tests' names.
+settings.register_profile("more", deadline=None, print_blob=True, max_examples=300)
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=100_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jbalance"))
 
 

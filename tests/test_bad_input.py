@@ -11,8 +11,19 @@ import pytest
 from jax.experimental import checkify
 
 import jbalance as jb
-from jbalance import Status, allocate, place, rescale, resources, shares
+from jbalance import (
+    Status,
+    allocate,
+    attention,
+    importance,
+    place,
+    rescale,
+    resources,
+    sharded,
+    shares,
+)
 
+TILING = attention.Tiling(8, 8, 4, 4)
 NAN, INF = float("nan"), float("inf")
 W = jnp.array([1.0, 2.0, 3.0])
 OF = jnp.array([0, 1, 1])
@@ -46,7 +57,58 @@ class Statless:
 
 
 # What is called, and what the message must say: the argument, the value, what would fit.
+KEY = jax.random.key(0)
+MATRIX = np.ones((3, 2), np.float32)
+HEADS = np.ones((8, 2, 8), np.float32)
+
 CASES = {
+    # kinds that a campaign found
+    "spans of time are no numbers": (
+        lambda: fill(np.array([1, 2], "timedelta64[s]")),
+        "dtype timedelta64[s]",
+        "numbers",
+    ),
+    "keys of random numbers are no numbers": (lambda: fill(W, KEY), "budget is Array", "numbers"),
+    "a vector for a number": (
+        lambda: importance.token_worth(HEADS, HEADS, HEADS, frequencies=None, num_tokens=[8]),
+        "num_tokens must have shape []",
+        "(1,)",
+    ),
+    "an angle beyond float32": (
+        lambda: importance.leverage(HEADS, HEADS, HEADS, frequencies=[1e38] * 4),
+        "frequencies[0] is 1e+38",
+        "1e+28",
+    ),
+    "a scale beyond float32": (
+        lambda: attention.attend(*[HEADS[None]] * 3, attention.dense(TILING), scale=1e38),
+        "scale is 1e+38",
+        "1000000000.0",
+    ),
+    "groups of other units": (
+        lambda: shares.constrained(W, group_of=[0, 1], group_floor=[0.1, 0.1]),
+        "group_of has 2 entries",
+        "give group_of 3",
+    ),
+    "ranks that no number is": (
+        lambda: sharded.block_order(np.array([0, 1]), True),
+        "num_ranks is True",
+        "whole number",
+    ),
+    "a placement that is none": (lambda: place.step_time("x"), "placed is 'x'", "a Placement"),
+    "claims of text": (lambda: rescale.split("x", MATRIX, [1.0]), "alpha must have shape", "[N]"),
+    "a plan that is none": (lambda: attention.union(3, 4), "a is 3", "a TilePlan"),
+    "a game that is none": (
+        lambda: jb.explain.leave_one_out(None, 3),
+        "worth is None",
+        "a function",
+    ),
+    "spans that are no pairs": (
+        lambda: importance.in_spans([[0, 2]], [(0, 1, 2)]),
+        "spans[0] has 3 entries",
+        "start and stop",
+    ),
+    "seeds that are no keys": (lambda: jb.multitask.random(7), "key is 7", "jax.random.key"),
+    "bytes by text": (lambda: resources.human_bytes("1"), "amount_bytes is '1'", "numbers"),
     # water-filling
     "fill: NaN weight": (lambda: fill([1, NAN, 3]), "w[1] is nan", ">= 0"),
     "fill: infinite weight": (lambda: fill([1, INF, 3]), "w[1] is inf", "finite"),

@@ -36,6 +36,31 @@ def test_rules_under_transformations(rule, dtype):
     np.testing.assert_allclose(batched[1:], 1 / 3, rtol=1e-6)
 
 
+def test_equal_shares_of_those_that_there_are():
+    np.testing.assert_allclose(shares.uniform(4), 0.25)
+    where = np.array([True, False, True])
+    got = shares.SHARE_RULES["uniform"](jnp.ones(3), where=where)
+    np.testing.assert_allclose(got, [0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("where", [None, np.arange(12) % 5 > 0])
+@pytest.mark.parametrize("rule", [*shares.SHARE_RULES, "priced"])
+def test_rules_over_a_mapped_axis(rule, where):
+    """Four units on each of three: the shares of all twelve together."""
+    rng = np.random.default_rng(2)
+    if rule == "priced":
+        if where is not None:
+            return
+        x, run = rng.poisson(0.2, (12, 30)), lambda x, **k: shares.priced(x, 21.0, **k)
+    else:
+        x, run = rng.uniform(0, 3, 12), shares.SHARE_RULES[rule]
+    want = run(x) if where is None else run(x, where=where)
+    parts = jnp.asarray(x, jnp.float32).reshape(3, 4, *x.shape[1:])
+    options = {} if where is None else {"where": jnp.asarray(where).reshape(3, 4)}
+    got = jax.vmap(lambda x, o: run(x, axis_name="all", **o), axis_name="all")(parts, options)
+    np.testing.assert_allclose(got.reshape(-1), want, rtol=1e-5)
+
+
 def test_extreme_weights():
     want = [0.25, 0.75]
     for size in (1e-37, 1.0, 1e38):
@@ -121,7 +146,7 @@ def test_floors_that_do_not_fit_have_a_status_under_jit():
     np.testing.assert_allclose(got, [0.4, 0.35, 0.25], rtol=1e-6)
     assert run(np.nan, 1.0)[1] == Status.INVALID
     # What is no tracer can be refused, whatever else is one.
-    for bounds, message in (({"floor": 0.5}, "0.5 is missing"), ({"cap": 0.25}, "0.25 in sum")):
+    for bounds, message in (({"floor": 0.5}, ": 0.5 is missing"), ({"cap": 0.25}, "0.25 in sum")):
         with pytest.raises(ValueError, match=message):
             jax.jit(lambda a, bounds=bounds: shares.constrained(a, **bounds))(alpha)
 

@@ -87,7 +87,10 @@ def _turn(call: Callable[[], Any]) -> float:
 
 
 def main(
-    description: str, measure: Callable[..., Iterable[Row]], flags: Mapping[str, str] | None = None
+    description: str,
+    measure: Callable[..., Iterable[Row]],
+    flags: Mapping[str, str] | None = None,
+    numbers: Mapping[str, tuple[float, str]] | None = None,
 ) -> None:
     """Run `measure(quick, **flags)`, print its rows, and write them where --json says.
 
@@ -98,6 +101,7 @@ def main(
       description: whose first line is the help's.
       measure: all rows, with `quick` for a smoke run; the file has those that are there already.
       flags: names of switches that it takes besides, and their help.
+      numbers: names of numbers that it takes, with what they are if left out, and their help.
     """
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
@@ -105,6 +109,8 @@ def main(
     parser.add_argument("--all-cores", action="store_true", help="use all cores, not one")
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, (default, text) in (numbers or {}).items():
+        parser.add_argument(f"--{name}", type=float, default=default, help=f"{text}; {default:g}")
     sys.exit(cli.run(parser, functools.partial(_job, measure)))
 
 

@@ -3,10 +3,11 @@
     python -m experiments.harness docs
     python -m experiments.harness uses
     python -m experiments.harness site
+    python -m experiments.harness hardening
 
 The first writes `docs/results.md` and a plot for each file in `docs/results`. The second lists every
 public name of jbalance with the studies, commands and benchmarks that call it. The third says what
-the site that `make docs` built lacks.
+the site that `make docs` built lacks. The fourth writes `docs/hardening.md`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from experiments.harness import cli, docs, site, uses
+from experiments.harness import cli, docs, hardening, site, uses
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.harness", __doc__)
-    parser.add_argument("job", choices=("docs", "uses", "site"))
+    parser.add_argument("job", choices=("docs", "uses", "site", "hardening"))
     return cli.run(parser, _job, arguments)
 
 
 def _job(options: argparse.Namespace) -> None:
     if options.job == "docs":
         print("\n".join(str(path) for path in docs.write()))
+        return
+    if options.job == "hardening":
+        print(hardening.write())
         return
     if options.job == "site":
         site.check()

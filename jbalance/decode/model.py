@@ -162,9 +162,8 @@ def token_ids(name: str, x: Any, least: int = 1) -> np.ndarray:
     """Ids [S] in int32 on the host; ValueError unless they are whole and so many at least."""
     checks.rank(name, x, 1, "[S]")
     if np.size(x) < least:
-        raise ValueError(
-            f"{name} is empty or short: it has {np.size(x)} tokens of at least {least}"
-        )
+        many = f"has {np.size(x)} tokens" if np.size(x) else "is empty"
+        raise ValueError(f"{name} {many}: at least {least} are needed")
     return np.asarray(checks.whole(name, x))
 
 

@@ -59,6 +59,7 @@ class Samplers(NamedTuple):
         )
 
 
+@jax.jit  # or each prompt's first token compiles a program of its own, which stays
 def sample(logits: jax.Array, samplers: Samplers, positions: jax.Array) -> jax.Array:
     """Nucleus and top-k sampling by the Gumbel maximum; greedy where the temperature is 0.
 

@@ -97,6 +97,9 @@ def _kept(model: Model, size: int, given: dict[str, Any]) -> tuple[int, list[np.
         "heads": ("[N, L, H]", (sizes[0], sizes[2])),
         "layers": ("[N, L]", (sizes[0],)),
     }
+    for name, (hint, rest) in shapes.items():
+        if given[name] is not None:
+            checks.rank(name, given[name], tuple({2, 1 + len(rest)}), hint)
     known = {name: np.asarray(x) for name, x in given.items() if x is not None}
     if not known:
         raise ValueError("tokens, heads and layers are None: say what is taken away")

@@ -109,7 +109,7 @@ def combine(weights: jax.Array, task_grads: chex.ArrayTree) -> chex.ArrayTree:
     """
     check_grads(task_grads)
     checks.rank("weights", weights, 1, "[K]")
-    checks.length("weights", weights, num_tasks(task_grads), "K")
+    checks.length("weights", weights, num_tasks(task_grads), "K, the tasks of task_grads,")
     checks.finite("weights", weights)
     return sum_of(weights, task_grads)
 

@@ -90,6 +90,13 @@ def test_absurd_requests_are_refused(value):
     jax.tree.map(np.testing.assert_array_equal, new, at)
 
 
+def test_the_shortfall_counts_what_is_below_zero_and_what_is_too_much():
+    at = arena(want=np.ones((U, M), int))
+    over = at.num_pages - int(at.pages.sum()) + 5
+    want = at.pages.at[1, 1].set(-2).at[0, 0].add(over + 1)  # the entry that is below gave up one
+    assert reallocate(at, want)[1] == 5 + 2
+
+
 @pytest.mark.parametrize("level", range(M))
 def test_what_is_written_is_read(level):
     at = arena(want=np.full((U, M), 2))

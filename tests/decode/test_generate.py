@@ -134,7 +134,7 @@ def test_stop_tokens_and_seeds(decoder, dense):
     [
         (lambda d: decode.generate(d, [], [AMPLE], max_new_tokens=1), "prompts is empty"),
         (lambda d: decode.generate(d, [[1]], [AMPLE], max_new_tokens=0), "max_new_tokens is 0"),
-        (lambda d: decode.generate(d, [[]], [AMPLE], max_new_tokens=1), "prompt is empty"),
+        (lambda d: decode.generate(d, [[]], [AMPLE], max_new_tokens=1), r"prompts\[0\] is empty"),
         (lambda d: decode.create(d, [100]), "budget_bytes is 100"),
         (lambda d: decode.create(d, [AMPLE, AMPLE], devices=jax.devices()[:1]), "2 entries for 1"),
         (lambda d: decode.leave(decode.create(d, [AMPLE]), 1), "request is 1"),

@@ -11,6 +11,7 @@ import functools
 import pathlib
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -134,3 +135,30 @@ LONG = settings.get_current_profile_name() == "long"
 EXAMPLES = settings(max_examples=settings().max_examples if LONG else 8, stateful_step_count=12)
 TestRoomy, TestTight = Requests.TestCase, TightRequests.TestCase
 TestRoomy.settings = TestTight.settings = EXAMPLES
+
+
+def test_requests_that_come_and_go_compile_nothing_anew():
+    """A process that compiles for each would end once the system has no room for programs."""
+    state = decode.create(MODEL, [ROOMY], num_requests=2, recent_tokens=16)
+    compiled = []
+
+    def heard(event, duration_secs, **_):
+        del duration_secs
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def come_and_go(state, size):
+        sampling = decode.Sampling(0.5 * (size % 2), top_k=size, seed=size)
+        prompt = np.arange(size) % VOCAB
+        state = decode.join(MODEL, state, 1, prompt, sampling=sampling, weight=size, capacity=256)
+        state = decode.tell(MODEL, state, 1, prompt[: size // 2 + 1])
+        return decode.leave(decode.step(MODEL, state)[1], 1)
+
+    state = come_and_go(come_and_go(state, 3), 4)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        for size in range(5, 12):
+            state = come_and_go(state, size)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert not compiled

@@ -195,7 +195,7 @@ def test_the_gramian_and_the_sum_refuse_what_is_not_real_and_finite():
                 call({"x": grads})
     for weights, message in (
         (jnp.array([1.0, jnp.nan]), r"weights\[1\] is nan"),
-        (jnp.ones(3), "weights has 3 entries for K = 2"),
+        (jnp.ones(3), "weights has 3 entries for K, the tasks of task_grads, = 2"),
         (1.0, r"weights must have shape \[K\]"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -35,7 +35,8 @@ def values_for(name, argument, draws):
     if argument in static.split():
         return bad_values.no_sizes()
     numbers = isinstance(value, np.ndarray | jax.Array | np.number | int | float | list | tuple)
-    if argument in OBJECTS or not numbers:
+    named = argument in OBJECTS and not isinstance(value, np.ndarray)
+    if named or not numbers:
         return bad_values.no_objects()
     return bad_values.no_arrays(value, np.random.default_rng(len(name)), draws)
 

@@ -1,6 +1,6 @@
 """Whatever a file holds, reading it ends with what the file says or with an error that names it.
 
-A few dozen examples of each kind in `make test`; the profile `long` of `tests/conftest.py` runs 20,000.
+A few dozen examples of each kind in `make test`; the profile `long` of `tests/conftest.py` runs 100,000.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LONGEST = 2000  # characters of a message
 
 # What is no number, array or object of the library.
 OTHERS: tuple[Any, ...] = (
-    *("x", "", b"4", "\x1b[2J", {}, {"a": 1}, set(), object(), len, int, Ellipsis, NotImplemented),
+    *("x", "", b"4", "\x1b[2J", {}, {"a": 1}, set(), object(), len, Ellipsis, NotImplemented),
     *(1j, [], [[]], [[1], [2, 3]], ["a", 1], [None], (1, "x"), range(0), pathlib.Path("x")),
     *(decimal.Decimal("1.5"), fractions.Fraction(1, 3), slice(3)),
     *(np.array("x"), np.array([None]), np.array([{}, 1], object), np.array([1j, 2])),

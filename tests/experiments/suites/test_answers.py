@@ -63,6 +63,21 @@ def test_an_answer_is_that_of_one_token_at_a_time(sharp, right):
     np.testing.assert_array_equal(found.forced.likeliest, dense.argmax(axis=-1))
 
 
+def test_an_answer_without_an_end_is_greedy_to_its_last_token(sharp):
+    context = ids(1, SIZE)
+    question, _ = asked(sharp, context, False)
+    number = len(question.answer) + answers.MORE_TOKENS
+    greedy = greedy_alone(sharp, np.concatenate([context, question.ids]), number)
+
+    def log_probs(tokens):
+        return evaluate.reference(sharp, context, tokens)
+
+    for draft in (None, greedy[:9], greedy[::-1]):
+        given = {"wanted": ("no such thing",), "draft": draft}
+        found = answers.reply(log_probs, question, Numbers(), 32, **given)
+        np.testing.assert_array_equal(found.tokens, greedy)
+
+
 def test_an_answer_that_nobody_needs_takes_one_pass(sharp):
     context, calls = ids(1, SIZE), []
     question, _ = asked(sharp, context, False)
