@@ -23,8 +23,8 @@ from flax import nnx
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
-from experiments.kv_budget.evaluate import decoder_of
 from experiments.models import Transformer, TransformerConfig
+from experiments.models.worth import decoder_of
 from jbalance import decode
 
 PLACES, BUDGET = 8, 4 << 20
