@@ -94,6 +94,16 @@ CASES = {
         "num_ranks is True",
         "whole number",
     ),
+    "a rank at which numpy.bincount writes beyond its memory": (
+        lambda: sharded.block_order(np.array([2**63 - 1, 0]), 2),
+        "device_of[0] is 9223372036854775807",
+        "0..1",
+    ),
+    "units that are there by numbers": (
+        lambda: shares.proportional(W, where=[1, 0, 1]),
+        "where has dtype int64",
+        "bool [U]",
+    ),
     "a placement that is none": (lambda: place.step_time("x"), "placed is 'x'", "a Placement"),
     "claims of text": (lambda: rescale.split("x", MATRIX, [1.0]), "alpha must have shape", "[N]"),
     "a plan that is none": (lambda: attention.union(3, 4), "a is 3", "a TilePlan"),
