@@ -149,6 +149,7 @@ _ALL = (
     Policy("ladder-eviction-only", "combined", ladder_eviction_only),
     Policy("uniform-bits", "sinks_recent", uniform_bits, (16, 8, 4, 3, 2, 1)),
     Policy("ladder", measure.WORTH, ladder, LADDER_BITS, True),
+    Policy("ladder-sketch", measure.SKETCH, ladder, LADDER_BITS, True),
     Policy("ladder-thorough", measure.REPETITION, ladder, LADDER_BITS, True),
     *(Policy(f"uniform:{scorer}", scorer, equal) for scorer in TOKEN_SCORERS),
 )
