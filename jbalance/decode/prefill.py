@@ -57,6 +57,9 @@ def layers_of(
       tokens: [S] ids.
       capacity: S at most, for which the program is compiled; None for `capacity_for` S.
 
+    Raises:
+      ValueError: more tokens than the capacity, or a learned worth of another width.
+
     Yields:
       x [1, capacity, E], only valid until the next layer, and `LayerTokens` of the capacity.
     """
@@ -67,6 +70,11 @@ def layers_of(
     x = embedded(model, tokens, capacity)
     for layer, weights in enumerate(model.layers):
         worth = None if model.worth is None else model.worth[layer]
+        if worth is not None and worth.hidden.shape[0] != x.shape[-1]:
+            raise ValueError(
+                f"model.worth[{layer}] is for a width of {worth.hidden.shape[0]}: the model has "
+                f"{x.shape[-1]}"
+            )
         x, held = _layer(model.functions(layer), weights, worth, x, number)
         yield x, held
 
