@@ -131,7 +131,7 @@ def test_settings_that_may_not_change_only_train_on():
     [
         ({"ranges": {"floor": (0.1, 1.0)}}, "ranges has 'floor'"),
         ({"ranges": {"budget": (0.6, 1.0)}}, r"settings\['budget'\] is 0.5"),
-        ({"ranges": {"budget": (0.1, np.inf)}}, r"settings\['budget'\] is 0.5.*finite"),
+        ({"ranges": {"budget": (0.1, np.inf)}}, r"ranges\['budget'\] is inf"),
         ({"max_rounds": 0}, "max_rounds"),
         ({"patience": 0}, "patience"),
     ],

@@ -46,14 +46,14 @@ def load_hf_directory(
     family, config = read_config(Settings(str(path), json_object(path)), max_positions)
     file_of = _files(directory)
     with contextlib.ExitStack() as stack:
-        opened = {
+        held = {
             file: stack.enter_context(opened(directory / file))
             for file in sorted(set(file_of.values()))
         }
-        _check_index(directory, file_of, opened)
+        _check_index(directory, file_of, held)
         # Some writers store a buffer, or a copy of the tied embedding; neither is a weight.
         tensors = {
-            name: _stored(directory / file, opened[file], name)
+            name: _stored(directory / file, held[file], name)
             for name, file in file_of.items()
             if not name.endswith("rotary_emb.inv_freq")
         }

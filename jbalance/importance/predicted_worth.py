@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 FUTURE_WEIGHT = 0.4  # of squared attention of the tokens that follow, so that worth keeps its scale
 REPEATED_WEIGHT = 0.02  # of that of a repetition: what is not asked for soon may be asked for later
@@ -122,6 +121,8 @@ def fit_predicted_worth(x: jax.Array, features: jax.Array, worth: jax.Array) -> 
 @jax.jit
 def _poisson(x: jax.Array, features: jax.Array, worth: jax.Array) -> WorthWeights:
     """`fit_predicted_worth` of features of mean 0 and deviation 1."""
+    import optax  # when a model learns: to decode takes jax and numpy alone
+
     average = worth.mean(axis=0) + 1e-6
     zero = jnp.zeros
     first = WorthWeights(
