@@ -45,9 +45,13 @@ ORDER += [
 ORDER += ["__init__"]
 RANK = {stage: rank for rank, stage in enumerate(ORDER)}
 OUTSIDE = {"jax", "numpy", *sys.stdlib_module_names}
-# What a stage outside of the core may import besides; importance only when a worth is learned, as the
-# last test here sees.
-BESIDE = {"multitask": {"optax", "chex"}, "adapters": {"flax"}, "importance": {"optax"}}
+# What a stage may import besides: importance optax when a worth is learned, adapters wandb when they
+# are given a run of it, and not before.
+BESIDE = {
+    "multitask": {"optax", "chex"},
+    "adapters": {"flax", "wandb"},
+    "importance": {"optax"},
+}
 
 
 def imports(path: Path) -> set[str]:
