@@ -5,9 +5,7 @@ keys times its energy Q in the queries. Keys are stored in two halves of unequal
 those that matter more come first. And a half has one error for all of its coordinates, so keys are
 stored times s, and queries over s ask for them: the logits stay, and their squared error, in proportion
 to (sum of s² K) (sum of Q / s²), would be least for s = (Q / K)^(1/4) if all keys were alike. Half of
-that exponent was measured to be best, except for channels whose Q / K is beyond 2^8 times the others',
-as some models have them: one such channel would be the error of all, so beyond it is the whole exponent.
-Keys count by their worth: what nobody asks for may err.
+that exponent was measured to be best. Keys count by their worth: what nobody asks for may err.
 
 Method: Xiao et al., SmoothQuant (arXiv:2211.10438), a scale moved from one factor to the other; bits by
 variance as in any transform coder.
@@ -28,7 +26,7 @@ from jbalance.importance.token_worth import NUM_SINKS
 
 _PER_OCTAVE = 8  # codes of a scale
 _MOST = 4 * _PER_OCTAVE  # beyond, single tokens would decide
-_EXPONENT, _LARGE, _LARGE_EXPONENT = 1 / 8, 8.0, 1 / 4  # of Q / K up to 2^±8, and beyond
+_EXPONENT = 1 / 8
 
 
 class Basis(NamedTuple):
@@ -120,10 +118,8 @@ def measured(
     keys, asked = (jnp.log2(jnp.where(known, x, 1)) for x in (keys, asked))
     rank = jnp.argsort(jnp.argsort(-(keys + asked), axis=1, stable=True), axis=1)
     first = known & (rank < k.shape[-1] // 2)
-    ratio = jnp.zeros_like(keys) if energy is None else asked - keys
-    ratio -= jnp.mean(ratio, axis=1, keepdims=True)
-    large = ratio - jnp.clip(ratio, -_LARGE, _LARGE)
-    octaves = _EXPONENT * (ratio - large) + _LARGE_EXPONENT * large
+    octaves = jnp.zeros_like(keys) if energy is None else _EXPONENT * (asked - keys)
+    octaves -= jnp.mean(octaves, axis=1, keepdims=True)
     scale = jnp.clip(jnp.round(_PER_OCTAVE * octaves), -_MOST, _MOST)
     return Basis(mean, (2 * scale + first).astype(jnp.int8))
 
