@@ -112,7 +112,7 @@ def test_two_runs_with_one_file(tmp_path):
 def test_an_interrupt(tmp_path):
     out, log = tmp_path / "out.json", tmp_path / "log"
     process = start(out, log)
-    while not log.exists() and process.poll() is None:
+    while not (out.exists() and recorded(out)) and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
