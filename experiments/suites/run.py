@@ -24,8 +24,8 @@ from jbalance.decode import Model
 
 FULL = "full"
 ARM = "{} at {:g}"
-# Everything at 16 bits; which scorer measures it makes no difference, and this one costs least.
-KEPT_WHOLE = dataclasses.replace(policy_of(FULL), scorer="sketch")
+# Everything at 16 bits; which scorer measures it makes no difference: `ladder` asks for this one too.
+KEPT_WHOLE = dataclasses.replace(policy_of(FULL), scorer=measure.WORTH)
 
 Row = dict[str, dict[str, Any]]
 """Figures of a context, by arm."""

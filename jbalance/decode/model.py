@@ -199,16 +199,14 @@ def check_model(model: Model) -> None:
             )
     check_attention(model.attention)
     if model.worth is not None:
-        _check_worth(model)
+        _check_worth(model.worth, model.attention)
 
 
-def _check_worth(model: Model) -> None:
+def _check_worth(given: Sequence[Any], attention: Sequence[AttentionSpec]) -> None:
     """ValueError for weights that are not those of the model's layers."""
-    if len(model.worth or ()) != model.num_layers:
-        raise ValueError(
-            f"model.worth has {len(model.worth or ())} entries for {model.num_layers} layers"
-        )
-    for i, (worth, spec) in enumerate(zip(model.worth or (), model.attention, strict=True)):
+    if len(given) != len(attention):
+        raise ValueError(f"model.worth has {len(given)} entries for {len(attention)} layers")
+    for i, (worth, spec) in enumerate(zip(given, attention, strict=True)):
         if worth is None:
             continue
         checks.instance(f"model.worth[{i}]", worth, WorthWeights)
