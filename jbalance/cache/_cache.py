@@ -50,6 +50,7 @@ class KVCache:
     centroids: Centroids  # of tokens that left the arena or did not enter it
     key_mean: jax.Array  # [U, D] bfloat16, subtracted from the keys in both
     key_channels: jax.Array  # [U, D] int8, `_channels.Basis` of both
+    value_scale: jax.Array  # [U, D] int8, the same
     recent_keys: jax.Array  # [U, R, D] bfloat16
     recent_values: jax.Array  # [U, R, D] bfloat16
     # [U, R] float32, attention² by later queries of the group, summed; -1: not finite, not there
@@ -277,6 +278,7 @@ def around(
         centroids=_centroids.create(units, head_dim),
         key_mean=jnp.zeros((units, head_dim), jnp.bfloat16),
         key_channels=jnp.zeros((units, head_dim), jnp.int8),
+        value_scale=jnp.zeros((units, head_dim), jnp.int8),
         recent_keys=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
         recent_values=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
         recent_energy=jnp.zeros((units, recent_tokens), jnp.float32),
@@ -291,8 +293,8 @@ def around(
 
 
 def unit_bytes(head_dim: int, recent_tokens: int) -> int:
-    """Bytes of a unit beside its part of the arena: mean key, channels, recent buffer and centroids."""
-    return 3 * head_dim + recent_tokens * (4 * head_dim + 4) + _centroids.unit_bytes(head_dim)
+    """Bytes of a unit beside its part of the arena: mean key, scales, recent buffer and centroids."""
+    return 4 * head_dim + recent_tokens * (4 * head_dim + 4) + _centroids.unit_bytes(head_dim)
 
 
 def table_bytes_of(num_requests: int, num_heads: int) -> int:

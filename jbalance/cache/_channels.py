@@ -1,11 +1,15 @@
-"""The basis of a unit's keys: less their mean, the channels that matter first, each in its own scale.
+"""The basis of a unit's keys and values: channels in scales of their own, the keys' less their mean.
 
 Queries read the channels of keys with very different energy: one's error counts by its energy K in the
 keys times its energy Q in the queries. Keys are stored in two halves of unequal bits (`_layout`), so
 those that matter more come first. And a half has one error for all of its coordinates, so keys are
 stored times s, and queries over s ask for them: the logits stay, and their squared error, in proportion
-to (sum of s² K) (sum of Q / s²), would be least for s = (Q / K)^(1/4) if all keys were alike. Half of
-that exponent was measured to be best. Keys count by their worth: what nobody asks for may err.
+to (sum of s² K) (sum of Q / s²), would be least for s = (Q / K)^(1/4) if all keys were alike. Of the
+energy of what reads the values nothing is known here: a channel's is taken for the inverse of its own
+energy V, so that s = V^(-1/2). Half of these exponents was measured to be best, and all of them for what
+is beyond: some models have a few channels tens of times louder than the others, read by weights as
+much smaller, whose errors would drown the rest. Tokens count by their worth: what nobody
+asks for may err.
 
 Method: Xiao et al., SmoothQuant (arXiv:2211.10438), a scale moved from one factor to the other; bits by
 variance as in any transform coder.
@@ -24,25 +28,35 @@ from jax import lax
 from jbalance.cache._cache import KVCache
 from jbalance.importance.token_worth import NUM_SINKS
 
-_PER_OCTAVE = 8  # codes of a scale
-_MOST = 4 * _PER_OCTAVE  # beyond, single tokens would decide
-_EXPONENT = 1 / 8
+_PER_OCTAVE = 4  # codes of a scale
+_MOST = 12 * _PER_OCTAVE  # of int8, less the bit that keys have beside it
+_LEFT = 0.75  # octaves that a scale may lack
 
 
 class Basis(NamedTuple):
-    """Of the keys of N units."""
+    """Of the keys and values of N units."""
 
-    mean: jax.Array  # [N, D] bfloat16
-    # [N, D] int8: whether the channel is of those that come first, and twice log2 s in eighths
+    mean: jax.Array  # [N, D] bfloat16, of the keys
+    # [N, D] int8: whether the key channel is of those that come first, and twice log2 s in quarters
     channels: jax.Array
+    value_scale: jax.Array  # [N, D] int8: log2 s of the values in quarters
 
-    def stored(self, k: jax.Array) -> jax.Array:
-        """Keys [N, S, D] float32 as arena and centroids hold them."""
-        return self._turned(k - self.mean.astype(jnp.float32)[:, None], 1)
+    def stored(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [N, S, D] float32 as arena and centroids hold them."""
+        keys = self._turned(k - self.mean.astype(jnp.float32)[:, None], 1)
+        return keys, v.astype(jnp.float32) * self._value_factor(1)
 
     def asked(self, q: jax.Array) -> jax.Array:
         """Queries [N, T, D] float32 for stored keys: their logits lack the product with the mean."""
         return self._turned(q, -1)
+
+    def answered(self, y: jax.Array) -> jax.Array:
+        """Attention [N, T, D] float32 over stored values, as it is over the values that came."""
+        return y * self._value_factor(-1)
+
+    def _value_factor(self, power):
+        """[N, 1, D] a power of the values' s."""
+        return jnp.exp2(self.value_scale.astype(jnp.float32) * (power / _PER_OCTAVE))[:, None]
 
     def _turned(self, x, power):
         """x [N, S, D] times a power of s, its channels in their order."""
@@ -59,7 +73,7 @@ class Basis(NamedTuple):
 
 def of_units(cache: KVCache, units: jax.Array) -> Basis:
     """The basis of units [N]; any, where there is no such unit."""
-    held = cache.key_mean, cache.key_channels
+    held = cache.key_mean, cache.key_channels, cache.value_scale
     return Basis(*(x.at[units].get(mode="clip") for x in held))
 
 
@@ -67,7 +81,8 @@ def with_units(cache: KVCache, units: jax.Array, basis: Basis) -> KVCache:
     """The cache with the basis of units [N]."""
     mean = cache.key_mean.at[units].set(basis.mean, mode="drop")
     channels = cache.key_channels.at[units].set(basis.channels, mode="drop")
-    return dataclasses.replace(cache, key_mean=mean, key_channels=channels)
+    scale = cache.value_scale.at[units].set(basis.value_scale, mode="drop")
+    return dataclasses.replace(cache, key_mean=mean, key_channels=channels, value_scale=scale)
 
 
 def untouched(cache: KVCache, units: jax.Array) -> jax.Array:
@@ -81,47 +96,60 @@ def entered(
     cache: KVCache,
     units: jax.Array,
     k: jax.Array,
+    v: jax.Array,
     w: jax.Array,
     number: jax.Array | int,
     energy: jax.Array | None = None,
 ) -> Basis:
     """The basis of units [N] that tokens enter: theirs, or, in one that is untouched, `measured`."""
     first = untouched(cache, units)[:, None]
-    new = measured(k, w, number, energy)
+    new = measured(k, v, w, number, energy)
     return jax.tree.map(lambda x, y: jnp.where(first, x, y), new, of_units(cache, units))
 
 
 def measured(
-    k: jax.Array, w: jax.Array, number: jax.Array | int, energy: jax.Array | None = None
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    number: jax.Array | int,
+    energy: jax.Array | None = None,
 ) -> Basis:
-    """The basis for the keys of a prompt.
+    """The basis for the keys and values of a prompt.
 
     Its mean is that of the tokens that are finite, without the sinks and the padding.
 
     Args:
       k: [N, S, D] float32 keys.
+      v: [N, S, D] values.
       w: [N, S] worth of the tokens, >= 0.
       number: [] int32, how many of the S tokens there are.
-      energy: [N, D] of the queries, `query_energy`; None if it is not known: the keys' alone decides,
-        and s = 1.
+      energy: [N, D] of the queries, `query_energy`; None if it is not known: the keys' alone decides
+        what comes first, and s = 1.
     """
     token = np.arange(k.shape[1])
-    finite = jnp.all(jnp.isfinite(k), axis=-1)
+    finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     counted = finite & (token >= NUM_SINKS) & (token < number)
-    k = jnp.where(counted[..., None], k, 0)
+    k, v = (jnp.where(counted[..., None], x.astype(jnp.float32), 0) for x in (k, v))
     mean = jnp.sum(k, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]
     mean = mean.astype(jnp.bfloat16)
     square = jnp.square(k - mean.astype(jnp.float32)[:, None])
-    keys = jnp.einsum("ns,nsd->nd", jnp.where(counted, w, 0), square)
+    weight = jnp.where(counted, w, 0)
+    keys, values = (jnp.einsum("ns,nsd->nd", weight, x) for x in (square, jnp.square(v)))
     asked = jnp.ones_like(keys) if energy is None else energy
     known = jnp.all((keys > 0) & (asked > 0) & jnp.isfinite(asked), axis=1, keepdims=True)
     keys, asked = (jnp.log2(jnp.where(known, x, 1)) for x in (keys, asked))
     rank = jnp.argsort(jnp.argsort(-(keys + asked), axis=1, stable=True), axis=1)
     first = known & (rank < k.shape[-1] // 2)
-    octaves = jnp.zeros_like(keys) if energy is None else _EXPONENT * (asked - keys)
-    octaves -= jnp.mean(octaves, axis=1, keepdims=True)
-    scale = jnp.clip(jnp.round(_PER_OCTAVE * octaves), -_MOST, _MOST)
-    return Basis(mean, (2 * scale + first).astype(jnp.int8))
+    best = jnp.zeros_like(keys) if energy is None else (asked - keys) / 4
+    even = jnp.where(values > 0, -jnp.log2(jnp.where(values > 0, values, 1)) / 2, jnp.nan)
+    return Basis(mean, 2 * _codes(best) + first.astype(jnp.int8), _codes(even))
+
+
+def _codes(octaves: jax.Array) -> jax.Array:
+    """int8 codes of half of the scales [N, D], or of all but `_LEFT` octaves of them; 0 for NaN."""
+    octaves -= jnp.nanmedian(octaves, axis=1, keepdims=True)
+    octaves = jnp.nan_to_num(octaves - jnp.clip(octaves / 2, -_LEFT, _LEFT))
+    return jnp.clip(jnp.round(_PER_OCTAVE * octaves), -_MOST, _MOST).astype(jnp.int8)
 
 
 def query_energy(q: jax.Array, kv_heads: int, number: jax.Array | int | None = None) -> jax.Array:

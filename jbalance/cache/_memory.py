@@ -138,8 +138,8 @@ def write_layer(
     units = cache.units(request, layer)
     k, v, w, *energy = tokens
     k, v = (jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in (k, v))
-    basis = _channels.measured(k, w, number, *energy)
-    k = basis.stored(k)
+    basis = _channels.measured(k, v, w, number, *energy)
+    k, v = basis.stored(k, v)
     here = (units < cache.key_mean.shape[0])[:, None]
     arena = cache.arena
     time = jnp.broadcast_to(np.arange(k.shape[1], dtype=np.int32), level.shape)

@@ -242,7 +242,8 @@ def admit(
     number = jnp.asarray(size if num_tokens is None else num_tokens, jnp.int32)
     k, v = (jnp.swapaxes(jnp.asarray(x), 0, 1).astype(jnp.float32) for x in (k, v))
     fresh = _channels.untouched(cache, units)
-    basis = _channels.entered(cache, units, k, w, number, energy)
+    basis = _channels.entered(cache, units, k, v, w, number, energy)
+    k, v = basis.stored(k, v)
     time, ages, clock = None, None, cache.clock
     if clock is not None:
         after = jnp.asarray(start, jnp.int32) + number
@@ -256,7 +257,7 @@ def admit(
         request * cache.units_per_request,
         cache.units_per_request,
         units,
-        basis.stored(k),
+        k,
         v,
         prompt_codes(w, number, fresh),
         allowance_pages,

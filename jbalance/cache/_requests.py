@@ -61,6 +61,7 @@ def release(cache: KVCache, request: jax.Array | int) -> KVCache:
         centroids=jax.tree.map(cleared, cache.centroids),
         key_mean=cleared(cache.key_mean),
         key_channels=cleared(cache.key_channels),
+        value_scale=cleared(cache.value_scale),
         # Values that are not finite would show through a weight of 0.
         recent_keys=cleared(cache.recent_keys),
         recent_values=cleared(cache.recent_values),

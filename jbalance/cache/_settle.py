@@ -85,10 +85,11 @@ def _flush(cache, request, allowance_pages):
     w = decoded_worth(jnp.maximum(energy, 0), cache.recent_count[request] - 1 - age)
     units = first + np.arange(n)
     k = jnp.where(there[..., None], k[:, place].astype(jnp.float32), jnp.nan)
-    basis = _channels.entered(cache, units, k, w, half)
+    v = v[:, place].astype(jnp.float32)
+    basis = _channels.entered(cache, units, k, v, w, half)
     cache = _channels.with_units(cache, units, basis)
-    k = basis.stored(k)  # NaN where there is no token, which `admit` leaves out
-    v, code = v[:, place], _price.encode_worth(w)
+    k, v = basis.stored(k, v)  # NaN where there is no token, which `admit` leaves out
+    code = _price.encode_worth(w)
     time, ages = None, None
     if cache.clock is not None:
         time = jnp.broadcast_to(cache.clock.recent[request, place], code.shape)

@@ -212,6 +212,7 @@ def _held(cache, units, q, position, latest, limits, together=None) -> Partial:
     part = attend_pages(q, cache.arena, units, sight=sight, together=together)
     if limits.window is None:
         part = merge(part, _centroids.attend(q, cache.centroids, units, sight))
+    part = part._replace(y=basis.answered(part.y))
     return part if limits.soft_cap is not None else part._replace(lse=part.lse + shift)
 
 

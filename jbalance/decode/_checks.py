@@ -16,7 +16,7 @@ from jbalance.decode.sampling import Samplers
 
 OWN, CONTEXT = "own", "context"
 _MOST_BITS = 16
-_BY_CHANNEL = ("key_mean", "key_channels")
+_BY_CHANNEL = ("key_mean", "key_channels", "value_scale")
 
 
 def check_facts(path: Path, facts: dict[str, Any], head_dim: int, *, timed: bool) -> None:

@@ -15,7 +15,10 @@ from jbalance.cache._layout import page_shape, table_bytes
 from jbalance.cache._pages import Arena
 from jbalance.cache._sight import clock_bytes, create_clock
 
-_CACHE_ROWS = ("key_mean", "key_channels", "recent_keys", "recent_values", "recent_energy")
+_CACHE_ROWS = (
+    *("key_mean", "key_channels", "value_scale"),
+    *("recent_keys", "recent_values", "recent_energy"),
+)
 _UNIT_ROWS = (*_CACHE_ROWS, "count", "pages")
 _REQUEST_ROWS = ("recent_start", "recent_count")
 _CLOCK_ROWS = ("next", "recent")  # of a model with windows, whose layers say what they are

@@ -63,7 +63,7 @@ def held_of(held, request, layer):
         many = np.asarray(left.count)
         keys = [x.k[x.valid] for x in parts] + [np.repeat(left.keys, many, axis=0)]
         values = [x.v[x.valid] for x in parts] + [np.repeat(left.values, many, axis=0)]
-        out.append((given_back(held, unit, np.concatenate(keys)), np.concatenate(values)))
+        out.append(given_back(held, unit, np.concatenate(keys), np.concatenate(values)))
     return out
 
 

@@ -119,13 +119,15 @@ def rounded(x):
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
 
 
-def given_back(held, unit, keys):
-    """Keys [..., D] as they came, of those that arena and centroids hold."""
+def given_back(held, unit, keys, values):
+    """Keys and values [..., D] as they came, of those that arena and centroids hold."""
     channels = np.asarray(held.key_channels[unit], int)
+    scale = np.asarray(held.value_scale[unit], int)
     order = np.argsort(1 - channels % 2, kind="stable")
     out = np.empty(np.shape(keys))
-    out[..., order] = np.asarray(keys, float) / 2.0 ** (channels // 2 / 8)[order]
-    return out + np.asarray(held.key_mean[unit], float)
+    out[..., order] = np.asarray(keys, float) / 2.0 ** (channels // 2 / 4)[order]
+    keys = out + np.asarray(held.key_mean[unit], float)
+    return keys, np.asarray(values, float) / 2.0 ** (scale / 4)
 
 
 def of_parts(held, layer, q, k, v):
@@ -139,7 +141,7 @@ def of_parts(held, layer, q, k, v):
         parts = [(x.k[x.valid], x.v[x.valid]) for x in parts] + [
             tuple(np.repeat(x, many, axis=0) for x in (left.keys, left.values))
         ]
-        parts = [(given_back(held, unit, k), v) for k, v in parts]
+        parts = [given_back(held, unit, k, v) for k, v in parts]
         parts += [(held.recent_keys[unit, :there], held.recent_values[unit, :there])]
         parts += [(rounded(k[head])[None], rounded(v[head])[None])]
         keys, values = (np.concatenate([np.asarray(x[i], float) for x in parts]) for i in range(2))
