@@ -1,5 +1,6 @@
 """The notebooks run from a clean kernel, and are committed as they ran."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -11,8 +12,13 @@ COLAB = ROOT / "colab"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
 TRAINING = [path for path in NOTEBOOKS if "NOTEBOOK_STEPS" in path.read_text(encoding="utf-8")]
 FEW_STEPS = 30
-# Of the real model or of eight devices, which take long to compile.
-LONG = ("experiments.models.load", "experiments.compiled.measure", "sharded.cache.create")
+# Of the real model, of eight devices or of several tasks, which take long to compile.
+LONG = (
+    "experiments.models.load",
+    "experiments.compiled.measure",
+    "sharded.cache.create",
+    "multitask.aggregator",
+)
 MARKS = {
     path: pytest.mark.slow
     for path in NOTEBOOKS
@@ -56,5 +62,11 @@ def test_a_notebook_trains_as_long_as_it_says(path, monkeypatch):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 2
     assert TRAINING
+    numbers = [int(path.stem.split("_")[0]) for path in NOTEBOOKS]
+    assert numbers == list(range(1, len(NOTEBOOKS) + 1))
+
+
+def test_the_start_page_lists_the_notebooks():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\d\d_\w+)` \|", page, re.M) == [path.stem for path in NOTEBOOKS]
