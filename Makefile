@@ -7,7 +7,7 @@ WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
 	text_classification.lstm long_text long_text.summaries explain
-.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate bench clean
+.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate dist bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -86,6 +86,24 @@ mutate: venv .cache/mutmut/.installed
 	.cache/mutmut/bin/pip install --quiet $(WHEELS) --requirement $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/mutmut/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	touch $@
+
+# What a release is: the wheel and the source archive in out/dist. The wheel passes the library's tests in
+# an environment of its own, in a folder without the library; CONSTRAINTS=tests/oldest.txt: with the oldest
+# versions that it supports.
+CONSTRAINTS ?= constraints.txt
+LIBRARY_TESTS := $(filter-out tests/docs tests/experiments tests/mutants tests/support,\
+	$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
+
+dist: venv
+	rm -rf out/dist
+	mkdir -p out/dist/source
+	git archive HEAD | tar -x -C out/dist/source
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir out/dist out/dist/source
+	cd out/dist/source && ../../../$(BIN)/python -c 'from setuptools import build_meta as b; b.build_sdist("..")' > ../sdist.log
+	rm -r out/dist/source/jbalance out/dist/source/build
+	$(PYTHON) -m venv out/dist/.venv
+	out/dist/.venv/bin/python -m pip install --quiet $(WHEELS) --constraint $(CONSTRAINTS) "$$(echo out/dist/*.whl)[experiments,test]"
+	cd out/dist/source && ../.venv/bin/python -m pytest $(LIBRARY_TESTS)
 
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
