@@ -35,7 +35,7 @@ from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around
 
 MANIFEST = "manifest.json"
-_FORMAT = 5
+_FORMAT = 6
 _DAMAGED = (
     *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
     *(MemoryError, OverflowError, BadZipFile, zlib.error),
