@@ -104,6 +104,7 @@ def test_a_linen_model_decodes_too_with_the_stock_parameters():
         assert close(y[:, 0], want[:, t])
 
 
+@pytest.mark.newer_flax
 def test_layers_are_told_apart_by_their_calls_and_prompts_by_their_lengths():
     """layer10 comes before layer9 in a graph's order; prompts are padded; a chat has a second turn."""
 
@@ -150,6 +151,7 @@ LEFT = np.tri(8, dtype=bool)[None, None] & (np.arange(8) >= 3)
 WINDOW = np.tri(8, dtype=bool) & ~np.tri(8, k=-3, dtype=bool)
 
 
+@pytest.mark.newer_flax
 @pytest.mark.parametrize(
     ("how", "names"),
     [

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jbalance import adapters
 
+pytestmark = pytest.mark.newer_flax
 T, WIDTH = 12, 16
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 from flax import nnx
 
 from jbalance.adapters import NnxBalance, Tiles
@@ -41,6 +42,7 @@ def losses(parts, first, last):
     ]
 
 
+@pytest.mark.newer_flax
 def test_training_goes_on_from_a_checkpoint(tmp_path):
     parts = begun(0)
     losses(parts, 0, 3)

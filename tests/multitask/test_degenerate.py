@@ -208,7 +208,10 @@ def test_the_gramian_is_one_of_products():
     stretch = np.array([1e-3, 1, 1e3])
     leaves = {k: (v.T * stretch).T.astype(np.float32) for k, v in leaves.items()}
     rows = np.concatenate([v.reshape(3, -1) for v in leaves.values()], axis=1).astype(float)
-    np.testing.assert_allclose(multitask.gramian(leaves), rows @ rows.T, rtol=1e-5, atol=1e-9)
+    lengths = np.linalg.norm(rows, axis=1)
+    cosines = rows @ rows.T / np.outer(lengths, lengths)
+    got = np.asarray(multitask.gramian(leaves), float) / np.outer(lengths, lengths)
+    np.testing.assert_allclose(got, cosines, rtol=0, atol=1e-6)
     # Of gradients that are far too long, in a unit of length of its own.
     got = np.asarray(multitask.gramian(jax.tree.map(lambda x: x * np.float32(1e30), leaves)), float)
     want = rows @ rows.T
