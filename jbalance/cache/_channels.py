@@ -8,8 +8,8 @@ to (sum of s² K) (sum of Q / s²), would be least for s = (Q / K)^(1/4) if all 
 energy of what reads the values nothing is known here: a channel's is taken for the inverse of its own
 energy V, so that s = V^(-1/2). Half of these exponents was measured to be best, and all of them for what
 is beyond: some models have a few channels tens of times louder than the others, read by weights as
-much smaller, whose errors would drown the rest. Tokens count by their worth: what nobody
-asks for may err.
+much smaller, whose errors would drown the rest. Tokens count by their worth: what nobody asks for may
+err.
 
 Method: Xiao et al., SmoothQuant (arXiv:2211.10438), a scale moved from one factor to the other; bits by
 variance as in any transform coder.
@@ -29,7 +29,9 @@ from jbalance.cache._cache import KVCache
 from jbalance.importance.token_worth import NUM_SINKS
 
 _PER_OCTAVE = 4  # codes of a scale
-_MOST = 12 * _PER_OCTAVE  # of int8, less the bit that keys have beside it
+# Loud channels may be scaled down by what int8 holds, less the bit that keys have beside it. Quiet ones
+# are scaled up less: a later token may be loud there, and the errors of the others would grow with it.
+_LEAST, _MOST = -12 * _PER_OCTAVE, 4 * _PER_OCTAVE
 _LEFT = 0.75  # octaves that a scale may lack
 
 
@@ -149,7 +151,7 @@ def _codes(octaves: jax.Array) -> jax.Array:
     """int8 codes of half of the scales [N, D], or of all but `_LEFT` octaves of them; 0 for NaN."""
     octaves -= jnp.nanmedian(octaves, axis=1, keepdims=True)
     octaves = jnp.nan_to_num(octaves - jnp.clip(octaves / 2, -_LEFT, _LEFT))
-    return jnp.clip(jnp.round(_PER_OCTAVE * octaves), -_MOST, _MOST).astype(jnp.int8)
+    return jnp.clip(jnp.round(_PER_OCTAVE * octaves), _LEAST, _MOST).astype(jnp.int8)
 
 
 def query_energy(q: jax.Array, kv_heads: int, number: jax.Array | int | None = None) -> jax.Array:

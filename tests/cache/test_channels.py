@@ -49,6 +49,17 @@ def test_loud_channels_do_not_drown_the_others(drawn, scale, bits):
     assert np.mean(scaled_values / of_value**2) < 1.2 * np.mean(values)
 
 
+def test_quiet_channels_are_scaled_up_by_16_at_most(drawn):
+    """A later token may be loud there: its errors are then 16 times as large, not 2^12 times."""
+    k, v, q = drawn
+    quiet = np.ones(D, np.float32)
+    quiet[7] = 2.0**-30
+    energy = jnp.asarray(np.square(q / quiet).sum(axis=1))
+    basis = _channels.measured(k * quiet, v * quiet, jnp.ones((N, S)), S, energy)
+    np.testing.assert_array_equal(basis.value_scale[:, 7], 4 * 4)
+    np.testing.assert_array_equal(basis.channels[:, 7] >> 1, 4 * 4)
+
+
 def test_scales_are_ones_where_nothing_is_known(drawn):
     k, v, _ = drawn
     basis = _channels.measured(k, 0 * v, jnp.ones((N, S)), S)
