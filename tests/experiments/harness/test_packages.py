@@ -122,4 +122,4 @@ def test_every_fetch_is_pinned():
         line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line
     ]
     assert all("$(WHEELS)" in line or "--upgrade pip" in line for line in installs)
-    assert len(installs) == 8
+    assert len(installs) == 9
