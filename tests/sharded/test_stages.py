@@ -62,6 +62,8 @@ def test_caches_as_on_one_device(name, size, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_over_three_axes(kind):
     """Examples, heads and queries at once, in a mesh that is the context's too."""
+    if kind == AxisType.Explicit and jax.__version_info__ < (0, 9):
+        pytest.skip("the gradient of jnp.repeat over explicit axes needs a newer jax")
     mesh = jax.make_mesh((2, 2, 2), ("b", "h", "q"), axis_types=(kind,) * 3)
     plan = stages._plan()
     weight = np.sin(np.arange(stages.Q.size)).reshape(stages.Q.shape).astype(np.float32)
