@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import os
 import resource
 import signal
@@ -52,18 +51,6 @@ def _forget_what_was_compiled():
         jax.clear_caches()
         if hasattr(LIBC, "malloc_trim"):  # else glibc keeps what was freed
             LIBC.malloc_trim(0)
-
-
-def pytest_collection_modifyitems(items):
-    """Tests of what the oldest flax that is supported does not have are skipped there."""
-    from flax import nnx
-
-    if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention.__init__).parameters:
-        return
-    skip = pytest.mark.skip(reason="nnx.MultiHeadAttention of this flax has no num_kv_heads")
-    for item in items:
-        if item.get_closest_marker("newer_flax"):
-            item.add_marker(skip)
 
 
 @pytest.fixture(scope="module", autouse=True)

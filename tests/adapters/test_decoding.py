@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jbalance import adapters
+from tests.support.versions import NEWER_FLAX
 
 B, PROMPT, WIDTH, HEADS = 2, 48, 32, 2
 AMPLE, SMALL = 400_000, 30_000
@@ -104,7 +105,7 @@ def test_a_linen_model_decodes_too_with_the_stock_parameters():
         assert close(y[:, 0], want[:, t])
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_layers_are_told_apart_by_their_calls_and_prompts_by_their_lengths():
     """layer10 comes before layer9 in a graph's order; prompts are padded; a chat has a second turn."""
 
@@ -151,7 +152,7 @@ LEFT = np.tri(8, dtype=bool)[None, None] & (np.arange(8) >= 3)
 WINDOW = np.tri(8, dtype=bool) & ~np.tri(8, k=-3, dtype=bool)
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 @pytest.mark.parametrize(
     ("how", "names"),
     [

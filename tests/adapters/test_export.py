@@ -14,6 +14,7 @@ from flax import nnx
 from experiments.models.decoder import Decoder, DecoderConfig
 from jbalance import adapters
 from jbalance.adapters import NnxBalance, NnxCache, Tiles
+from tests.support.versions import NEWER_FLAX
 
 SIZES = {"num_layers": 1, "width": 16, "num_heads": 4, "head_dim": 8, "hidden": 16}
 VOCABULARY, T = 11, 64
@@ -49,7 +50,7 @@ def decoder():
     return Decoder(DecoderConfig(VOCABULARY, T, **SIZES), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_a_balanced_forward_is_exported_and_a_pruned_one_is_smaller(tmp_path):
     tokens = jax.random.randint(jax.random.key(0), (1, T), 0, VOCABULARY)
     taken, flops = [], []
@@ -93,7 +94,7 @@ def test_a_step_of_decoding_is_exported_with_its_cache(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_a_model_is_exported_for_two_platforms_at_once():
     model = decoder()
     NnxBalance(model, 0.5, Tiles(16, 16, backend="xla"))

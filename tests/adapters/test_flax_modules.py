@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jbalance import adapters
+from tests.support.versions import NEWER_FLAX
 
 B, T, S, WIDTH, HEADS = 2, 24, 24, 16, 2
 AMPLE = 400_000
@@ -111,7 +112,7 @@ class Whisper(nnx.Module):
         return text + self.layers["cross"](text, heard)
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 @pytest.mark.parametrize(("tokens", "heard"), [(6, 6), (6, 1), (6, 10), (1, 6)])
 def test_an_encoder_decoder_is_refused_by_a_cache(tokens, heard):
     """Also where the sound is as long as the text, or a single frame, or the text one token."""
@@ -122,7 +123,7 @@ def test_an_encoder_decoder_is_refused_by_a_cache(tokens, heard):
         model(jnp.ones((B, heard, WIDTH)), jnp.ones((B, tokens, WIDTH)))
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_an_encoder_decoder_trains_over_tiles():
     model, stock = Whisper(nnx.Rngs(0)), Whisper(nnx.Rngs(0))
     adapters.set_attention_fn(model, adapters.attention_fn())

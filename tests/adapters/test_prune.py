@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from jbalance import adapters
+from tests.support.versions import NEWER_FLAX
 
-pytestmark = pytest.mark.newer_flax
+pytestmark = NEWER_FLAX
 T, WIDTH = 12, 16
 
 

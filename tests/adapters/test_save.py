@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import pytest
 from flax import nnx
 
 from jbalance.adapters import NnxBalance, Tiles
+from tests.support.versions import NEWER_FLAX
 
 T, WIDTH = 64, 16
 
@@ -42,7 +42,7 @@ def losses(parts, first, last):
     ]
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_training_goes_on_from_a_checkpoint(tmp_path):
     parts = begun(0)
     losses(parts, 0, 3)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jbalance import adapters, attention, importance, shares
 from jbalance.adapters import NnxBalance, TileBalancer, TileBudget, Tiles
+from tests.support.versions import NEWER_FLAX
 
 B, T, WIDTH, HEADS, LAYERS, STEPS = 1, 128, 16, 2, 2, 60
 TILES = Tiles(block_q=16, block_k=8, rows=4)
@@ -76,7 +77,7 @@ def nnx_tiles(model):
     return tiles_of(adapters.budgets_of(model))
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_steps_with_changing_budgets_are_traced_once_and_keep_each():
     model = Nnx(nnx.Rngs(0))
     balance = NnxBalance(model, 0.5, TILES)
@@ -129,7 +130,7 @@ def test_linen_budgets_move_between_layers_too(scanned):
     assert frozen.shape == (B, T, WIDTH)  # without `mutable`, as in evaluation
 
 
-@pytest.mark.newer_flax
+@NEWER_FLAX
 def test_the_parameters_are_those_of_the_stock_model():
     stock, model = Nnx(nnx.Rngs(0)), Nnx(nnx.Rngs(1))
     NnxBalance(model, 1.0, Tiles(TILES.block_q, TILES.block_k, TILES.rows, causal=True))

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from jbalance import attention
 from tests.support.attention_cases import Case, loss, problem
+from tests.support.versions import NEWER_JAX
 
 CASE = Case(128, 128, 8, 8, batch=1, block_k=16, bias=(1, 1, 1, None))
 
@@ -147,8 +148,7 @@ def test_tiles_that_are_left_out_are_not_read():
     assert_near(got, want, 0)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="jax 0.8 keeps twice as much")
-@pytest.mark.parametrize("tokens", [1024, 8192])
+@pytest.mark.parametrize("tokens", [1024, pytest.param(8192, marks=NEWER_JAX)])
 def test_temporary_memory_is_that_of_a_few_copies_of_q(tokens):
     q = jnp.zeros((1, tokens, 2, 64))
     k, bias = q[:, :, :1], jnp.zeros((1, 1, 1, tokens))

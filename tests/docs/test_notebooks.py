@@ -62,6 +62,7 @@ def test_a_notebook_trains_as_long_as_it_says(path, monkeypatch):
 
 
 def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 2
     assert TRAINING
     numbers = [int(path.stem.split("_")[0]) for path in NOTEBOOKS]
     assert numbers == list(range(1, len(NOTEBOOKS) + 1))
