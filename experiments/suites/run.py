@@ -28,6 +28,7 @@ ARM = "{} at {:g}"
 KEPT_WHOLE = dataclasses.replace(policy_of(FULL), scorer=measure.WORTH)
 
 Row = dict[str, dict[str, Any]]
+Arms = Callable[[np.ndarray], Iterator[tuple[str, int, LogProbs]]]  # of a context, `_arms`
 """Figures of a context, by arm."""
 
 
@@ -98,13 +99,16 @@ def run(
     """
     decoder = decoder_of(model)
     policies = [KEPT_WHOLE, *map(policy_of, settings.policies)]
+    arms = functools.partial(_arms, model, decoder, policies, settings.budgets)
     for length in settings.lengths:
         writer = Writer(tokenizer, length)
         for task in settings.tasks:
             entry = _entry(results, name, task, length, settings.arms)
-            one = prose_row if task == prose.NAME else functools.partial(task_row, task)
             for index in range(len(entry["cases"]), settings.samples):
-                row = one(model, decoder, writer, index, policies, settings.budgets)
+                if task == prose.NAME:
+                    row = prose_row(model, writer, index, arms)
+                else:
+                    row = task_row(task, writer, index, arms)
                 entry["cases"].append(row)
                 step()
 
@@ -138,20 +142,12 @@ def _entry(results, name: str, task: str, length: int, arms: list[str]) -> dict[
     return results[-1]
 
 
-def task_row(
-    task: str,
-    model: Transformer,
-    decoder: Model,
-    writer: Writer,
-    index: int,
-    policies: Sequence[Policy],
-    budgets: Sequence[float],
-) -> Row:
+def task_row(task: str, writer: Writer, index: int, arms: Arms) -> Row:
     """Case `index` of a task: what the full cache's answers hold, and what of that the others' hold."""
     case = tasks.case_of(task, writer, index)
     row: Row = {}
     full: list[Reply] | None = None
-    for arm, cache_bytes, log_probs in _arms(model, decoder, case.context, policies, budgets):
+    for arm, cache_bytes, log_probs in arms(case.context):
         replies = _replies(log_probs, case, writer.tokenizer, full)
         if full is None:
             full = replies
@@ -191,20 +187,13 @@ def _held(question: Question, own: Reply) -> tuple[str, ...]:
     return tuple(itertools.compress(question.references, hits))
 
 
-def prose_row(
-    model: Transformer,
-    decoder: Model,
-    writer: Writer,
-    index: int,
-    policies: Sequence[Policy],
-    budgets: Sequence[float],
-) -> Row:
+def prose_row(model: Transformer, writer: Writer, index: int, arms: Arms) -> Row:
     """Passage `index`: the distance of every prediction from that of dense attention."""
     passage = prose.passage_of(writer, index)
     fed = passage.continuation[:-1]
     dense = evaluate.reference(model, passage.context, fed)
     row: Row = {}
-    for arm, cache_bytes, log_probs in _arms(model, decoder, passage.context, policies, budgets):
+    for arm, cache_bytes, log_probs in arms(passage.context):
         apart = prose.distances(log_probs(fed), dense)
         agreed = int(apart.same.sum())
         row[arm] = {"kl": runs.packed(apart.kl), "agreed": agreed, "bytes": cache_bytes}
@@ -214,9 +203,9 @@ def prose_row(
 def _arms(
     model: Transformer,
     decoder: Model,
-    context: np.ndarray,
     policies: Sequence[Policy],
     budgets: Sequence[float],
+    context: np.ndarray,
 ) -> Iterator[tuple[str, int, LogProbs]]:
     """The context as each arm keeps it, the full cache first: name, bytes and predictions."""
     devices = jax.devices()[:1]
