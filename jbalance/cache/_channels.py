@@ -46,7 +46,7 @@ class Basis(NamedTuple):
     def stored(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [N, S, D] float32 as arena and centroids hold them."""
         keys = self._turned(k - self.mean.astype(jnp.float32)[:, None], 1)
-        return keys, v.astype(jnp.float32) * self._value_factor(1)
+        return keys, v.astype(jnp.float32) * _power(self.value_scale, 1)[:, None]
 
     def asked(self, q: jax.Array) -> jax.Array:
         """Queries [N, T, D] float32 for stored keys: their logits lack the product with the mean."""
@@ -54,15 +54,11 @@ class Basis(NamedTuple):
 
     def answered(self, y: jax.Array) -> jax.Array:
         """Attention [N, T, D] float32 over stored values, as it is over the values that came."""
-        return y * self._value_factor(-1)
-
-    def _value_factor(self, power):
-        """[N, 1, D] a power of the values' s."""
-        return jnp.exp2(self.value_scale.astype(jnp.float32) * (power / _PER_OCTAVE))[:, None]
+        return y * _power(self.value_scale, -1)[:, None]
 
     def _turned(self, x, power):
         """x [N, S, D] times a power of s, its channels in their order."""
-        factor = jnp.exp2((self.channels >> 1).astype(jnp.float32) * (power / _PER_OCTAVE))
+        factor = _power(self.channels >> 1, power)
         first = (self.channels & 1).astype(jnp.int32)
         before = jnp.sum(first, axis=1, keepdims=True)
         place = jnp.where(
@@ -145,6 +141,11 @@ def measured(
     best = jnp.zeros_like(keys) if energy is None else (asked - keys) / 4
     even = jnp.where(values > 0, -jnp.log2(jnp.where(values > 0, values, 1)) / 2, jnp.nan)
     return Basis(mean, 2 * _codes(best) + first.astype(jnp.int8), _codes(even))
+
+
+def _power(codes: jax.Array, power: int) -> jax.Array:
+    """float32 powers of the scales of `_codes`."""
+    return jnp.exp2(codes.astype(jnp.float32) * (power / _PER_OCTAVE))
 
 
 def _codes(octaves: jax.Array) -> jax.Array:
