@@ -100,9 +100,13 @@ def entered(
     energy: jax.Array | None = None,
 ) -> Basis:
     """The basis of units [N] that tokens enter: theirs, or, in one that is untouched, `measured`."""
-    first = untouched(cache, units)[:, None]
-    new = measured(k, v, w, number, energy)
-    return jax.tree.map(lambda x, y: jnp.where(first, x, y), new, of_units(cache, units))
+    first, own = untouched(cache, units)[:, None], of_units(cache, units)
+
+    def new() -> Basis:
+        basis = measured(k, v, w, number, energy)
+        return jax.tree.map(lambda x, y: jnp.where(first, x, y), basis, own)
+
+    return lax.cond(jnp.any(first), new, lambda: own)  # most tokens enter units that have tokens
 
 
 def measured(
