@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,9 +86,15 @@ def objective(each: Array, labels: Array, fairness: float) -> Array:
 
 
 class Trained(NamedTuple):
-    """A classifier, and what tells its hits on batches as they are and under attack."""
+    """A classifier, by what it tells right of a batch.
 
-    hits: Callable[[Packed], dict[str, Array]]
+    Attributes:
+      hits: [B] bool, as the texts are.
+      attacked: [B] bool by attack.
+    """
+
+    hits: Callable[[Packed], Array]
+    attacked: Callable[[Packed], dict[str, Array]]
 
 
 def train(
@@ -115,8 +122,16 @@ def train(
         )  # fmt: skip
     graph, parameters = nnx.split(model)
 
+    def told(model: Classifier, x: Array, batch: Packed) -> Array:
+        return (model(x, batch, lambda y: y) > 0) == batch.labels[:, 0]
+
     @jax.jit
-    def hits(parameters: Any, batch: Packed) -> dict[str, Array]:
+    def hits(parameters: Any, batch: Packed) -> Array:
+        model = nnx.merge(graph, parameters)
+        return told(model, model.embedded(batch), batch)
+
+    @jax.jit
+    def attacked(parameters: Any, batch: Packed) -> dict[str, Array]:
         model = nnx.merge(graph, parameters)
         x = model.embedded(batch)
         there = (batch.example < len(batch.labels))[:, None]
@@ -127,29 +142,25 @@ def train(
             return jnp.sum(each_loss(model, x, batch))
 
         shifts = {
-            "clean": jnp.zeros_like(x),
             "FGSM": attacks.sign_gradient(loss, x, radius),
             "PGD": attacks.projected_gradient(loss, x, radius),
         }
-        return {
-            name: (model(x + shift, batch, lambda y: y) > 0) == batch.labels[:, 0]
-            for name, shift in shifts.items()
-        }
+        return {name: told(model, x + shift, batch) for name, shift in shifts.items()}
 
-    return Trained(lambda batch: hits(parameters, batch))
+    return Trained(functools.partial(hits, parameters), functools.partial(attacked, parameters))
 
 
-def hits_of(
-    trained: Trained, kept: Examples, labels: np.ndarray, size: int
-) -> dict[str, np.ndarray]:
-    """[B] bool, whether each text is told right, as it is and under attack."""
+def over_texts(of: Callable[[Packed], Any], kept: Examples, labels: np.ndarray, size: int) -> Any:
+    """What `Trained.hits` or `Trained.attacked` say of all texts: [B] bool, or so by attack."""
     rows = training.rows(len(kept), BATCH)
     found = [
-        {name: np.asarray(x)[: len(row)] for name, x in
-         trained.hits(pack([kept[i] for i in row], labels[row], size, BATCH)).items()}
+        jax.tree.map(
+            lambda x, row=row: np.asarray(x)[: len(row)],
+            of(pack([kept[i] for i in row], labels[row], size, BATCH)),
+        )
         for row in rows
-    ]  # fmt: skip
-    return {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+    ]
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 def run(
@@ -172,16 +183,15 @@ def run(
     }
     rows = training.rows(len(labels), BATCH)
     size = max(places(x, rows) for x in kept.values())
-    told = {name: hits_of(trained, x, labels, size) for name, x in kept.items()}
-    right = told["clean"]["clean"]
+    told = {name: over_texts(trained.hits, x, labels, size) for name, x in kept.items()}
+    right = told["clean"]
     others = ~material.stuffs
     judged = {
         "accuracy": right,
-        "noise": told["noise"]["clean"],
-        "missing": told["missing"]["clean"],
-        "FGSM": told["clean"]["FGSM"],
-        "PGD": told["clean"]["PGD"],
-        "others, stuffed": told["stuffed"]["clean"][others],
+        "noise": told["noise"],
+        "missing": told["missing"],
+        **over_texts(trained.attacked, kept["clean"], labels, size),
+        "others, stuffed": told["stuffed"][others],
     }
     got = np.array([len(x["ids"]) for x in kept["clean"]], np.float32)
     fared = audit.by_group(got, groups, len(SOURCES), 1.0 - right)
@@ -223,7 +233,7 @@ def reviewed(material: Material, trained: Trained, total: int, size: int) -> dic
     after = arms.ARMS["ladder"](np.split(np.asarray(w), ends[:-1]), groups, total)
     kept = kept_of(ids, after)
     size = max(size, places(kept, training.rows(len(kept), BATCH)))
-    right = hits_of(trained, kept, material.test_labels, size)["clean"]
+    right = over_texts(trained.hits, kept, material.test_labels, size)
     return {
         "listed": len(listed) / len(every),
         "moved": float(np.mean(np.concatenate(before) != np.concatenate(after))),
