@@ -114,8 +114,8 @@ def of_parts(known: Stamps, held: Stamps, sizes: Sizes) -> Material:
     volume = arms.counts(train).sum(axis=0) / sum(map(len, mass))
     alpha = shares.proportional(importance.weighted(association, volume.astype(np.float32)))
     return Material(
-        Scored(train, [_worth(x) for x in mass]),
-        {name: Scored(x, [_worth(m) for m in _masses(scorer, x)[0]]) for name, x in test.items()},
+        Scored(train, _worth(mass)),
+        {name: Scored(x, _worth(_masses(scorer, x)[0])) for name, x in test.items()},
         changes,
         np.tile(labels, (sizes.copies, 1)),
         test_labels,
@@ -136,9 +136,11 @@ def spaces(known: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, np.nd
     return first.astype(np.float32), second.astype(np.float32)
 
 
-def _worth(mass: np.ndarray) -> np.ndarray:
-    """[n] of an example's tokens, by the tasks' mass [n, tasks]."""
-    return np.asarray(importance.weighted(mass, np.ones(len(TASKS), np.float32)))
+def _worth(masses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """[n] of each example's tokens, by the tasks' mass [n, tasks]."""
+    ends = np.cumsum([len(x) for x in masses])
+    w = importance.weighted(np.concatenate(masses), np.ones(len(TASKS), np.float32))
+    return np.split(np.asarray(w), ends[:-1])
 
 
 def _association(examples: Sequence[Example], mass: Sequence[np.ndarray]) -> np.ndarray:

@@ -66,7 +66,13 @@ def _study(smoke: bool) -> study.Study:
         return experiment.run(name, part, seed, sizes, advance)
 
     steps = sizes.epochs * (4 * sizes.train // experiment.BATCH)
-    return study.Study(about, list(ARMS), steps, one)
+    some = [
+        "full",
+        "ladder, half",
+        "ladder with floors, quarter",
+        "proportional with caps, quarter",
+    ]
+    return study.Study(about, some if smoke else list(ARMS), steps, one)
 
 
 def _regression(sizes: Sizes) -> float:
