@@ -78,7 +78,7 @@ def _study(smoke: bool) -> study.Study:
         return found
 
     steps = epochs * sum(len(x.days(test=False)) // experiment.BATCH for x in materials.values())
-    return study.Study(about, list(ARMS), steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one)
 
 
 def _named(market: str, figures: Mapping[str, Any]) -> dict[str, Any]:

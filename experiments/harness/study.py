@@ -44,6 +44,12 @@ def at_parts(whole: str, arms: Sequence[str]) -> dict[str, tuple[str, float]]:
     }
 
 
+def arms_of(arms: Mapping[str, tuple[str, float]], smoke: bool) -> list[str]:
+    """Names of `at_parts`; in a smoke run without the smallest part, another size of the same."""
+    last = min(PARTS.values())
+    return [name for name, (_, part) in arms.items() if not smoke or part != last]
+
+
 def main(
     name: str,
     description: str | None,

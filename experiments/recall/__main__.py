@@ -55,7 +55,7 @@ def _study(smoke: bool) -> study.Study:
     def one(arm: str, seed: int, advance: Callable[[], None]) -> Mapping[str, Any]:
         return experiment.run(*ARMS[arm], seed, sizes, advance)
 
-    return study.Study(about, list(ARMS), sizes.steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), sizes.steps, one)
 
 
 if __name__ == "__main__":

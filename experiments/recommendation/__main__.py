@@ -63,7 +63,7 @@ def _study(smoke: bool) -> study.Study:
         return experiment.run(*ARMS[arm], seed, sizes, advance)
 
     steps = sizes.epochs * PIECES * len(material.known.items) // BATCH
-    return study.Study(about, list(ARMS), steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one)
 
 
 def popularity(material: Material) -> dict[str, float]:

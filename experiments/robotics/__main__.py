@@ -65,7 +65,7 @@ def _study(smoke: bool) -> study.Study:
 
     scenes = len(experiment.prepare(sizes).train.value)
     steps = sizes.epochs * (scenes // BATCH) + sizes.drives
-    return study.Study(about, list(ARMS), steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one)
 
 
 NOTES = (

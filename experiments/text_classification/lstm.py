@@ -326,7 +326,7 @@ def _study(smoke: bool) -> study.Study:
         return run(*ARMS[arm], seed, sizes, advance)
 
     steps = sizes.epochs * (len(split.train.texts) // BATCH)
-    return study.Study(about, list(ARMS), steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one)
 
 
 NOTES = (

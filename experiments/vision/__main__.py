@@ -73,7 +73,7 @@ def _study(smoke: bool) -> study.Study:
         return experiment.run(name, part, seed, sizes, advance)
 
     steps = sizes.epochs * (sizes.train // BATCH)
-    return study.Study(about, list(ARMS), steps, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one)
 
 
 if __name__ == "__main__":

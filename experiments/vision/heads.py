@@ -212,7 +212,7 @@ def _study(smoke: bool) -> study.Study:
         name, part = ARMS[arm]
         return run(name, part, seed, sizes, advance)
 
-    return study.Study(about, list(ARMS), sizes.train // BATCH, one)
+    return study.Study(about, study.arms_of(ARMS, smoke), sizes.train // BATCH, one)
 
 
 if __name__ == "__main__":
