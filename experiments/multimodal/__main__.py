@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _study(smoke: bool) -> study.Study:
     sizes = SMOKE if smoke else WHOLE
     known, held = data.split(data.read())
-    told = known.part(np.arange(0, len(known.labels), 3)) if smoke else known
+    some = known.part(np.arange(0, len(known.labels), 3)) if smoke else known
     about = {
         "title": "Picture, sound and caption",
         "notes": _NOTES.format(known=len(known.labels), held=len(held.labels)),
@@ -44,7 +44,7 @@ def _study(smoke: bool) -> study.Study:
             "weight decay": experiment.WEIGHT_DECAY,
             "price of noise": experiment.PRICE,
         },
-        "baselines": baselines.of_parts(told, held),
+        "baselines": baselines.of_parts(some, held),
         "compare": [
             ["ladder, half", "full"],
             ["ladder, half", "uniform, half"],
@@ -61,9 +61,8 @@ def _study(smoke: bool) -> study.Study:
         return experiment.run(name, part, seed, sizes, advance)
 
     steps = sizes.epochs * (len(known.labels) // BATCH)
-    every = ["full", "ladder, half", "separate"] if smoke else list(ARMS)
     pictures = {report.PICTURE: (report.SHOWS, report.draw)}
-    return study.Study(about, every, steps, one, pictures)
+    return study.Study(about, study.arms_of(ARMS, smoke), steps, one, pictures)
 
 
 _NOTES = (

@@ -28,8 +28,9 @@ ARM = "{} at {:g}"
 KEPT_WHOLE = dataclasses.replace(policy_of(FULL), scorer=measure.WORTH)
 
 Row = dict[str, dict[str, Any]]
-Arms = Callable[[np.ndarray], Iterator[tuple[str, int, LogProbs]]]  # of a context, `_arms`
 """Figures of a context, by arm."""
+Arms = Callable[[np.ndarray], Iterator[tuple[str, int, LogProbs]]]
+"""Of a context: `_arms` of one model."""
 
 
 @dataclasses.dataclass(frozen=True)
