@@ -23,7 +23,7 @@ from experiments.models import options as models
 def job(options: argparse.Namespace) -> None:
     memory = checked_memory(options)
 
-    from experiments.harness import texts
+    from experiments.harness import progress, texts
 
     text = texts.read_file(options.text) if options.text else ""
     cli.simulated_devices(len(memory))
@@ -56,7 +56,10 @@ def job(options: argparse.Namespace) -> None:
         if position:
             state = decode.tell(decoder, state, 0, tokens)
         else:
-            state = decode.join(decoder, state, 0, tokens, sampling=sampling)
+            with progress.bar(f"reading {len(ids)} tokens", decoder.num_layers) as advance:
+                state = decode.join(
+                    decoder, state, 0, tokens, sampling=sampling, on_layer=lambda layer: advance()
+                )
         _, state = write_answer(decoder, state, chat, options.max_new_tokens)
         position = int(state.positions[0])
 
@@ -94,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command's exit code."""
     parser = cli.parser("experiments.chat", __doc__)
     add_options(parser)
-    parser.add_argument("--text", help="a UTF-8 text file that the first question is about")
+    parser.add_argument(
+        "--text", metavar="FILE", help="a UTF-8 text file that the first question is about"
+    )
     return cli.run(parser, job, arguments)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterable
 
-from experiments.harness import cli
+from experiments.harness import cli, files
 from experiments.models import options as models
 
 
@@ -24,14 +24,18 @@ def job(options: argparse.Namespace) -> None:
     if not options.question.strip():
         raise ValueError("--question is empty: ask something")
 
-    from experiments.harness import texts
+    from experiments.harness import rules, texts
 
     text = texts.read_file(options.text) if options.text else ""
+    keep = files.json_writer(options.json)
+    if options.keep is not None:
+        rules.pattern_of(options.keep)
     cli.simulated_devices(len(memory))
 
     import numpy as np
 
     from experiments.harness import progress
+    from experiments.harness.tokens import pieces
     from experiments.models import chat_prompt
     from experiments.models.worth import decoder_of
     from jbalance import decode
@@ -44,11 +48,19 @@ def job(options: argparse.Namespace) -> None:
     prompt = np.array(chat_prompt(chat, options.question, text), np.int32)
     size = len(prompt) + options.max_new_tokens
     models.check_positions(found, size, "the prompt and --max-new-tokens")
-    decoder = decoder_of(found.model)
+    decoder, known = decoder_of(found.model), None
+    if options.keep is not None:
+        known = rules.kept_by_rule(options.keep, pieces(chat.tokenizer, prompt))
     state = decode.create(decoder, memory)
     with progress.bar(f"reading {len(prompt)} tokens", decoder.num_layers) as advance:
         state = decode.join(
-            decoder, state, 0, prompt, sampling=sampling, on_layer=lambda layer: advance()
+            decoder,
+            state,
+            0,
+            prompt,
+            sampling=sampling,
+            known=known,
+            on_layer=lambda layer: advance(),
         )
     start = time.perf_counter()
     ids, state = write_answer(decoder, state, chat, options.max_new_tokens)
@@ -58,6 +70,17 @@ def job(options: argparse.Namespace) -> None:
         f"{len(prompt)} tokens read, {len(ids)} written at {rate:.1f} a second; cache: {held} bytes, "
         f"a dense one of 16 bits would take {decoder.dense_bytes(len(prompt) + len(ids)):,}",
         file=sys.stderr,
+    )
+    keep(
+        {
+            "answer": chat.tokenizer.decode(ids),
+            "prompt_tokens": len(prompt),
+            "answer_tokens": len(ids),
+            "cache_bytes": list(state.nbytes),
+            "memory_bytes": memory,
+            "dense_bytes": decoder.dense_bytes(len(prompt) + len(ids)),
+            "tokens_per_second": rate,
+        }
     )
 
 
@@ -80,11 +103,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Of the model, the memory and the answer."""
     models.add_options(parser)
     parser.add_argument(
-        "--memory", required=True, help="for the cache, one size a device: 8MiB,4MiB"
+        "--memory",
+        metavar="SIZES",
+        required=True,
+        help="for the cache, one size a device: 8MiB,4MiB",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled at a temperature")
 
 
 def checked_memory(options: argparse.Namespace) -> list[int]:
@@ -119,8 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command's exit code."""
     parser = cli.parser("experiments.generate", __doc__)
     add_options(parser)
-    parser.add_argument("--text", help="a UTF-8 text file that the question is about")
-    parser.add_argument("--question", required=True)
+    parser.add_argument(
+        "--text", metavar="FILE", help="a UTF-8 text file that the question is about"
+    )
+    parser.add_argument("--question", required=True, help="which the model answers")
+    parser.add_argument(
+        "--keep", metavar="REGEX", help="what it matches of the text always stays in the cache"
+    )
+    cli.add_json(parser)
     return cli.run(parser, job, arguments)
 
 

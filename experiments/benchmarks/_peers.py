@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -13,7 +14,13 @@ from numpy.typing import ArrayLike
 
 _FOLDER = Path(__file__).parents[1] / "peers"
 _PYTHON = _FOLDER / ".venv" / "bin" / "python"
-HELP = "beside other libraries, which `make peers` installs"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--peers."""
+    parser.add_argument(
+        "--peers", action="store_true", help="beside other libraries, which `make peers` installs"
+    )
 
 
 class Peer:

@@ -12,14 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import cli, files
+from experiments.harness import cli, files, progress
 
 REPETITIONS = 7
 MOST_CALLS, TURN_SECONDS = 10, 0.02
@@ -87,30 +86,27 @@ def _turn(call: Callable[[], Any]) -> float:
 
 
 def main(
-    description: str,
+    name: str,
+    description: str | None,
     measure: Callable[..., Iterable[Row]],
-    flags: Mapping[str, str] | None = None,
-    numbers: Mapping[str, tuple[float, str]] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """Run `measure(quick, **flags)`, print its rows, and write them where --json says.
+    """Run `measure(quick, **options)`, print its rows, and write them where --json says.
 
     On one core unless --all-cores: XLA does not spread a loop over cores, and on more than one the many
     small steps inside of it wait for each other, while dense attention gains.
 
     Args:
-      description: whose first line is the help's.
+      name: of the module below `experiments`.
+      description: the module's docstring.
       measure: all rows, with `quick` for a smoke run; the file has those that are there already.
-      flags: names of switches that it takes besides, and their help.
-      numbers: names of numbers that it takes, with what they are if left out, and their help.
+      add_options: adds the options that it takes besides.
     """
-    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file")
+    parser = cli.parser(f"experiments.{name}", description)
+    cli.add_json(parser)
     parser.add_argument("--quick", action="store_true", help="small sizes: a smoke run")
     parser.add_argument("--all-cores", action="store_true", help="use all cores, not one")
-    for name, text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    for name, (default, text) in (numbers or {}).items():
-        parser.add_argument(f"--{name}", type=float, default=default, help=f"{text}; {default:g}")
+    add_options(parser)
     sys.exit(cli.run(parser, functools.partial(_job, measure)))
 
 
@@ -121,10 +117,14 @@ def _job(measure: Callable[..., Iterable[Row]], options: argparse.Namespace) -> 
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     keep = files.json_writer(out)
     rows: list[Row] = []
-    for row in measure(**switches):
-        rows.append(row)
-        every = [row.as_json() for row in rows]
-        keep({"rows": every, "machine": _machine(), "versions": _versions()})
+    with progress.display() as bars:
+        task = bars.add_task("Measuring", total=None)
+        for row in measure(**switches):
+            rows.append(row)
+            every = [row.as_json() for row in rows]
+            keep({"rows": every, "machine": _machine(), "versions": _versions()})
+            bars.update(task, description=f"{row.case}: {row.metric} {row.value:.4g}")
+            bars.advance(task)
     _print(rows)
 
 

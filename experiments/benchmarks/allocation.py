@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure)
+    _report.main("benchmarks.allocation", __doc__, measure)
 
 
 def measure(quick: bool) -> Iterator[Row]:

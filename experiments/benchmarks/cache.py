@@ -61,7 +61,7 @@ class Context(NamedTuple):
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure_all)
+    _report.main("benchmarks.cache", __doc__, measure_all)
 
 
 def measure_all(quick: bool) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from flax import nnx
 
 from experiments.benchmarks import _report, _stock_model
 from experiments.benchmarks._report import Bar, Row
-from experiments.harness import texts
+from experiments.harness import cli, texts
 from experiments.models import Transformer, load_gguf, prefill_attention, smollm2_path
 from experiments.models.worth import decoder_of
 from jbalance import decode
@@ -41,8 +41,8 @@ COMPILE_RATIO, STOCK_RATIO, COMPILE_S = 2.0, 3.0, 20.0
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 2)
-    _report.main(__doc__ or "", measure_all)
+    cli.simulated_devices(2)
+    _report.main("benchmarks.decode", __doc__, measure_all)
 
 
 def measure_all(quick: bool) -> Iterator[Row]:

@@ -33,7 +33,7 @@ NO_HARM = ("upgrad", "mgda")
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure_all, {"peers": _peers.HELP})
+    _report.main("benchmarks.multitask", __doc__, measure_all, _peers.add_options)
 
 
 def measure_all(quick: bool, peers: bool) -> Iterator[Row]:

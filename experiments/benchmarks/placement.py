@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,20 +64,22 @@ class Placed(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loads", type=Path)
-    parser.add_argument("--devices", type=int)
-    parser.add_argument("--slots", type=int)
-    options, rest = parser.parse_known_args()
-    if options.loads is None and (options.devices is not None or options.slots is not None):
-        raise SystemExit("error: --devices and --slots override those of a file: give --loads")
-    sys.argv[1:] = rest
-    _report.main(__doc__ or "", functools.partial(measure, **vars(options)))
+    _report.main("benchmarks.placement", __doc__, measure, _add_options)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loads", type=Path, metavar="FILE", help="an .npz file; if left out, ours"
+    )
+    parser.add_argument("--devices", type=int, help="other than the file's")
+    parser.add_argument("--slots", type=int, help="other than the file's")
 
 
 def measure(
     quick: bool, loads: Path | None = None, devices: int | None = None, slots: int | None = None
 ) -> Iterator[Row]:
+    if loads is None and (devices is not None or slots is not None):
+        raise ValueError("--devices and --slots override those of a file: give --loads")
     if loads is not None:
         yield from rows_of(from_file(loads, devices, slots))
         return

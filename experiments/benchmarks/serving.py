@@ -34,7 +34,7 @@ PLACE_BYTES = 4_000_000  # so that a request has as much as it can use, whoever 
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure_all)
+    _report.main("benchmarks.serving", __doc__, measure_all)
 
 
 def measure_all(quick: bool) -> Iterator[Row]:

@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from experiments.benchmarks import _report
 from experiments.benchmarks._report import Bar, Row
-from experiments.harness import collectives
+from experiments.harness import cli, collectives
 from jbalance import attention, importance, place, sharded
 from jbalance._search import MOST_PASSES
 
@@ -53,8 +53,8 @@ class Program(NamedTuple):
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    _report.main(__doc__ or "", measure)
+    cli.simulated_devices(max(DEVICES))
+    _report.main("benchmarks.sharded", __doc__, measure)
 
 
 def measure(quick: bool) -> Iterator[Row]:

@@ -11,6 +11,7 @@ of the last quarter of the minutes.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import tempfile
 import time
@@ -43,8 +44,11 @@ CONFIG = TransformerConfig(
 
 
 def main() -> None:
-    numbers = {"minutes": (5.0, "how long it runs")}
-    _report.main(__doc__ or "", measure_all, numbers=numbers)
+    _report.main("benchmarks.soak", __doc__, measure_all, _add_options)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long it runs")
 
 
 class _Requests:

@@ -1,5 +1,7 @@
 """Benchmark of attention over tiles: speed beside dense attention and plain products, at any density.
 
+    python -m experiments.benchmarks.tiles [--json OUT] [--quick] [--all-cores] [--peers]
+
 A case `tT_dF` is causal attention of 8 heads, D = 64, over T tokens in float32, with the fraction F of
 its causal tiles: each query block's own, and others at random. Times are medians of interleaved
 calls, ratios are those of one run. A rate counts the products of the tiles in the plan, 2 a tile
@@ -68,7 +70,7 @@ class Inputs(NamedTuple):
 
 def main() -> None:
     _keep_freed_memory()
-    _report.main(__doc__ or "", measure_all, {"peers": _peers.HELP})
+    _report.main("benchmarks.tiles", __doc__, measure_all, _peers.add_options)
 
 
 def measure_all(quick: bool, peers: bool) -> Iterator[Row]:

@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure)
+    _report.main("benchmarks.training", __doc__, measure)
 
 
 def measure(quick: bool) -> list[Row]:

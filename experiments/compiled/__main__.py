@@ -31,7 +31,7 @@ SECONDS = 3600  # that a compiler may take
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.compiled", __doc__)
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="OUT", help="file of results")
+    cli.add_json(parser, RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE, metavar="OUT", help="page of them")
     parser.add_argument("--only", default="", metavar="PART", help="of the names of cases")
     return cli.run(parser, _job, arguments)

@@ -65,7 +65,7 @@ MEMORY, LEAST_BYTES = 0.25, 32 << 20  # of the free memory; where a device repor
 
 
 def main() -> None:
-    _report.main(__doc__ or "", measure_all)
+    _report.main("compiled.measure", __doc__, measure_all)
 
 
 def measure_all(quick: bool) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from experiments.harness import cli, docs, hardening, site, uses
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.harness", __doc__)
-    parser.add_argument("job", choices=("docs", "uses", "site", "hardening"))
+    parser.add_argument("job", choices=("docs", "uses", "site", "hardening"), help="as above")
     return cli.run(parser, _job, arguments)
 
 

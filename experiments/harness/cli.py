@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.harness import interrupt
 from experiments.harness.lines import plain
@@ -16,12 +17,45 @@ BAD_INPUT, INTERRUPTED = 2, interrupt.CODE
 PROGRAMS = Path(__file__).resolve().parents[2] / ".cache" / "jax"
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they stand; what an option is if left out; N and X for whole and other numbers."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (int, float):
+            return "N" if action.type is int else "X"
+        return super()._get_default_metavar_for_optional(action)
+
+
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser of `python -m MODULE`, whose help is the module's docstring as it stands."""
     return argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m {module}", description=description, formatter_class=_Help
+    )
+
+
+def add_job(jobs: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """The parser of one of a command's jobs; `jobs` is what `add_subparsers` gave."""
+    return jobs.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_Help
+    )
+
+
+def add_json(
+    parser: argparse.ArgumentParser, default: str | Path | None = None, required: bool = False
+) -> None:
+    """--json OUT, where a command writes its results."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        default=None if default is None else Path(default),
+        required=required,
+        help="file of results",
     )
 
 
@@ -60,6 +94,11 @@ def run(
     return INTERRUPTED
 
 
+def of_job(out: Path, default: Path, job: str) -> Path:
+    """Where a job of a command writes: its name is in that of the default, if --json is left out."""
+    return default.with_stem(f"{default.stem}_{job}") if out == default else out
+
+
 def memory(option: str, text: str) -> list[int]:
     """Bytes of each device, of an option such as "4MiB,2MiB".
 
@@ -72,6 +111,19 @@ def memory(option: str, text: str) -> list[int]:
         return [parse_bytes(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
+
+
+def numbers(option: str, text: str, kind: type[int] | type[float] = float) -> list[Any]:
+    """Those of an option such as "0.25,0.1".
+
+    Raises:
+      ValueError: that names the option.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} is {text!r}: {what} with commas") from None
 
 
 def simulated_devices(number: int) -> None:

@@ -77,18 +77,6 @@ def _digest(report: Mapping[str, Any]) -> str:
     return files.digest_of([report.get("settings"), report["runs"]])
 
 
-def seeds_of(text: str) -> list[int]:
-    """Those of the option --seeds.
-
-    Raises:
-      ValueError: anything but whole numbers with commas.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds is {text!r}: whole numbers with commas") from None
-
-
 def _begun(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """The file's report, or a new one."""
     fresh = json.loads(json.dumps({**about, "runs": []}))

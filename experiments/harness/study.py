@@ -65,16 +65,17 @@ def main(
       arguments: those of the process if left out.
     """
     parser = cli.parser(f"experiments.{name}", description)
+    default = Path(f"out/{name}.json")
+    cli.add_json(parser, default)
     parser.add_argument(
-        "--json", metavar="OUT", help=f"file of results; out/{name}.json if left out"
+        "--seeds", default=",".join(map(str, SEEDS)), help="of data and parameters, with commas"
     )
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
     parser.add_argument("--arms", help="names, with slashes; all if left out")
     parser.add_argument("--smoke", action="store_true", help="a small size, to see whether it runs")
 
     def job(options: argparse.Namespace) -> None:
-        out = Path(options.json or f"out/{name}{'_smoke' if options.smoke else ''}.json")
-        seeds = runs.seeds_of(options.seeds)
+        out = cli.of_job(options.json, default, "smoke") if options.smoke else options.json
+        seeds = cli.numbers("--seeds", options.seeds, int)
         files.check_writable(out)
         study = study_of(options.smoke)
         arms = options.arms.split("/") if options.arms else list(study.arms)

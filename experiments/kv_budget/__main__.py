@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,22 @@ def _resume(options: argparse.Namespace) -> None:
     memory = cli.memory("--device-memory", options.device_memory)
     processes.join(options, len(memory))
 
+    from experiments.harness import progress
     from experiments.kv_budget import resume
 
+    keep = files.json_writer(None if options.process_id else options.json)  # one process writes
     found = models.loaded(options)
     model, tokenizer = found.model, found.spoken.tokenizer
-    result = resume.resume(Path(options.state), model, memory)
+    with progress.display() as bars:
+
+        def begin(steps: int) -> Callable[[], object]:
+            task = bars.add_task("tokens", total=steps)
+            return lambda: bars.advance(task)
+
+        result = resume.resume(Path(options.state), model, memory, begin)
     digest = processes.agree(result)
     result["text"] = tokenizer.decode(result["tokens"])
+    keep(result)
     for name, value in result.items():
         print(f"{name}: {value}")
     print(f"digest of the tokens and bytes: {digest}")
@@ -159,7 +169,7 @@ def _score(options: argparse.Namespace) -> None:
     names = options.policy.split(",")
     for name in names:
         policies.policy_of(name)
-    budgets = score.budgets_of(options.budget)
+    budgets = cli.numbers("--budget", options.budget)
     keep = files.json_writer(options.json)
     model = models.loaded(options).model
     cases = score.read_cases(options.cases, model.config.vocab_size)
@@ -178,20 +188,30 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _cases(options: argparse.Namespace) -> None:
+    from experiments.harness import progress
     from experiments.kv_budget import data, evaluate
 
     out = Path(options.out)
     files.check_writable(out)
     found = models.loaded(options)
     model, tokenizer = found.model, found.spoken.tokenizer
-    arrays = data.case_arrays(
-        tokenizer,
-        options.texts.split(","),
-        per_text=options.per_text,
-        context_tokens=options.context_tokens,
-        continuation_tokens=options.continuation_tokens,
-        accept=evaluate.answers_with_everything(model),
-    )
+    names, answers = options.texts.split(","), evaluate.answers_with_everything(model)
+    with progress.bar("cases", len(names) * options.per_text) as advance:
+
+        def accept(case: data.Case) -> bool:
+            accepted = answers(case)
+            if accepted:
+                advance()
+            return accepted
+
+        arrays = data.case_arrays(
+            tokenizer,
+            names,
+            per_text=options.per_text,
+            context_tokens=options.context_tokens,
+            continuation_tokens=options.continuation_tokens,
+            accept=accept,
+        )
     files.write_npz(out, arrays)
     print(", ".join(f"{name} {list(x.shape)}" for name, x in arrays.items()))
 
@@ -199,51 +219,67 @@ def _cases(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(MODULE, __doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
-    run = jobs.add_parser("run", help="one context within the devices' memory, with a report")
-    run.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")
-    run.add_argument("--text", help="a UTF-8 text file; default: a text from a package")
+    run = cli.add_job(jobs, "run", "one context within the devices' memory, with a report")
+    run.add_argument(
+        "--device-memory", metavar="SIZES", required=True, help="one size a device: 4MiB,2MiB"
+    )
+    run.add_argument(
+        "--text", metavar="FILE", help="a UTF-8 text file; if left out, a text from a package"
+    )
     run.add_argument("--source", default="lcet10", help="which text from a package, without --text")
-    run.add_argument("--context-tokens", type=int, default=1280)
+    run.add_argument("--context-tokens", type=int, default=1280, help="of the text that are read")
     run.add_argument("--continuation-tokens", type=int, default=128, help="tokens to predict")
     run.add_argument(
         "--new-tokens", type=int, default=24, help="tokens to decode after the pass key's question"
     )
-    run.add_argument("--policies", help="names, separated by commas; the last one is pictured")
+    run.add_argument("--policies", metavar="NAMES", help="with commas; the last one is pictured")
     run.add_argument(
         "--keep",
         metavar="REGEX",
         help="what it matches of the text always stays, in policies with a price for every token",
     )
-    run.add_argument("--out", default="out/kv_budget", help="folder of the report")
+    run.add_argument("--out", metavar="DIR", default="out/kv_budget", help="folder of the report")
     run.add_argument(
         "--save",
+        metavar="DIR",
         help="folder, the same for all processes: the last policy's state, half of the tokens there",
     )
     processes.add_options(run)
-    resume = jobs.add_parser("resume", help="a saved decode goes on, on any devices")
-    resume.add_argument("--state", required=True, help="folder of run --save")
-    resume.add_argument("--device-memory", required=True, help="one size a device: 4MiB,2MiB")
+    resume = cli.add_job(jobs, "resume", "a saved decode goes on, on any devices")
+    resume.add_argument("--state", metavar="DIR", required=True, help="folder of run --save")
+    resume.add_argument(
+        "--device-memory", metavar="SIZES", required=True, help="one size a device: 4MiB,2MiB"
+    )
     processes.add_options(resume)
-    stream = jobs.add_parser("stream", help="a prompt and a long decode at constant bytes")
-    stream.add_argument("--device-memory", required=True, help="of one device: 1MiB")
-    stream.add_argument("--text", help="a UTF-8 text file; default: a text from a package")
+    cli.add_json(resume)
+    stream = cli.add_job(jobs, "stream", "a prompt and a long decode at constant bytes")
+    stream.add_argument(
+        "--device-memory", metavar="SIZES", required=True, help="of one device: 1MiB"
+    )
+    stream.add_argument(
+        "--text", metavar="FILE", help="a UTF-8 text file; if left out, a text from a package"
+    )
     stream.add_argument(
         "--source", default="lcet10", help="which text from a package, without --text"
     )
-    stream.add_argument("--context-tokens", type=int, default=1280)
-    stream.add_argument("--new-tokens", type=int, default=2000)
-    stream.add_argument("--json", help="file for the figures and the text")
-    cases = jobs.add_parser("cases", help="cases for score, from real texts")
-    cases.add_argument("--texts", default="lcet10,plrabn12", help="names, separated by commas")
-    cases.add_argument("--per-text", type=int, default=5)
-    cases.add_argument("--context-tokens", type=int, default=1280)
-    cases.add_argument("--continuation-tokens", type=int, default=128)
-    cases.add_argument("--out", required=True, help="an .npz file")
-    score = jobs.add_parser("score", help="policies on given cases, at fractions of the full cache")
-    score.add_argument("--cases", required=True, help="an .npz file of token ids")
-    score.add_argument("--budget", required=True, help="fractions, separated by commas")
-    score.add_argument("--policy", required=True, help="names, separated by commas")
-    score.add_argument("--json", required=True, help="file for the results")
+    stream.add_argument(
+        "--context-tokens", type=int, default=1280, help="of the text that are read"
+    )
+    stream.add_argument("--new-tokens", type=int, default=2000, help="tokens to decode")
+    cli.add_json(stream)
+    cases = cli.add_job(jobs, "cases", "cases for score, from real texts")
+    cases.add_argument("--texts", metavar="NAMES", default="lcet10,plrabn12", help="with commas")
+    cases.add_argument("--per-text", type=int, default=5, help="cases of each kind")
+    cases.add_argument("--context-tokens", type=int, default=1280, help="of the text that are read")
+    cases.add_argument("--continuation-tokens", type=int, default=128, help="tokens to predict")
+    cases.add_argument("--out", metavar="OUT", required=True, help="an .npz file")
+    score = cli.add_job(jobs, "score", "policies on given cases, at fractions of the full cache")
+    score.add_argument("--cases", metavar="FILE", required=True, help="an .npz file of token ids")
+    score.add_argument(
+        "--budget", metavar="PARTS", required=True, help="fractions of the full cache, with commas"
+    )
+    score.add_argument("--policy", metavar="NAMES", required=True, help="with commas")
+    cli.add_json(score, required=True)
     for job in (run, resume, stream, cases, score):
         models.add_options(job)
     return parser

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.harness import cli, texts
+from experiments.harness import cli, progress, texts
 from experiments.models import options as models
 from experiments.models.worth import FOLDER, decoder_of, write
 from experiments.text_classification import data as sentiment
@@ -82,18 +82,18 @@ def contexts(tokenizer: Tokenizer, number: int, seed: int = 0) -> list[np.ndarra
 def job(options: argparse.Namespace) -> None:
     found = models.loaded(options)
     model = decoder_of(found.model, learned=False)
-
-    def fitted(layer: int) -> None:
-        print(f"layer {layer} of {model.num_layers}", flush=True)
-
     given = contexts(found.spoken.tokenizer, options.contexts)
-    write(options.out, found.model, fit_worth(model, given, on_layer=fitted))
+    with progress.bar("layers", model.num_layers) as advance:
+        worth = fit_worth(model, given, on_layer=lambda layer: advance())
+    write(options.out, found.model, worth)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("experiments.kv_budget.fit_worth", __doc__)
-    parser.add_argument("--contexts", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=FOLDER / "smollm2.npz")
+    parser.add_argument("--contexts", type=int, default=50, help="that are read")
+    parser.add_argument(
+        "--out", type=Path, metavar="OUT", default=FOLDER / "smollm2.npz", help="an .npz file"
+    )
     models.add_options(parser)
     return cli.run(parser, job, arguments)
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.harness import processes
+from experiments.harness import processes, rules
 from experiments.harness.tokens import pieces
 from experiments.kv_budget import data, evaluate, measure, telling
 from experiments.kv_budget.data import Case
@@ -73,7 +73,7 @@ class Settings:
         if self.save is not None:
             check_folder(Path(self.save))
         if self.keep is not None:
-            telling.pattern_of(self.keep)
+            rules.pattern_of(self.keep)
         measure.check_length("--context-tokens: the context", self.context_tokens)
 
 
@@ -123,7 +123,7 @@ def run(settings: Settings, found: Loaded, step: Callable[[str], Any]) -> dict[s
     measured = jax.block_until_ready(measure.prefill(model, case.context, scorers_of(policies)))
     read = pieces(tokenizer, case.context)
     if settings.keep is not None:
-        measured = measured._replace(known=telling.kept_by_rule(settings.keep, read))
+        measured = measured._replace(known=rules.kept_by_rule(settings.keep, read))
     step("reference: the full cache")
     job = Job(
         found.where.stem,

@@ -67,20 +67,6 @@ def _check_ids(path: str, name: str, ids: np.ndarray, vocab_size: int, number: i
         measure.check_length(name, ids.shape[1])
 
 
-def budgets_of(text: str) -> list[float]:
-    """Those of the option --budget.
-
-    Raises:
-      ValueError: anything but fractions with commas.
-    """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--budget is {text!r}: fractions of the full cache, such as 0.25,0.1"
-        ) from None
-
-
 def check_budgets(budgets: Sequence[float]) -> None:
     """ValueError for what is no fraction of a cache."""
     for budget in budgets:

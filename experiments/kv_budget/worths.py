@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness import cli, files
+from experiments.harness import cli, files, progress
 from experiments.kv_budget import data, evaluate
 from experiments.models import options as models
 from experiments.models.worth import decoder_of
@@ -105,18 +105,20 @@ def job(options: argparse.Namespace) -> None:
         "token_worth": (sketched, contextlib.nullcontext),
         "attention_alone": (sketched, attention_alone),
     }
-    for name, (decoder, way) in ways.items():
-        with way():
-            for fraction in FRACTIONS:
-                row = rows_of(model, decoder, cases, fraction)
-                results.append({"worth": name, "budget": fraction} | row)
-                keep({"contexts": len(cases["lm_ctx"]), "results": results})
-                print(results[-1], flush=True)
+    with progress.bar("worths x budgets", len(ways) * len(FRACTIONS)) as advance:
+        for name, (decoder, way) in ways.items():
+            with way():
+                for fraction in FRACTIONS:
+                    row = rows_of(model, decoder, cases, fraction)
+                    results.append({"worth": name, "budget": fraction} | row)
+                    keep({"contexts": len(cases["lm_ctx"]), "results": results})
+                    print(results[-1], flush=True)
+                    advance()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("experiments.kv_budget.worths", __doc__)
-    parser.add_argument("--json", help="file for the results")
+    cli.add_json(parser)
     parser.add_argument("--contexts", type=int, default=4, help="of each kind, from both texts")
     models.add_options(parser)
     return cli.run(parser, job, arguments)

@@ -14,14 +14,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="smollm2",
-        help="a GGUF file, a Hugging Face directory, or smollm2 or gemma3-270m; default: smollm2",
+        help="a GGUF file, a Hugging Face directory, or smollm2 or gemma3-270m",
     )
     parser.add_argument(
         "--tokenizer", help="a tokenizer.json, or a directory with one; default: the model's own"
     )
-    parser.add_argument(
-        "--max-positions", type=int, help="positions, if more than the model was trained for"
-    )
+    parser.add_argument("--max-positions", type=int, help="if more than the model was trained for")
 
 
 def smollm2() -> Loaded:

@@ -18,13 +18,14 @@ from experiments.harness import cli, files, runs, study
 from experiments.speech import experiment, memories, report
 from jbalance import checks
 
+OUT = Path("out/speech.json")
 SMOKE = ("full", "ladder, 10%")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.speech", __doc__)
-    parser.add_argument("--json", metavar="OUT", help="file of results", default="out/speech.json")
+    cli.add_json(parser, OUT)
     seeds = ",".join(map(str, range(experiment.SEEDS)))
     parser.add_argument("--seeds", default=seeds, help="with commas, parts of the recordings")
     parser.add_argument("--arms", help="names, with slashes; all if left out")
@@ -37,10 +38,10 @@ def _job(options: argparse.Namespace) -> None:
     arms = options.arms.split("/") if options.arms else list(every)
     for name in arms:
         checks.choice("--arms", name, experiment.ARMS)
-    seeds = runs.seeds_of(options.seeds)
+    seeds = cli.numbers("--seeds", options.seeds, int)
     if not set(seeds) <= set(range(experiment.SEEDS)):
         raise ValueError(f"--seeds is {options.seeds!r}: seeds are 0..{experiment.SEEDS - 1}")
-    out = Path(options.json)
+    out = cli.of_job(options.json, OUT, "smoke") if options.smoke else options.json
     files.check_writable(out)
     study.show(measure(out, arms, seeds))
 

@@ -32,18 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _job(options: argparse.Namespace, command: str) -> None:
     from experiments.harness import progress
-    from experiments.kv_budget.score import budgets_of
     from experiments.suites import page, prose, run, tasks
 
     settings = run.Settings(
         tasks=tuple(options.task or (*tasks.TASKS, prose.NAME)),
-        lengths=_lengths(options.length),
+        lengths=tuple(cli.numbers("--length", options.length, int)),
         samples=options.samples,
         policies=tuple(filter(None, options.policy.split(","))),
-        budgets=tuple(budgets_of(options.budget)),
+        budgets=tuple(cli.numbers("--budget", options.budget)),
     )
     run.check(settings)
-    path = Path(options.json)
+    path = options.json
     with files.locked(path):
         report = _begun(path, command)
         found = models.loaded(options)
@@ -77,25 +76,18 @@ def _begun(path: Path, command: str) -> dict[str, Any]:
     return report
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--length is {text!r}: whole numbers with commas") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(MODULE, __doc__)
     parser.add_argument("--task", nargs="+", metavar="NAME", help="all if left out")
-    parser.add_argument("--length", default="1024", help="tokens, with commas; default: 1024")
-    parser.add_argument("--samples", type=int, default=8, help="contexts of each; default: 8")
+    parser.add_argument("--length", default="1024", help="tokens, with commas")
+    parser.add_argument("--samples", type=int, default=8, help="contexts of each")
     parser.add_argument(
         "--policy",
         default="ladder,ladder-thorough",
         help="names, with commas; empty to screen with the full cache alone",
     )
     parser.add_argument("--budget", default="0.25,0.1,0.05", help="fractions, with commas")
-    parser.add_argument("--json", required=True, metavar="OUT", help="file of results")
+    cli.add_json(parser, required=True)
     models.add_options(parser)
     return parser
 

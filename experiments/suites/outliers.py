@@ -75,12 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.suites.outliers", __doc__)
     parser.add_argument("--cases", required=True, help="an .npz file of kv_budget's cases")
-    parser.add_argument("--policy", default="ladder", help="names, with commas; default: ladder")
+    parser.add_argument("--policy", default="ladder", help="names, with commas")
     parser.add_argument("--budget", default="0.25,0.1,0.05", help="fractions, with commas")
-    parser.add_argument("--scale", default="2,8,30", help="with commas; default: 2,8,30")
-    parser.add_argument("--pairs", type=int, default=2, help="of each head; default: 2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", required=True, metavar="OUT", help="file of results")
+    parser.add_argument("--scale", default="2,8,30", help="with commas, of the channels")
+    parser.add_argument("--pairs", type=int, default=2, help="channels of each head")
+    parser.add_argument("--seed", type=int, default=0, help="of the channels that are scaled")
+    cli.add_json(parser, required=True)
     models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
@@ -92,9 +92,9 @@ def _job(options: argparse.Namespace) -> None:
     names = options.policy.split(",")
     for name in names:
         policies.policy_of(name)
-    budgets = score.budgets_of(options.budget)
+    budgets = cli.numbers("--budget", options.budget)
     score.check_budgets(budgets)
-    scales = _scales(options.scale)
+    scales = cli.numbers("--scale", options.scale)
     keep = files.json_writer(options.json)
     model = models.loaded(options).model
     cases = score.read_cases(options.cases, model.config.vocab_size)
@@ -121,13 +121,6 @@ def _job(options: argparse.Namespace) -> None:
             f"{row['policy']} at {row['budget']:g}, channels times {row['scale']:g}: KL "
             f"{row['kl']:.4g}, ratio {row['ratio']:.3f}"
         )
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--scale is {text!r}: numbers with commas, such as 2,8,30") from None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from experiments.text_classification.experiment import REGULARISED
 from experiments.text_classification.tokens import BUDGETS
 from jbalance import checks
 
+OUT = Path("out/text_classification.json")
 SEEDS, TRIALS = (0, 1, 2), 12
 STUDIED = ("film", "product", "tweets")
 SMALLEST = "product"
@@ -46,9 +47,11 @@ JOBS: dict[str, dict[str, None]] = {
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.text_classification", __doc__)
-    parser.add_argument("job", nargs="?", choices=JOBS, default="train")
-    parser.add_argument("--json", metavar="OUT", help="file of results")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
+    parser.add_argument("job", nargs="?", choices=JOBS, default="train", help="as above")
+    cli.add_json(parser, OUT)
+    parser.add_argument(
+        "--seeds", default=",".join(map(str, SEEDS)), help="of data and parameters, with commas"
+    )
     parser.add_argument("--arms", help="names, with slashes; all if left out")
     parser.add_argument("--trials", type=int, default=TRIALS, help="of the search, for each arm")
     return cli.run(parser, _job, arguments)
@@ -56,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _job(options: argparse.Namespace) -> None:
     arms = options.arms.split("/") if options.arms else list(JOBS[options.job])
-    out = Path(options.json or f"out/text_classification_{options.job}.json")
+    out = cli.of_job(options.json, OUT, options.job)
     for name in arms:
         checks.choice("--arms", name, JOBS[options.job])
-    seeds = runs.seeds_of(options.seeds)
+    seeds = cli.numbers("--seeds", options.seeds, int)
     files.check_writable(out)
     if options.job == "search":
         report = find(out, arms, options.trials)

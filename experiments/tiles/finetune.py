@@ -46,13 +46,15 @@ SPEED_LAYERS, SPEED_TOKENS, SPEED_SCORED, SPEED_ROWS = 2, 16384, 512, 8
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.tiles.finetune", __doc__)
-    parser.add_argument("job", nargs="?", choices=("train", "speed"), default="train")
+    parser.add_argument(
+        "job", nargs="?", choices=("train", "speed"), default="train", help="as above"
+    )
     parser.add_argument("--texts", default="lcet10,plrabn12,lear", help="names, with commas")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of each policy")
     parser.add_argument("--tokens", type=int, default=512, help="of a piece of text")
     parser.add_argument("--density", type=float, default=0.5, help="part of the causal tiles")
     parser.add_argument("--policies", default="dense,ladder", help="names, with commas")
-    parser.add_argument("--json", metavar="OUT", help="file for the results")
+    cli.add_json(parser)
     models.add_options(parser)
     return cli.run(parser, _job, arguments)
 

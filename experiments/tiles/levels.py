@@ -68,9 +68,9 @@ RULES = {
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.tiles.levels", __doc__)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text")
     parser.add_argument("--density", default="0.5,0.3", help="parts of the causal tiles")
-    parser.add_argument("--json", metavar="OUT", help="file for the results")
+    cli.add_json(parser)
     models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _job(options: argparse.Namespace) -> None:
     keep = files.json_writer(options.json)
     loaded = functools.partial(models.loaded, options)
-    rows = run(options.tokens, [float(x) for x in options.density.split(",")], keep, loaded)
+    rows = run(options.tokens, cli.numbers("--density", options.density), keep, loaded)
     _print(rows)
 
 

@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.tiles.prefill", __doc__)
     parser.add_argument("--texts", default="lcet10,plrabn12,lear", help="names, with commas")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text")
     parser.add_argument("--density", default="0.5,0.25", help="parts of the causal tiles")
     parser.add_argument("--policies", default="window,uniform,ladder", help="names, with commas")
-    parser.add_argument("--json", metavar="OUT", help="file for the results")
+    cli.add_json(parser)
     models.add_options(parser)
     return cli.run(parser, _job, arguments)
 
@@ -51,7 +51,7 @@ def _job(options: argparse.Namespace) -> None:
     rows = run(
         options.texts.split(","),
         options.tokens,
-        [float(x) for x in options.density.split(",")],
+        cli.numbers("--density", options.density),
         options.policies.split(","),
         keep,
         functools.partial(models.loaded, options),

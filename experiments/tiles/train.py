@@ -33,8 +33,8 @@ COMPARED = "ladder"
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.tiles.train", __doc__)
-    parser.add_argument("--json", metavar="OUT", default="out/tiles_train.json")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    cli.add_json(parser, "out/tiles_train.json")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each arm")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a piece of text")
     parser.add_argument("--density", type=float, default=DENSITY, help="part of the causal tiles")
     parser.add_argument(
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _job(options: argparse.Namespace) -> None:
     report = train(
-        Path(options.json),
+        options.json,
         options.arms.split(","),
-        runs.seeds_of(options.seeds),
+        cli.numbers("--seeds", options.seeds, int),
         training.Settings(options.steps, options.tokens, options.density, options.dense_start),
     )
     _print(report)

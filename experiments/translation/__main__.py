@@ -25,19 +25,28 @@ from experiments.harness import cli, files, progress, runs, study
 from experiments.translation import data, experiment, maps
 from jbalance import checks
 
+OUT = Path("out/translation.json")
 STEPS, SEEDS, PARTS = 200, (0, 1, 2), (0.9, 0.75, 0.5)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.translation", __doc__)
-    parser.add_argument("job", nargs="?", choices=("train", "density", "maps"), default="train")
-    parser.add_argument("--json", metavar="OUT", help="file of results")
-    parser.add_argument("--base-steps", type=int, default=experiment.BASE_STEPS)
+    parser.add_argument(
+        "job", nargs="?", choices=("train", "density", "maps"), default="train", help="as above"
+    )
+    cli.add_json(parser, OUT)
+    parser.add_argument(
+        "--base-steps", type=int, default=experiment.BASE_STEPS, help="of the first model"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of each arm after the base")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
+    parser.add_argument(
+        "--seeds", default=",".join(map(str, SEEDS)), help="of the order of the data, with commas"
+    )
     parser.add_argument("--arms", default="/".join(experiment.ARMS), help="names, with slashes")
-    parser.add_argument("--picture", metavar="OUT", default="out/translation_attention.png")
+    parser.add_argument(
+        "--picture", metavar="OUT", default="out/translation_attention.png", help="of `maps`"
+    )
     return cli.run(parser, _job, arguments)
 
 
@@ -46,13 +55,13 @@ def _job(options: argparse.Namespace) -> None:
         found = maps.draw(Path(options.picture))
         print(f"w {found.w.round(3)}, alpha {found.alpha.round(4)}")
     elif options.job == "density":
-        out = Path(options.json or "out/translation_density.json")
+        out = cli.of_job(options.json, OUT, options.job)
         files.check_writable(out)
         study.show(density(out, options.base_steps))
     else:
-        out = Path(options.json or "out/translation.json")
+        out = options.json
         files.check_writable(out)
-        arms, seeds = options.arms.split("/"), runs.seeds_of(options.seeds)
+        arms, seeds = options.arms.split("/"), cli.numbers("--seeds", options.seeds, int)
         study.show(train(out, arms, seeds, options.base_steps, options.steps))
 
 

@@ -31,7 +31,7 @@ from jbalance.cache._channels import query_energy
 from jbalance.decode import devices as over
 from jbalance.decode.model import AttentionSpec, check_attention, windows_of
 from jbalance.decode.prefill import CHUNK_TOKENS, Tokens, capacity_for, causal_chunk
-from jbalance.decode.state import within_shares
+from jbalance.decode.state import held_within, shares_of
 from jbalance.importance.token_worth import NUM_QUERIES, worth_of
 
 
@@ -225,8 +225,9 @@ class AttentionBackend:
 
 def _shared(cache: KVCache, lengths: np.ndarray) -> CachePool:
     """The pool in which all requests that are there have even shares."""
-    cache, allowances = within_shares(cache, (lengths > 0).astype(np.float32))
-    return CachePool(cache, lengths, allowances)
+    weights = (lengths > 0).astype(np.float32)
+    allowances = shares_of(cache, weights)
+    return CachePool(held_within(cache, weights, allowances), lengths, allowances)
 
 
 def _by_head(name: str, x: Any, shape: tuple[int, int, int]) -> jax.Array:

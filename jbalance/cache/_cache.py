@@ -107,9 +107,13 @@ class KVCache:
 
         0 where there is no recent buffer: of an encoder's frames none must stay.
         """
+        return self.pages_for(NUM_SINKS + NUM_RECENT)
+
+    def pages_for(self, protected: int) -> int:
+        """Pages of a request of which so many tokens always stay, in every head; 0 without a buffer."""
         if self.recent_tokens == 0:
             return 0
-        return self.units_per_request * -(-(NUM_SINKS + NUM_RECENT) // self.arena.page_tokens[0])
+        return self.units_per_request * -(-protected // self.arena.page_tokens[0])
 
     @property
     def even_pages(self) -> int:

@@ -29,6 +29,8 @@ from jbalance.cache._step import (
 )
 from jbalance.importance import token_worth
 from jbalance.importance._rotary import check as rotary_frequencies
+from jbalance.importance.blending import blend
+from jbalance.importance.knowledge import Knowledge, imply
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
 
 
@@ -201,6 +203,7 @@ def admit(
     num_tokens: jax.Array | int | None = None,
     start: jax.Array | int = 0,
     energy: jax.Array | None = None,
+    known: Knowledge | None = None,
 ) -> tuple[KVCache, Report]:
     """Let one layer's tokens of a prompt enter.
 
@@ -219,6 +222,7 @@ def admit(
       num_tokens: [] int32, how many of the S there are; None for all.
       start: [] int32, position of the first, where layers have windows.
       energy: [K, D] of the queries, `_channels.query_energy`; None if it is not known.
+      known: rules about the S tokens; the allowance must hold those that always stay by them.
 
     Returns:
       The cache, and the `Report` of `_admit.admit`; with a shortfall, which only an allowance below the
@@ -259,7 +263,7 @@ def admit(
         units,
         k,
         v,
-        prompt_codes(w, number, fresh),
+        prompt_codes(w, number, fresh, known),
         allowance_pages,
         num_tokens=jnp.broadcast_to(number, (heads,)),
         time=time,
@@ -269,10 +273,19 @@ def admit(
     return _channels.with_units(cache, units, basis), report
 
 
-def prompt_codes(w: jax.Array, number: jax.Array | int, fresh: jax.Array) -> jax.Array:
-    """[K, S] uint8 codes of worth [K, S]; the first and latest tokens always stay where `fresh` [K]."""
+def prompt_codes(
+    w: jax.Array, number: jax.Array | int, fresh: jax.Array, known: Knowledge | None = None
+) -> jax.Array:
+    """[K, S] uint8 codes of worth [K, S], by rules about the S tokens if there are any.
+
+    The first and latest tokens always stay where `fresh` [K].
+    """
+    w = w if known is None else blend(w, known.prior, known.beta)
     token = np.arange(w.shape[1])
     latest, first = token >= number - NUM_RECENT, token < NUM_SINKS
     code = jnp.where(latest, np.uint8(_price.HIGHEST), _price.encode_worth(w))
     protected = (first | latest) & fresh[:, None]
-    return jnp.where(protected, np.uint8(_price.PROTECTED), code)
+    code = jnp.where(protected, np.uint8(_price.PROTECTED), code)
+    if known is None:
+        return code
+    return imply(jnp.where(known.keep, np.uint8(_price.PROTECTED), code), known)

@@ -53,7 +53,7 @@ def check_facts(path: Path, facts: dict[str, Any], head_dim: int, *, timed: bool
 def _check_requests(path: Path, given: dict[str, Any]) -> None:
     """As many numbers of each kind as there are requests."""
     samplers = {f"sampler_{name}": x for name, x in Samplers.greedy(1)._asdict().items()}
-    kinds = {"tokens": "i", "positions": "i", "active": "b", "weights": "f"}
+    kinds = {"tokens": "i", "positions": "i", "active": "b", "weights": "f", "protected": "i"}
     kinds |= {name: np.asarray(x).dtype.kind for name, x in samplers.items()}
     number = len(given["tokens"]) if isinstance(given.get("tokens"), list) else 0
     for name, kind in kinds.items():

@@ -17,13 +17,11 @@ from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
-from jbalance.cache._price import PROTECTED
 from jbalance.decode import prefill
 from jbalance.decode.model import Model, budgets_of, check_model, token_ids
 from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
-from jbalance.importance.blending import blend
-from jbalance.importance.knowledge import Knowledge, imply, padded
+from jbalance.importance.knowledge import Knowledge, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +99,7 @@ def read(
     tokens = token_ids("tokens", tokens)
     reserve = Reserve() if reserve is None else reserve
     checks.instance("reserve", reserve, Reserve)
-    if known is not None:
-        checks.instance("known", known, Knowledge)
-        checks.length("known.keep", known.keep, len(tokens), "the number of tokens")
-        known = padded(known, prefill.capacity_for(len(tokens)))
+    known = rules_of(known, len(tokens), prefill.capacity_for(len(tokens)))
     codes = [
         np.asarray(first_prompt_codes(held.w, len(tokens), known))[:, : len(tokens)]
         for _, held in prefill.layers_of(model, tokens)
@@ -123,16 +118,21 @@ def read(
     return dataclasses.replace(context, reserve=reserve)
 
 
+def rules_of(known: Knowledge | None, number: int, capacity: int) -> Knowledge | None:
+    """Rules about so many tokens, padded to a capacity; ValueError for those about another number."""
+    if known is None:
+        return None
+    checks.instance("known", known, Knowledge)
+    checks.length("known.keep", known.keep, number, "the number of tokens")
+    return padded(known, capacity)
+
+
 @jax.jit
 def first_prompt_codes(
     w: jax.Array, number: jax.Array | int, known: Knowledge | None = None
 ) -> jax.Array:
     """[K, S] codes of a request's first prompt, of which `number` tokens are there, by rules."""
-    fresh = jnp.ones(w.shape[0], bool)
-    if known is None:
-        return _prefill.prompt_codes(w, number, fresh)
-    codes = _prefill.prompt_codes(blend(w, known.prior, known.beta), number, fresh)
-    return imply(jnp.where(known.keep, np.uint8(PROTECTED), codes), known)
+    return _prefill.prompt_codes(w, number, jnp.ones(w.shape[0], bool), known)
 
 
 def write(

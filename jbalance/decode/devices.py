@@ -22,6 +22,7 @@ from jbalance.cache import KVCache, _prefill, _requests, _settle, _step
 from jbalance.cache._sight import Limits
 from jbalance.cache._step import held_attention, recent_attention
 from jbalance.decode.context import is_local
+from jbalance.importance.knowledge import Knowledge
 
 Caches = tuple[KVCache | None, ...]
 """What each device holds [G]; None of those of other processes."""
@@ -128,24 +129,26 @@ def admit(
     number: int,
     allowances: Sequence[Any],
     start: int = 0,
+    known: Knowledge | None = None,
 ) -> Caches:
     """One layer's tokens of a prompt enter; no allowance is below what always stays.
 
-    They are (k, v, w), and the energy of their queries; the first is at position `start`.
+    They are (k, v, w), and the energy of their queries; the first is at position `start`. `known` has
+    rules about them.
     """
     after = []
     for d, cache in enumerate(caches):
         if cache is not None:
-            moved = jax.device_put(tuple(tokens), devices[d])
+            moved, rules = jax.device_put((tuple(tokens), known), devices[d])
             pages = jnp.int32(allowances[d][request])
-            cache = _admit(cache, request, layer, *moved, pages, number, start)
+            cache = _admit(cache, request, layer, *moved, pages, number, start, rules)
         after.append(cache)
     return tuple(after)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _admit(cache, request, layer, k, v, w, energy, pages, number, start):
-    rest = {"num_tokens": number, "start": start, "energy": energy}
+def _admit(cache, request, layer, k, v, w, energy, pages, number, start, known):
+    rest = {"num_tokens": number, "start": start, "energy": energy, "known": known}
     return _prefill.admit(cache, request, layer, k, v, w, pages, **rest)[0]
 
 

@@ -23,11 +23,14 @@ import numpy as np
 from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import _step
+from jbalance.cache._price import PROTECTED
 from jbalance.decode import devices as over
 from jbalance.decode import extend, prefill
+from jbalance.decode.context import first_prompt_codes, rules_of
 from jbalance.decode.model import Functions, Model, token_ids
 from jbalance.decode.sampling import Sampling, sample
-from jbalance.decode.state import State, check_request, replaced, shared
+from jbalance.decode.state import ALWAYS, State, check_request, replaced, shared
+from jbalance.importance.knowledge import Knowledge
 
 
 @in_32_bits
@@ -40,6 +43,7 @@ def join(
     sampling: Sampling | None = None,
     weight: float = 1.0,
     capacity: int | None = None,
+    known: Knowledge | None = None,
     on_layer: Callable[[int], object] | None = None,
 ) -> State:
     """A prompt enters the free place of a request, which chooses its first token.
@@ -52,10 +56,15 @@ def join(
       sampling: how its tokens are chosen; None is greedy.
       weight: its share of the memory among all requests, > 0.
       capacity: of prompts, for which the program is compiled once; None for that of S.
+      known: rules about the S tokens, of `importance.knowledge`: what is measured is blended with its
+        prior, what it keeps stays at the finest precision in every head until the request leaves, and
+        what stays in a head brings along what it implies there. Not beside a context, which `read`
+        reads by its own.
       on_layer: called with each layer that a first prompt has been through, to show progress.
 
     Raises:
-      ValueError: a place that is taken, an empty prompt, a weight that is not positive.
+      ValueError: a place that is taken, an empty prompt, a weight that is not positive, rules
+        about another number of tokens, or that keep more than the devices hold.
     """
     prompt = token_ids("prompt", prompt)
     weight = checks.static_float("weight", weight, checks.FLOAT32_TINY)
@@ -67,15 +76,20 @@ def join(
     if bool(state.active[request]):
         raise ValueError(f"request is {request}: its place is taken; `leave` it first")
     sampling = Sampling() if sampling is None else sampling
+    if known is not None and state.contexts is not None:
+        raise ValueError("known is given beside a context: give `read` rules about the context")
+    room = prefill.capacity_for(len(prompt) if capacity is None else capacity)
+    known = rules_of(known, len(prompt), room)
     state = dataclasses.replace(
         state,
+        protected=replaced(state.protected, request, _protected(known, len(prompt))),
         active=state.active.at[request].set(True),
         weights=replaced(state.weights, request, weight),
         samplers=state.samplers.replaced(request, sampling),
     )
     state = shared(state)
     if state.contexts is None:
-        caches, logits = _prefill(model, state, request, prompt, capacity, on_layer)
+        caches, logits = _prefill(model, state, request, prompt, room, known, on_layer)
     else:
         caches, logits = extend.tokens_of(
             model,
@@ -108,13 +122,28 @@ def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
     return _chosen(state, caches, request, logits, first + len(new))
 
 
-def _prefill(model, state, request, prompt, capacity, on_layer):
+def _protected(known: Knowledge | None, number: int) -> int:
+    """Of a prompt's tokens, how many always stay, by rules and without."""
+    if known is None:
+        return ALWAYS
+    codes = first_prompt_codes(jnp.zeros((1, known.keep.shape[0])), number, known)[0, :number]
+    return max(ALWAYS, int(np.count_nonzero(np.asarray(codes) == PROTECTED)))
+
+
+def _prefill(model, state, request, prompt, capacity, known, on_layer):
     """A request's first prompt, layer by layer."""
     caches = state.caches
     x = jnp.zeros(0)
     for layer, (x, held) in enumerate(prefill.layers_of(model, prompt, capacity)):
         caches = over.admit(
-            state.devices, caches, request, layer, held, len(prompt), state.allowances
+            state.devices,
+            caches,
+            request,
+            layer,
+            held,
+            len(prompt),
+            state.allowances,
+            known=known,
         )
         if on_layer is not None:
             jax.block_until_ready(x)
@@ -218,6 +247,7 @@ def leave(state: State, request: int) -> State:
         caches=caches,
         active=state.active.at[request].set(False),
         weights=replaced(state.weights, request, 0),
+        protected=replaced(state.protected, request, ALWAYS),
         samplers=state.samplers.replaced(request, Sampling()),
     )
     return shared(state)

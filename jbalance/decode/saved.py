@@ -32,10 +32,10 @@ from jbalance.decode.context import devices_for, is_local, slots_of
 from jbalance.decode.model import Model
 from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
-from jbalance.decode.state import Requests, State, around
+from jbalance.decode.state import Requests, State, around, shared
 
 MANIFEST = "manifest.json"
-_FORMAT = 6
+_FORMAT = 7
 _DAMAGED = (
     *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
     *(MemoryError, OverflowError, BadZipFile, zlib.error),
@@ -178,8 +178,12 @@ def _state(facts, caches, devices) -> State:
         samplers,
     )
     weights = np.asarray(given["weights"], np.float32)
+    protected = np.asarray(given["protected"], np.int32)
     contexts = caches.get(CONTEXT)
-    return around(caches[OWN], contexts, requests, weights, devices, facts["context_tokens"])
+    state = around(
+        caches[OWN], contexts, requests, weights, protected, devices, facts["context_tokens"]
+    )
+    return shared(state)
 
 
 def _facts(state: State) -> dict[str, Any]:
@@ -192,6 +196,7 @@ def _facts(state: State) -> dict[str, Any]:
             ("positions", state.positions),
             ("active", state.active),
             ("weights", state.weights),
+            ("protected", state.protected),
             *((f"sampler_{name}", x) for name, x in state.samplers._asdict().items()),
         )
     }

@@ -18,6 +18,9 @@ from jbalance.decode.devices import Caches
 from jbalance.decode.model import Model, budgets_of, check_model
 from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
+from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
+
+ALWAYS = NUM_SINKS + NUM_RECENT  # tokens of a prompt that always stay, without rules
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +35,7 @@ class State:
     active: jax.Array  # [B] bool
     samplers: Samplers
     weights: np.ndarray  # [B] float32 shares of the memory
+    protected: np.ndarray  # [B] int32 tokens of each that always stay
     allowances: tuple[Any, ...]  # [G] of [B] int32 pages; None of other processes' devices
     devices: tuple[jax.Device, ...] = dataclasses.field(metadata={"static": True})
     context_tokens: int = dataclasses.field(metadata={"static": True})
@@ -123,6 +127,7 @@ def create(
         None if context is None else context.caches,
         Requests(zeros, zeros, zeros.astype(bool), Samplers.greedy(num_requests)),
         zeros.astype(np.float32),
+        np.full(num_requests, ALWAYS, np.int32),
         devices,
         0 if context is None else context.num_tokens,
     )
@@ -142,6 +147,7 @@ def around(
     contexts: Sequence[KVCache | None] | None,
     requests: Requests,
     weights: np.ndarray,
+    protected: np.ndarray,
     devices: Sequence[jax.Device],
     context_tokens: int,
 ) -> State:
@@ -153,6 +159,7 @@ def around(
         None if contexts is None else tuple(contexts),
         *requests,
         weights,
+        protected,
         tuple(None if x is None else np.full(x.num_requests, x.even_pages) for x in caches),
         tuple(devices),
         context_tokens,
@@ -160,34 +167,58 @@ def around(
 
 
 def shared(state: State) -> State:
-    """Weighted max-min shares of every arena; who holds more than its own gives it up."""
+    """Weighted max-min shares of every arena; who holds more than its own gives it up.
+
+    Raises:
+      ValueError: as `shares_of`, before anything is given up.
+    """
     if not state.weights.any():
         return state
-    pairs = [(None, None) if x is None else within_shares(x, state.weights) for x in state.caches]
-    caches, allowances = zip(*pairs, strict=True)
+    allowances = tuple(
+        None if x is None else shares_of(x, state.weights, state.protected) for x in state.caches
+    )
+    caches = tuple(
+        None if x is None or pages is None else held_within(x, state.weights, pages)
+        for x, pages in zip(state.caches, allowances, strict=True)
+    )
     return dataclasses.replace(state, caches=caches, allowances=allowances)
 
 
-def within_shares(cache: KVCache, weights: np.ndarray) -> tuple[KVCache, np.ndarray]:
-    """One cache, in which nobody holds more than their own, and `shares_of` it.
+def held_within(cache: KVCache, weights: np.ndarray, pages: np.ndarray) -> KVCache:
+    """One cache, in which no request with a weight [B] holds more than its pages [B].
 
-    Args:
-      cache: given up: the returned one takes its place.
-      weights: [B] of the requests, 0 for places that are free.
+    The given cache is given up: the returned one takes its place.
     """
-    pages = shares_of(cache, weights)
     held = np.asarray(cache.held_pages)
     for request in np.flatnonzero((held > pages) & (weights > 0)):
         cache = over.shrink(cache, int(request), int(pages[request]))
-    return cache, pages
+    return cache
 
 
-def shares_of(cache: KVCache, weights: np.ndarray) -> np.ndarray:
-    """[B] int32 pages of requests by weight [B], at least the floor of each that has one."""
-    floor = np.where(weights > 0, cache.floor_pages, 0)
+def shares_of(
+    cache: KVCache, weights: np.ndarray, protected: np.ndarray | int = ALWAYS
+) -> np.ndarray:
+    """[B] int32 pages of requests by weight [B], at least what `protected` [B] tokens of each need.
+
+    Raises:
+      ValueError: requests of which more tokens always stay than the arena has pages for.
+    """
+    floor = floors_of(cache, weights, protected)
+    if floor.sum() > cache.arena.num_pages:
+        raise ValueError(
+            f"known.keep: the tokens of all requests that always stay need {floor.sum()} pages, the "
+            f"device has {cache.arena.num_pages}; keep fewer, or give more memory"
+        )
     cap = np.where(weights > 0, cache.arena.num_pages, 0)
     pages = np.asarray(allocate.whole(weights, cache.arena.num_pages, floor, cap).amount)
     return np.where(weights > 0, pages, cache.floor_pages).astype(np.int32)
+
+
+def floors_of(cache: KVCache, weights: np.ndarray, protected: np.ndarray | int) -> np.ndarray:
+    """[B] pages for the tokens that always stay, of requests with a weight [B]."""
+    tokens = np.broadcast_to(protected, weights.shape)
+    pages = np.array([cache.pages_for(int(number)) for number in tokens])
+    return np.where(weights > 0, pages, 0)
 
 
 def replaced(x: np.ndarray, index: int, value: float) -> np.ndarray:

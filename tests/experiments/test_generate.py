@@ -1,5 +1,6 @@
 """The command that answers questions: its bad inputs are one line, its answer is the model's."""
 
+import json
 import re
 import subprocess
 import sys
@@ -65,12 +66,11 @@ def test_characters_are_written_when_they_are_whole(capsys, smollm2):
 
 
 @pytest.mark.slow
-def test_an_ample_memory_answers_as_the_model_does(smollm2_loaded):
+def test_an_ample_memory_answers_as_the_model_does(smollm2_loaded, tmp_path):
     """From the command line, over two devices, against greedy decoding with a dense cache."""
     command = [sys.executable, "-m", "experiments.generate", *ASK, "--memory", "30MiB,20MiB"]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", "12"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command += ["--max-new-tokens", "12", "--json", str(tmp_path / "it.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     chat = smollm2_loaded.spoken
     prompt = chat_prompt(chat, "Who may copy it?", Path(TEXT).read_text(encoding="utf-8"))
     want = np.asarray(greedy(smollm2_loaded.model, np.array([prompt]), 12))[0].tolist()
@@ -79,3 +79,8 @@ def test_an_ample_memory_answers_as_the_model_does(smollm2_loaded):
     assert done.stdout == smollm2_loaded.tokenizer.decode(want) + "\n"
     held = re.search(r"cache: ([\d,]+) of 31,457,280, ([\d,]+) of 20,971,520 bytes", done.stderr)
     assert held is not None
+    written = json.loads((tmp_path / "it.json").read_text())
+    assert written["answer"] + "\n" == done.stdout
+    assert (written["prompt_tokens"], written["answer_tokens"]) == (len(prompt), len(want))
+    assert written["cache_bytes"] == [int(x.replace(",", "")) for x in held.groups()]
+    assert written["memory_bytes"] == [30 << 20, 20 << 20]

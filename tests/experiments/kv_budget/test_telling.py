@@ -1,27 +1,14 @@
-"""What a run tells of its plan, and a rule that the user gives it."""
+"""What a run tells of its plan, by rules and without."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from experiments.kv_budget import policies, telling
 from experiments.kv_budget.policies import POLICIES
 from jbalance.importance import Keep, knowledge
 
 BUDGET = [16_000]
-PIECES = ["Call", " me", " Ish", "mael", ".", "", " Some", " years"]
-
-
-def test_what_a_pattern_matches_is_kept_in_whole_tokens():
-    known = telling.kept_by_rule("Ishm|year", PIECES)
-    np.testing.assert_array_equal(known.keep, [0, 0, 1, 1, 0, 0, 0, 1])
-
-
-@pytest.mark.parametrize("pattern", ["whale", "(", "x*$^y"])
-def test_patterns_that_keep_nothing_are_named(pattern):
-    with pytest.raises(ValueError, match="--keep is"):
-        telling.kept_by_rule(pattern, PIECES)
 
 
 def test_ladders_keep_what_they_are_told(measured):
