@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for path, content in contents.items():
             with _named(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                _forget_killed(path)
                 parts[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
                 with parts[path].open("wb") as file:
                     file.write(content)
@@ -48,6 +50,24 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def _forget_killed(path: Path) -> None:
+    """Removes what processes that were killed had begun to write to the same place."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = part.name.removesuffix(".part").rpartition(".")[2]
+        if number.isdecimal() and not _runs(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:

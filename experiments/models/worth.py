@@ -1,7 +1,8 @@
 """Models as the library decodes them, with what was learned of their tokens' worth.
 
 The files in `learned/` are written by `python -m experiments.kv_budget.fit_worth`. A file belongs to all
-models with the same norms, which stay in float32 however the other weights were rounded.
+models with the same norms but for rounding: GGUF files keep them in float32 however the other weights
+were rounded, checkpoints may have all of them in 16 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from experiments.models.transformer import Transformer
 from jbalance import adapters, decode
 
 FOLDER = Path(__file__).with_name("learned")
+ROUNDED = 2e-4  # relative, of a mean of some hundred numbers in bfloat16
 _PARTS = decode.WorthWeights._fields
 
 Worth = tuple[decode.WorthWeights | None, ...]
@@ -25,24 +27,34 @@ Worth = tuple[decode.WorthWeights | None, ...]
 
 def decoder_of(model: Transformer, *, learned: bool = True) -> decode.Model:
     """The model as the library decodes it, with what was learned of its tokens' worth, if it was."""
-    worth = _kept().get(fingerprint(model)) if learned else None
+    worth = learned_of(model) if learned else None
     return dataclasses.replace(adapters.decoder(model, model.attention_specs), worth=worth)
 
 
-def fingerprint(model: Transformer) -> str:
-    """Of a model's norms."""
+def learned_of(model: Transformer) -> Worth | None:
+    """What was learned of the model; None if nothing was."""
+    own = means_of_norms(model)
+    for means, worth in _kept():
+        if means.shape == own.shape and np.allclose(means, own, rtol=ROUNDED, atol=0):
+            return worth
+    return None
+
+
+def means_of_norms(model: Transformer) -> np.ndarray:
+    """[2 L + 1] mean of each norm's scales, which rounding hardly changes."""
     norms = model.layers.attention_norm, model.layers.mlp_norm, model.final_norm
-    return files.digest(b"".join(np.asarray(x[...], np.float32).tobytes() for x in norms))
+    each = [np.asarray(x[...], np.float64).mean(axis=-1) for x in norms]
+    return np.concatenate([np.atleast_1d(x) for x in each]).astype(np.float32)
 
 
 @functools.cache
-def _kept() -> dict[str, Worth]:
-    """Of all files, by the models' fingerprints."""
-    return dict(read(path) for path in sorted(FOLDER.glob("*.npz")))
+def _kept() -> tuple[tuple[np.ndarray, Worth], ...]:
+    """Of all files, with `means_of_norms` of their models."""
+    return tuple(read(path) for path in sorted(FOLDER.glob("*.npz")))
 
 
-def read(path: Path) -> tuple[str, Worth]:
-    """A model's fingerprint, and what was learned."""
+def read(path: Path) -> tuple[np.ndarray, Worth]:
+    """`means_of_norms` of a model, and what was learned."""
     arrays = files.read_npz(path)
     layers = {
         int(layer): decode.WorthWeights(
@@ -51,7 +63,7 @@ def read(path: Path) -> tuple[str, Worth]:
         for i, layer in enumerate(arrays["layers"])
     }
     worth = tuple(layers.get(layer) for layer in range(int(arrays["num_layers"])))
-    return str(arrays["fingerprint"]), worth
+    return arrays["means_of_norms"], worth
 
 
 def write(path: Path, model: Transformer, worth: Worth) -> None:
@@ -62,4 +74,4 @@ def write(path: Path, model: Transformer, worth: Worth) -> None:
         for part in _PARTS
     }
     more = {"layers": np.asarray(layers), "num_layers": np.int64(len(worth))}
-    files.write_npz(path, arrays | more | {"fingerprint": np.asarray(fingerprint(model))})
+    files.write_npz(path, arrays | more | {"means_of_norms": means_of_norms(model)})

@@ -3,11 +3,13 @@
 from jbalance.decode.context import Context, read
 from jbalance.decode.engine import join, leave, step, tell
 from jbalance.decode.generate import generate
+from jbalance.decode.memory import Fit, MemoryLosses, fit_memory, memory_losses
 from jbalance.decode.model import AttentionSpec, Model
 from jbalance.decode.plan import Plan, Reserve, fit, ladder
 from jbalance.decode.sampling import Sampling
 from jbalance.decode.saved import notes_of, restore, save
 from jbalance.decode.state import State, create
+from jbalance.decode.weights import QuantizedArray, quantize_weights
 from jbalance.decode.worth import fit_worth
 from jbalance.importance.predicted_worth import WorthWeights
 
@@ -17,6 +19,13 @@ __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     "Model",
     "fit_worth",
     "WorthWeights",
+    # its weights in fewer bits, and one memory for them and the cache
+    "quantize_weights",
+    "QuantizedArray",
+    "memory_losses",
+    "MemoryLosses",
+    "fit_memory",
+    "Fit",
     # prompts in, tokens out
     "generate",
     "Sampling",

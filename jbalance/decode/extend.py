@@ -99,7 +99,7 @@ def _through(
         after = min(layer + 1, last)
         kinds = model.functions(layer), model.functions(after)
         x, qkv = _next_layer(kinds, weights, layers[after], x, qkv, held, positions)
-    return _logits(f, model.params, x)
+    return logits_of(model, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,6 +135,11 @@ def _worth(model: Functions, q, k, v, number):
     number = jnp.asarray(number)
     w = importance.token_worth(q, k, v, frequencies=model.spec.rotary, num_tokens=number)
     return w, query_energy(q, k.shape[1], number)
+
+
+def logits_of(model: Model, x: jax.Array) -> jax.Array:
+    """[T, V] float32 of x [1, T, E], the residual stream behind the last layer."""
+    return _logits(model.functions(0), model.params, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)

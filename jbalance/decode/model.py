@@ -141,6 +141,11 @@ class Model:
         """Of each layer; None if no layer has one."""
         return windows_of(self.attention)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parameters."""
+        return sum(x.nbytes for x in jax.tree.leaves((self.params, self.layers)))
+
     def dense_bytes(self, num_tokens: int, *, bits: int = 16) -> int:
         """Bytes of a dense cache of one request; a layer with a window keeps only that."""
         num_tokens = checks.static_int("num_tokens", num_tokens)

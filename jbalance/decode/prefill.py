@@ -66,16 +66,22 @@ def layers_of(
     capacity = capacity_for(len(tokens) if capacity is None else capacity)
     if len(tokens) > capacity:
         raise ValueError(f"tokens has {len(tokens)} entries: the capacity is {capacity}")
-    number = jnp.int32(len(tokens))
-    x = embedded(model, tokens, capacity)
-    for layer, weights in enumerate(model.layers):
+    yield from layers_from(model, embedded(model, tokens, capacity), len(tokens), 0)
+
+
+def layers_from(
+    model: Model, x: jax.Array, number: int, first: int
+) -> Iterator[tuple[jax.Array, LayerTokens]]:
+    """`layers_of` from layer `first` on, before which the residual stream of so many tokens is x."""
+    for layer in range(first, model.num_layers):
+        weights = model.layers[layer]
         worth = None if model.worth is None else model.worth[layer]
         if worth is not None and worth.hidden.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"model.worth[{layer}] is for a width of {worth.hidden.shape[0]}: the model has "
                 f"{x.shape[-1]}"
             )
-        x, held = _layer(model.functions(layer), weights, worth, x, number)
+        x, held = _layer(model.functions(layer), weights, worth, x, jnp.int32(number))
         yield x, held
 
 

@@ -95,7 +95,14 @@ ELSEWHERE = {
     *("adapters.attention_fn", "adapters.set_attention_fn", "adapters.patch_dot_product_attention"),
     *("adapters.attend_within", "adapters.budgets_of", "adapters.decoder", "adapters.forward"),
     *("adapters.head_gradients", "adapters.heads_to_keep", "adapters.prune_heads"),
-    *("adapters.serialize", "decode.fit", "decode.fit_worth", "decode.ladder", "decode.step"),
+    *(
+        "adapters.serialize",
+        "decode.fit",
+        "decode.fit_worth",
+        "decode.memory_losses",
+        "decode.ladder",
+        "decode.step",
+    ),
     *("adapters.AttentionBackend", "adapters.LinenBalancedAttention"),
     *(
         "adapters.LinenCachedAttention",

@@ -36,6 +36,15 @@ GRADS = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 1), np.float32)}
 LOADS = np.array([3.0, 2.0])
 ASSOCIATION = np.ones((3, 2), np.float32)
 PART = attention.Partial(np.ones((1, 2, 8), np.float32), np.zeros((1, 2), np.float32))
+LOSSES = decode.MemoryLosses(
+    (4, None),
+    np.array([[1e-2, 0.0]] * MODEL.num_layers),
+    np.array([[1_000, 9_000]] * MODEL.num_layers),
+    np.array([2e-2, 0.0]),
+    np.array([1_000, 9_000]),
+    (0.25, 0.5),
+    np.array([1e-2, 1e-3]),
+)
 PLANNED = decode.read(MODEL, PROMPT, BUDGETS)
 
 
@@ -159,6 +168,16 @@ MORE_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "TileBudget.of": (attention.TileBudget.of, {"fraction": 0.5}, ""),
     "TileBalancer": (attention.TileBalancer, {"rule": "priced", "decay": 0.5}, ""),
+    "quantize_weights": (
+        functools.partial(decode.quantize_weights, MODEL),
+        {"layer_bits": 4, "table_bits": 8},
+        "",
+    ),
+    "fit_memory": (
+        functools.partial(decode.fit_memory, MODEL),
+        {"losses": LOSSES, "budget_bytes": 500_000, "num_tokens": 40, "num_requests": 2},
+        "budget_bytes num_tokens num_requests",
+    ),
     "generate": (
         functools.partial(decode.generate, MODEL),
         {"prompts": [PROMPT, PROMPT[:3]], "budgets_bytes": BUDGETS, "max_new_tokens": 2}
@@ -180,7 +199,7 @@ MORE_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "join": (
         join,
         {"request": 0, "prompt": PROMPT, "sampling": decode.Sampling(), "weight": 1.0}
-        | {"capacity": 256},
+        | {"capacity": 256, "known": importance.knowledge([], len(PROMPT))},
         "request capacity",
     ),
     "tell": (tell, {"request": 0, "tokens": PROMPT}, "request"),
@@ -290,5 +309,5 @@ OBJECTS = {
     *("weights", "normalize", "rules", "devices", "text", "placed", "plan", "a", "b", "rule"),
     *("prompts", "sampling", "reserve", "known", "context", "worth", "key", "tiling"),
     *("task_grads", "settings", "ranges", "dims", "spans", "relevance", "discrimination"),
-    *("complexity", "stop_tokens"),
+    *("complexity", "stop_tokens", "losses"),
 }

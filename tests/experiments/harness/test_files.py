@@ -51,6 +51,19 @@ def test_a_full_disk_leaves_the_old_result_and_names_the_file(tmp_path, monkeypa
     assert names(tmp_path) == ["it.npz"]
 
 
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
+    path, gone = tmp_path / "it.[x].json", 2**22 + 1  # above what Linux gives to processes
+    dead, alive, other = (
+        tmp_path / f".{name}.part"
+        for name in (f"it.[x].json.{gone}", f"it.[x].json.{os.getppid()}", f"another.json.{gone}")
+    )
+    for part in (dead, alive, other):
+        part.write_text("half")
+    files.write_json(path, [1])
+    assert files.read_json(path) == [1]
+    assert names(tmp_path) == sorted([alive.name, other.name, path.name])
+
+
 def test_two_files_of_one_result_are_both_old_or_both_new(tmp_path, monkeypatch):
     both = [tmp_path / "report.json", tmp_path / "report.html"]
     monkeypatch.setattr(output.page, "render", lambda report: f"<p>{report['run']}")
