@@ -32,7 +32,7 @@ from jbalance.decode import Model, extend
 from jbalance.decode.memory import dense_log_probs
 from jbalance.decode.weights import BITS
 
-CALIBRATION, CALIBRATION_TOKENS = "alice29", 2048
+CALIBRATION, CALIBRATION_TOKENS = "alice29", 1024
 CONTEXT, CONTINUATION = 1280, 128
 TEXTS = ["lcet10", "plrabn12"]
 WEIGHT_BITS, CACHE_PART = (3, 4, 5), 0.25

@@ -99,7 +99,7 @@ def memory_losses(
     layers = np.zeros((model.num_layers, len(BITS) + 1))
     layer_bytes, table, table_bytes = layers.astype(np.int64), np.zeros(len(BITS) + 1), []
     for m, bits in enumerate(BITS):
-        few = quantized("model.params", model.params, bits)
+        few = quantized("model.params", model.params, bits, rows=True)
         table_bytes.append(_nbytes(few))
         table[m] = run.loss(dataclasses.replace(model, params=decoded(few)), 0)
         step()

@@ -24,10 +24,10 @@ from jbalance._bits import in_32_bits
 from jbalance.cache import _planes
 from jbalance.decode.model import Model, check_model
 
-GROUP = 64  # neighbors in a row that share a scale
+GROUP = 64  # weights that share a scale
 BITS = (3, 4, 5, 8, 16)
-# Of the largest value, that the codes of a group may cover; the last is enough with a step rounded down.
-_RANGES = (*np.linspace(0.5, 1.0, 11), 1 + 2**-7)
+# Steps that are tried, of that whose codes just reach the largest value; rounded down the last does.
+_RANGES = (*np.linspace(0.7, 1.0, 7), 1 + 2**-7)
 _PART = 4096  # of the vocabulary, whose rows are decoded together
 _TOLERANCE = 1e-4  # of logits and embeddings in parts, relative to the largest
 
@@ -35,23 +35,25 @@ _TOLERANCE = 1e-4  # of logits and embeddings in parts, relative to the largest
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """An array of weights as codes: x ≈ (code - (2^bits - 1) / 2) · scale of its group."""
+    """An array of weights as codes: x ≈ (code - 2^(bits - 1)) · scale of its group."""
 
-    packed: jax.Array  # [N, groups, GROUP · bits / 8] uint8
-    scale: jax.Array  # [N, groups] bfloat16, the step between codes
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # its first axis is N
+    packed: jax.Array  # [..., GROUP · bits / 8, M] uint8, of groups [..., M]
+    scale: (
+        jax.Array
+    )  # [..., M] bfloat16, the step between codes; negative where the largest value is > 0
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     def part(self, start: jax.Array, size: int) -> QuantizedArray:
-        """Rows from `start` on."""
+        """Rows of a table from `start` on."""
         packed, scale = (
             lax.dynamic_slice_in_dim(x, start, size) for x in (self.packed, self.scale)
         )
         return dataclasses.replace(self, packed=packed, scale=scale, shape=(size, *self.shape[1:]))
 
     def rows(self, index: jax.Array) -> jax.Array:
-        """Decoded rows [T, ...]."""
+        """Decoded rows [T, ...] of a table."""
         shape = (*index.shape, *self.shape[1:])
         return _decoded(self.packed[index], self.scale[index], self.bits, shape, self.dtype)
 
@@ -66,7 +68,7 @@ def quantize_weights(
     layer_bits: int | Sequence[int | None] | None,
     table_bits: int | None = None,
 ) -> Model:
-    """Round-to-nearest weight quantization in groups of 64, whose scales have least squared error.
+    """Round-to-nearest weight quantization in groups of 64 along the axes that products sum.
 
     Matrices of the layers, and those of the embedding and the logits, become codes; vectors, and what
     does not divide into groups, stay. The model decodes as before, with a layer's weights decoded where
@@ -112,7 +114,7 @@ def quantize_weights(
     vocabulary = _vocabulary(model)
     out = dataclasses.replace(
         out,
-        params=quantized("model.params", model.params, table_bits),
+        params=quantized("model.params", model.params, table_bits, rows=True),
         embed=_Embedding(model.embed, vocabulary),
         logits=_Logits(model.logits, vocabulary),
     )
@@ -120,9 +122,14 @@ def quantize_weights(
     return out
 
 
-def quantized(name: str, tree: Any, bits: int | None) -> Any:
-    """A tree of arrays with those that divide into groups as codes; None leaves all as they are."""
-    return tree if bits is None else jax.tree.map(lambda x: _quantized(name, x, bits), tree)
+def quantized(name: str, tree: Any, bits: int | None, *, rows: bool = False) -> Any:
+    """A tree of arrays with those that divide into groups as codes; None leaves all as they are.
+
+    `rows` is for tables whose rows are looked up: they have groups of their own.
+    """
+    if bits is None:
+        return tree
+    return jax.tree.map(lambda x: _quantized(name, x, bits, rows=rows), tree)
 
 
 def decoded(tree: Any) -> Any:
@@ -157,39 +164,66 @@ def _check_bits(name: str, bits: Any) -> None:
         )
 
 
-def _quantized(name: str, x: Any, bits: int) -> Any:
-    shape = np.shape(x)
-    if len(shape) < 2 or math.prod(shape[1:]) % GROUP or not jnp.issubdtype(x.dtype, jnp.floating):
+def _quantized(name: str, x: Any, bits: int, *, rows: bool) -> Any:
+    shape = _groups_of(np.shape(x), rows)
+    if shape is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    codes = _encode(x, int(bits))
+    codes = _encode(x, shape, int(bits))
     if not np.all(np.isfinite(np.asarray(codes.scale, np.float32))):
-        raise ValueError(f"{name} has a matrix {list(shape)} with values that are not finite")
+        raise ValueError(f"{name} has a matrix {list(np.shape(x))} with values that are not finite")
     return codes
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _encode(x: jax.Array, bits: int) -> QuantizedArray:
-    """The codes of the scale, of a few for each group, that has the least squared error."""
-    groups = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
-    most = jnp.max(jnp.abs(groups), axis=-1)
-    # Above the least normal number, or the codes of zeros would be those of 0/0.
-    least = jnp.finfo(jnp.bfloat16).tiny
-    steps = [
-        jnp.maximum(most * (r * 2 / (2**bits - 1)), least).astype(jnp.bfloat16) for r in _RANGES
-    ]
+def _groups_of(shape: tuple[int, ...], rows: bool) -> tuple[int, ...] | None:
+    """[..., GROUP, M]: a matrix with its groups along the axes that a product sums, or along rows.
+
+    None for vectors, and for what does not divide.
+    """
+    if len(shape) < 2:
+        return None
+    if rows:
+        size = math.prod(shape[1:])
+        return None if size % GROUP else (shape[0], size // GROUP, GROUP, 1)
+    for axes in range(1, len(shape) + 1):  # as few of the first ones as divide into groups
+        size = math.prod(shape[:axes])
+        if size % GROUP == 0:
+            return size // GROUP, GROUP, math.prod(shape[axes:])
+    return None
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encode(x: jax.Array, shape: tuple[int, ...], bits: int) -> QuantizedArray:
+    """Codes by the scale, of a few for each group, that has the least squared error.
+
+    That error shrinks what it rounds; the scale is then the one for which x · x̂ = |x|², since what the
+    errors of many weights have in common does not average out over the layers.
+    """
+    groups = x.astype(jnp.float32).reshape(shape)
+    at = jnp.argmax(jnp.abs(groups), axis=-2, keepdims=True)
+    most = -jnp.take_along_axis(groups, at, axis=-2)[..., 0, :] / 2 ** (bits - 1)
+    most = jnp.where(most == 0, 1, most)  # zeros are zeros by any step but 0
+    steps = jnp.stack([(most * r).astype(jnp.bfloat16) for r in _RANGES])
 
     def better(held, step):
         code = _codes(groups, step, bits)
-        error = jnp.sum((_values(code, step, bits) - groups) ** 2, axis=-1)
-        return jnp.where(error < held[0], error, held[0]), jnp.where(error < held[0], step, held[1])
+        error = jnp.sum((_values(code, step, bits) - groups) ** 2, axis=-2)
+        return (
+            jnp.where(error < held[0], error, held[0]),
+            jnp.where(error < held[0], step, held[1]),
+        ), None
 
     held = jnp.full(most.shape, jnp.inf), steps[-1]
-    (_, scale), _ = lax.scan(lambda held, step: (better(held, step), None), held, jnp.stack(steps))
-    # Not by the maximum, in which a NaN may be lost on CPUs.
-    scale = jnp.where(jnp.all(jnp.isfinite(groups), axis=-1), scale, jnp.nan)
+    (_, scale), _ = lax.scan(better, held, steps)
     code = _codes(groups, scale, bits)
-    packed = [_planes.pack([code >> 8 * i], _planes.whole(GROUP, own)) for i, own in _bytes(bits)]
-    return QuantizedArray(jnp.concatenate(packed, axis=-1), scale, x.shape, bits, x.dtype)
+    along = jnp.sum(groups * _values(code, scale, bits), axis=-2)
+    longer = jnp.where(along > 0, jnp.sum(groups**2, axis=-2) / along, 1)
+    scale = (scale.astype(jnp.float32) * longer).astype(jnp.bfloat16)
+    # Not by the maximum, in which a NaN may be lost on CPUs.
+    scale = jnp.where(jnp.all(jnp.isfinite(groups), axis=-2), scale, jnp.nan)
+    code = jnp.swapaxes(code, -1, -2)
+    parts = [_planes.pack([code >> 8 * i], _planes.whole(GROUP, own)) for i, own in _bytes(bits)]
+    packed = jnp.swapaxes(jnp.concatenate(parts, axis=-1), -1, -2)
+    return QuantizedArray(packed, scale, x.shape, bits, x.dtype)
 
 
 def _bytes(bits: int) -> list[tuple[int, int]]:
@@ -198,24 +232,24 @@ def _bytes(bits: int) -> list[tuple[int, int]]:
 
 
 def _codes(groups: jax.Array, step: jax.Array, bits: int) -> jax.Array:
-    at = jnp.floor(groups / step.astype(jnp.float32)[..., None]) + 2 ** (bits - 1)
-    return jnp.clip(at, 0, 2**bits - 1).astype(jnp.int32)
+    code = jnp.round(groups / step.astype(jnp.float32)[..., None, :]) + 2 ** (bits - 1)
+    return jnp.clip(code, 0, 2**bits - 1).astype(jnp.int32)
 
 
 def _values(code: jax.Array, step: jax.Array, bits: int) -> jax.Array:
-    return (code.astype(jnp.float32) - (2**bits - 1) / 2) * step.astype(jnp.float32)[..., None]
+    return (code - 2 ** (bits - 1)).astype(jnp.float32) * step.astype(jnp.float32)[..., None, :]
 
 
 def _decoded(packed, scale, bits, shape, dtype) -> jax.Array:
-    code = jnp.zeros((*scale.shape, GROUP), jnp.int32)
+    code = jnp.zeros((*scale.shape[:-1], GROUP, scale.shape[-1]), jnp.int32)
     for i, own in _bytes(bits):
         (part,) = _planes.whole(GROUP, own)
         for plane in part.planes:
             first = GROUP * i + plane.row
-            byte = packed[..., first : first + plane.rows(GROUP)][..., None, :]
-            shifts = np.array([plane.bit(i) for i in range(plane.positions)], np.uint8)[:, None]
-            low = ((byte >> shifts) & np.uint8(2**plane.width - 1)).reshape(code.shape)
-            code |= low.astype(jnp.int32) << (plane.lowest + 8 * i)
+            byte = packed[..., first : first + plane.rows(GROUP), :][..., None, :, :]
+            shifts = np.array([plane.bit(i) for i in range(plane.positions)], np.uint8)
+            low = (byte >> shifts[:, None, None]) & np.uint8(2**plane.width - 1)
+            code |= low.reshape(code.shape).astype(jnp.int32) << (plane.lowest + 8 * i)
     return _values(code, scale, bits).reshape(shape).astype(dtype)
 
 
