@@ -82,15 +82,19 @@ CLAIMS = {
     "`uniform`: 16 bits, the best of eight scorers (10 contexts) | 0.0476 | 0.1157 | 0.186 |": [
         HERE + "test_figures_without_a_file_are_those_of_the_benchmarks",
     ],
-    # An example of the sentence; its figures are of a context that no file holds.
     "`jb.explain.sentence(context.plan, context.codes, layer=7, head=1)` says why a head keeps what it "
     'keeps: "... because device 0 is full: the best that it left out is worth 1.71 a KiB, and the price '
-    'is 3.62. 50.41 KiB more there would buy ..."': [
+    'is 5.42. 72.50 KiB more there would buy ..."': [
+        "tests/docs/test_explain_how_to.py::test_the_how_to_runs",
         "tests/explain/test_heads.py::test_the_sentence_says_what_more_memory_buys",
     ],
     "What you know of a text goes in by rules": [
         "tests/decode/test_rules.py::test_what_attention_alone_loses_stays_by_a_rule",
         "tests/docs/test_explain_how_to.py::test_the_how_to_runs",
+    ],
+    "A model's weights can [share its memory](docs/how_to/decode_your_model.md), at one price": [
+        "tests/decode/test_memory.py::test_the_choice_is_within_one_step_of_the_best_of_all",
+        "tests/decode/test_memory.py::test_it_decodes_within_the_memory",
     ],
     "Requests join, grow and leave without a recompile": [
         "tests/decode/test_requests_machine.py::test_requests_that_come_and_go_compile_nothing_anew",
