@@ -7,7 +7,7 @@ WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
 	text_classification.lstm long_text long_text.summaries explain
-.PHONY: compiled docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate dist bench clean
+.PHONY: compiled coverage docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate dist bench clean
 
 run: venv
 	$(BIN)/python -m experiments.kv_budget run --device-memory 4MiB,2MiB --out out/kv_budget
@@ -104,6 +104,10 @@ dist: venv
 	$(PYTHON) -m venv out/dist/.venv
 	out/dist/.venv/bin/python -m pip install --quiet $(WHEELS) --constraint $(CONSTRAINTS) "$$(echo out/dist/*.whl)[experiments,test]"
 	cd out/dist/source && ../.venv/bin/python -m pytest $(LIBRARY_TESTS)
+
+# Lines of the library that its tests run; half an hour on two cores.
+coverage: venv
+	$(BIN)/python -m pytest --cov jbalance --cov-report term-missing:skip-covered $(LIBRARY_TESTS)
 
 bench: venv
 	$(BIN)/python -m experiments.benchmarks.allocation --json out/bench_allocation.json
