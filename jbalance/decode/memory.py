@@ -63,7 +63,8 @@ def memory_losses(
     """Measure what fewer bits of each layer's weights, and fewer bytes of the cache, cost a model.
 
     The first half of the tokens is a context, the second is predicted from it and from itself. Weights
-    are measured layer by layer at each of the bits with everything else as it is.
+    are measured layer by layer at each of the bits with everything else as it is. What goes into each
+    layer is in memory, and a layer's weights a second time.
 
     Args:
       model: the decoder, as it is.

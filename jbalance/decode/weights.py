@@ -38,9 +38,7 @@ class QuantizedArray:
     """An array of weights as codes: x ≈ (code - 2^(bits - 1)) · scale of its group."""
 
     packed: jax.Array  # [..., GROUP · bits / 8, M] uint8, of groups [..., M]
-    scale: (
-        jax.Array
-    )  # [..., M] bfloat16, the step between codes; negative where the largest value is > 0
+    scale: jax.Array  # [..., M] bfloat16, the step; negative where the largest value is positive
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
