@@ -27,6 +27,7 @@ from jbalance.decode.weights import BITS, check_plain, decoded, quantize_weights
 
 PARTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of a dense cache of 16 bits
 _BLOCK = 1024  # bytes in which costs are counted
+_LEAST = 1e-9  # nats a token; less is rounding, and weights as they are lose nothing
 
 
 class MemoryLosses(NamedTuple):
@@ -162,7 +163,7 @@ class _Run:
         return self._divergence(extend.log_probs(model, device, None, context.caches, given, half))
 
     def _divergence(self, got: jax.Array) -> float:
-        return float(_kl(self.wanted, got))
+        return max(float(_kl(self.wanted, got)), _LEAST)
 
 
 def dense_log_probs(model: Model, tokens: np.ndarray, context_tokens: int) -> jax.Array:
