@@ -52,16 +52,21 @@ def job(options: argparse.Namespace) -> None:
     if options.keep is not None:
         known = rules.kept_by_rule(options.keep, pieces(chat.tokenizer, prompt))
     state = decode.create(decoder, memory)
-    with progress.bar(f"reading {len(prompt)} tokens", decoder.num_layers) as advance:
-        state = decode.join(
-            decoder,
-            state,
-            0,
-            prompt,
-            sampling=sampling,
-            known=known,
-            on_layer=lambda layer: advance(),
-        )
+    try:
+        with progress.bar(f"reading {len(prompt)} tokens", decoder.num_layers) as advance:
+            state = decode.join(
+                decoder,
+                state,
+                0,
+                prompt,
+                sampling=sampling,
+                known=known,
+                on_layer=lambda layer: advance(),
+            )
+    except ValueError as error:
+        if known is None:
+            raise
+        raise ValueError(str(error).replace("known.keep", "--keep", 1)) from None
     start = time.perf_counter()
     ids, state = write_answer(decoder, state, chat, options.max_new_tokens)
     rate = max(len(ids) - 1, 1) / (time.perf_counter() - start)

@@ -27,6 +27,8 @@ ASK = ["--text", TEXT, "--question", "Who may copy it?"]
         ([*ASK, "--memory", "8MiB", "--temperature", "-1"], "temperature is -1"),
         ([*ASK, "--memory", "64KiB"], "give at least"),
         ([*ASK, "--memory", "2MiB,4KiB"], "budgets_bytes[1]"),
+        ([*ASK, "--memory", "8MiB", "--keep", "("], "--keep is '(', no regular expression"),
+        ([*ASK, "--memory", "8MiB", "--keep", "marmalade"], "--keep is 'marmalade': nothing"),
         ([*ASK, "--memory", "8MiB", "--max-new-tokens", "9000"], "--max-positions"),
     ],
 )
@@ -38,6 +40,14 @@ def test_bad_arguments_are_one_line(capsys, arguments, names):
     assert "Traceback" not in error
     assert "reading" not in error  # before the prompt is read
     assert out == ""
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_rule_that_keeps_too_much_is_named(capsys):
+    assert main([*ASK, "--memory", "8MiB", "--keep", "."]) == 2
+    assert (
+        "error: --keep: the tokens of all requests that always stay need" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
