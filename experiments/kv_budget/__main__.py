@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +101,12 @@ def _resume(options: argparse.Namespace) -> None:
     memory = cli.memory("--device-memory", options.device_memory)
     processes.join(options, len(memory))
 
-    from experiments.harness import progress
     from experiments.kv_budget import resume
 
     keep = files.json_writer(None if options.process_id else options.json)  # one process writes
     found = models.loaded(options)
     model, tokenizer = found.model, found.spoken.tokenizer
-    with progress.display() as bars:
-
-        def begin(steps: int) -> Callable[[], object]:
-            task = bars.add_task("tokens", total=steps)
-            return lambda: bars.advance(task)
-
-        result = resume.resume(Path(options.state), model, memory, begin)
+    result = resume.resume(Path(options.state), model, memory)
     digest = processes.agree(result)
     result["text"] = tokenizer.decode(result["tokens"])
     keep(result)

@@ -46,20 +46,21 @@ class Arm(NamedTuple):
     about: dict[str, Any]
 
 
-def totals(model: Model) -> dict[str, int]:
+def totals(model: Model, losses: decode.MemoryLosses) -> dict[str, int]:
     """Bytes of weights and cache together, by what takes them."""
     dense = model.dense_bytes(CONTEXT + CONTINUATION)
     found = {
-        f"weights in {bits} bits, dense cache": weights_in(model, bits).nbytes + dense
+        f"weights in {bits} bits, dense cache": bytes_in(losses, bits) + dense
         for bits in WEIGHT_BITS
     }
     part = int(CACHE_PART * dense)
     return found | {"weights in 16 bits, a quarter of the cache": sixteen_bits(model) + part}
 
 
-def weights_in(model: Model, bits: int) -> Model:
-    """All of them in so many bits."""
-    return decode.quantize_weights(model, bits, bits)
+def bytes_in(losses: decode.MemoryLosses, bits: int) -> int:
+    """Of all weights in so many bits."""
+    level = losses.bits.index(bits)
+    return int(losses.layer_bytes[:, level].sum() + losses.table_bytes[level])
 
 
 def sixteen_bits(model: Model) -> int:
@@ -78,7 +79,7 @@ def arms(model: Model, losses: decode.MemoryLosses, total: int) -> dict[str, Cal
 
     found: dict[str, Callable[[], Arm]] = {"one price": one_price}
     left = total - model.dense_bytes(CONTEXT + CONTINUATION)
-    fitting = [bits for bits in BITS if weights_in(model, bits).nbytes <= left]
+    fitting = [bits for bits in BITS if bytes_in(losses, bits) <= left]
     if fitting:
         found["weights alone"] = functools.partial(weights_alone, model, fitting[-1])
     if total > sixteen_bits(model):
@@ -88,7 +89,7 @@ def arms(model: Model, losses: decode.MemoryLosses, total: int) -> dict[str, Cal
 
 def weights_alone(model: Model, bits: int) -> Arm:
     """All weights in so many bits, with a dense cache."""
-    return Arm(weights_in(model, bits), None, {"bits": bits})
+    return Arm(decode.quantize_weights(model, bits, bits), None, {"bits": bits})
 
 
 def kl_of(arm: Arm, context: np.ndarray, follow: np.ndarray, full: jax.Array) -> float:
@@ -128,7 +129,9 @@ def job(options: argparse.Namespace) -> None:
     full = [evaluate.reference(found.model, context, follow[:-1]) for context, follow in pairs]
     results: list[dict[str, Any]] = []
     report = {"contexts": len(pairs), "losses": _plain(losses), "results": results}
-    every = {name: (total, arms(model, losses, total)) for name, total in totals(model).items()}
+    every = {
+        name: (total, arms(model, losses, total)) for name, total in totals(model, losses).items()
+    }
     with progress.bar("arms", sum(len(named) for _, named in every.values())) as advance:
         for name, (total, named) in every.items():
             for arm, made in named.items():

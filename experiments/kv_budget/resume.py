@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.harness import processes
+from experiments.harness import processes, progress
 from experiments.kv_budget.run import devices_for
 from experiments.models import Transformer
 from experiments.models.worth import decoder_of
@@ -16,15 +15,8 @@ from jbalance import decode
 from jbalance.resources import device_budgets
 
 
-def resume(
-    folder: Path,
-    model: Transformer,
-    memory_bytes: list[int],
-    begin: Callable[[int], Callable[[], object]] = lambda steps: lambda: None,
-) -> dict[str, Any]:
+def resume(folder: Path, model: Transformer, memory_bytes: list[int]) -> dict[str, Any]:
     """All tokens, those of before and those that were still to come, and what the devices held.
-
-    `begin` gets the number of tokens that are still to come; what it gives is called after each.
 
     Raises:
       ValueError: as `decode.restore`, or too few devices.
@@ -35,12 +27,12 @@ def resume(
     tokens, new_tokens = _begun(folder)
     state = decode.restore(folder, decoder, budgets, devices=devices)
     saved_tokens, most = len(tokens), np.array(state.nbytes)
-    advance = begin(new_tokens - saved_tokens)
-    while len(tokens) < new_tokens:
-        new, state = decode.step(decoder, state)
-        tokens.append(int(new[0]))
-        most = np.maximum(most, state.nbytes)
-        advance()
+    with progress.bar("tokens", new_tokens - saved_tokens) as advance:
+        while len(tokens) < new_tokens:
+            new, state = decode.step(decoder, state)
+            tokens.append(int(new[0]))
+            most = np.maximum(most, state.nbytes)
+            advance()
     most = processes.total(most)
     if (most > budgets).any():
         raise RuntimeError(f"the devices hold {most} bytes, the budgets are {budgets}")

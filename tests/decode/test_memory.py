@@ -8,14 +8,13 @@ import pytest
 
 from jbalance import decode
 from tests.decode.conftest import PROMPT
-from tests.decode.test_weights import plain  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")
-def losses(plain):  # noqa: F811
+def losses(grouped):
     steps = []
     found = decode.memory_losses(
-        plain, PROMPT[:256], parts=(0.25, 0.5), on_step=lambda *at: steps.append(at)
+        grouped, PROMPT[:256], parts=(0.25, 0.5), on_step=lambda *at: steps.append(at)
     )
     assert steps == [(i + 1, 22) for i in range(22)]  # 3 layers and tables by 5, 2 of the cache
     return found
@@ -32,17 +31,17 @@ def test_losses_fall_with_bits_and_bytes(losses):
     assert losses.table[-1] == 0
 
 
-def test_small_losses_add_up(plain, losses):  # noqa: F811
+def test_small_losses_add_up(grouped, losses):
     """The divergence of all layers in 5 bits, and of tables, against the sum of each alone."""
-    small = decode.quantize_weights(plain, 5, 5)
+    small = decode.quantize_weights(grouped, 5, 5)
     tokens = PROMPT[:256]
-    want, got = (decode.memory.dense_log_probs(x, tokens, 128) for x in (plain, small))
+    want, got = (decode.memory.dense_log_probs(x, tokens, 128) for x in (grouped, small))
     together = float((np.exp(want) * (want - got)).sum(axis=-1).mean())
     alone = losses.layers[:, 2].sum() + losses.table[2]
     assert 0.5 * alone < together < 2 * alone
 
 
-def drawn(plain, seed):  # noqa: F811
+def drawn(seed):
     """Losses that are convex in bytes of different sizes."""
     rng = np.random.default_rng(seed)
     bits = np.array([3.25, 4.25, 5.25, 8.25, 16])
@@ -61,9 +60,9 @@ def drawn(plain, seed):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_choice_is_within_one_step_of_the_best_of_all(plain, seed):  # noqa: F811
-    losses, tokens = drawn(plain, seed), 2_000
-    dense = plain.dense_bytes(tokens)
+def test_the_choice_is_within_one_step_of_the_best_of_all(grouped, seed):
+    losses, tokens = drawn(seed), 2_000
+    dense = grouped.dense_bytes(tokens)
     sizes = [*losses.layer_bytes, losses.table_bytes, np.array(losses.parts) * dense]
     blocks = [np.ceil(x / 1024) for x in sizes]
     values = [*losses.layers, losses.table, losses.cache]
@@ -71,35 +70,35 @@ def test_the_choice_is_within_one_step_of_the_best_of_all(plain, seed):  # noqa:
     total = np.array([sum(x) for x in itertools.product(*values)])
     most = max(np.diff(x).max() for x in blocks)
     for budget in np.linspace(costs.min() + 1, costs.max(), 7).astype(int):
-        fit = decode.fit_memory(plain, losses, int(budget) * 1024, tokens)
+        fit = decode.fit_memory(grouped, losses, int(budget) * 1024, tokens)
         assert total[costs <= budget].min() <= fit.loss * (1 + 1e-5) + 1e-9
         less = max(budget - most, costs.min())
         assert fit.loss <= total[costs <= less].min() * (1 + 1e-5) + 1e-9
         assert fit.model.nbytes + fit.cache_bytes == budget * 1024
 
 
-def test_it_decodes_within_the_memory(plain, losses):  # noqa: F811
-    dense = plain.dense_bytes(200)
-    fit = decode.fit_memory(plain, losses, int(plain.nbytes * 0.3) + dense, 200)
+def test_it_decodes_within_the_memory(grouped, losses):
+    dense = grouped.dense_bytes(200)
+    fit = decode.fit_memory(grouped, losses, int(grouped.nbytes * 0.3) + dense, 200)
     assert None not in fit.layer_bits
     state = decode.create(fit.model, [fit.cache_bytes])
     state = decode.join(fit.model, state, 0, PROMPT[:180])
     tokens, state = decode.step(fit.model, state)
-    assert fit.model.nbytes + sum(state.nbytes) <= int(plain.nbytes * 0.3) + dense
+    assert fit.model.nbytes + sum(state.nbytes) <= int(grouped.nbytes * 0.3) + dense
     assert tokens.shape == (1,)
-    ample = decode.fit_memory(plain, losses, 2 * plain.nbytes + dense, 200)
+    ample = decode.fit_memory(grouped, losses, 2 * grouped.nbytes + dense, 200)
     assert ample.layer_bits == (None,) * 3
     assert ample.loss == pytest.approx(losses.cache[-1], rel=1e-5)
     for x, y in zip(
-        jax.tree.leaves(ample.model.layers), jax.tree.leaves(plain.layers), strict=True
+        jax.tree.leaves(ample.model.layers), jax.tree.leaves(grouped.layers), strict=True
     ):
         np.testing.assert_array_equal(x, y)
 
 
-def test_more_requests_need_more_of_the_memory(plain, losses):  # noqa: F811
-    budget = int(plain.nbytes * 0.3) + plain.dense_bytes(200)
+def test_more_requests_need_more_of_the_memory(grouped, losses):
+    budget = int(grouped.nbytes * 0.3) + grouped.dense_bytes(200)
     one, four = (
-        decode.fit_memory(plain, losses, budget, 200, num_requests=n).cache_bytes for n in (1, 4)
+        decode.fit_memory(grouped, losses, budget, 200, num_requests=n).cache_bytes for n in (1, 4)
     )
     assert four >= one
 
@@ -114,10 +113,10 @@ def test_more_requests_need_more_of_the_memory(plain, losses):  # noqa: F811
         ({"losses": 3}, "losses is 3"),
     ],
 )
-def test_bad_fits_are_named(plain, losses, changed, names):  # noqa: F811
+def test_bad_fits_are_named(grouped, losses, changed, names):
     given = {"losses": losses, "budget_bytes": 10**7, "num_tokens": 100} | changed
     with pytest.raises(ValueError, match=names):
-        decode.fit_memory(plain, **given)
+        decode.fit_memory(grouped, **given)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +130,12 @@ def test_bad_fits_are_named(plain, losses, changed, names):  # noqa: F811
         (PROMPT[:128], {"parts": (0.01,)}, r"parts\[0\] is 0.01, for a context of 64 tokens: "),
     ],
 )
-def test_bad_measurements_are_named(plain, tokens, options, names):  # noqa: F811
+def test_bad_measurements_are_named(grouped, tokens, options, names):
     with pytest.raises(ValueError, match=names):
-        decode.memory_losses(plain, tokens, **options)
+        decode.memory_losses(grouped, tokens, **options)
 
 
-def test_losses_of_another_model_are_named(plain, losses):  # noqa: F811
+def test_losses_of_another_model_are_named(grouped, losses):
     other = losses._replace(layers=losses.layers[:2])
     with pytest.raises(ValueError, match="losses has 2 layers: the model has 3"):
-        decode.fit_memory(plain, other, 10**7, 100)
+        decode.fit_memory(grouped, other, 10**7, 100)

@@ -6,25 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jbalance import adapters, decode
+from jbalance import decode
 from jbalance.decode import weights
 from jbalance.decode.memory import dense_log_probs
 from tests.decode.conftest import PROMPT
-from tests.support.small_models import VOCAB, small_llama
+from tests.support.small_models import VOCAB
 
-SIZES = {"embed_dim": 64, "hidden_dim": 128, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16}
 CODED = 64 * (128 + 64 + 64 + 128 + 3 * 128)  # weights of a layer that become codes
 TOKENS = PROMPT[:100]
-
-
-@pytest.fixture(scope="module")
-def plain():
-    model = small_llama(**SIZES, max_positions=512)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: 6 * x if x.ndim > 2 else x, state))
-    return adapters.decoder(model, model.attention_specs)
 
 
 def relative(got, x):
@@ -90,34 +80,34 @@ def test_rows_and_parts_of_a_table_are_those_of_the_whole(bits):
     np.testing.assert_array_equal(codes.part(jnp.int32(4), 3).decoded(), whole[4:7])
 
 
-def test_bytes_are_exact_and_what_has_no_groups_stays(plain):
-    small = decode.quantize_weights(plain, [3, None, 8], 4)
+def test_bytes_are_exact_and_what_has_no_groups_stays(grouped):
+    small = decode.quantize_weights(grouped, [3, None, 8], 4)
     saved = sum(CODED * (4 - (bits + 0.25) / 8) for bits in (3, 8))
     saved += VOCAB * 64 * (4 - 4.25 / 8)
-    assert small.nbytes == plain.nbytes - saved
+    assert small.nbytes == grouped.nbytes - saved
     kept = jax.tree.leaves(small.layers[1])
-    for x, y in zip(kept, plain.layers[1], strict=True):
+    for x, y in zip(kept, grouped.layers[1], strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-def test_it_decodes_as_the_model_with_its_weights_decoded(plain, monkeypatch):
+def test_it_decodes_as_the_model_with_its_weights_decoded(grouped, monkeypatch):
     """In parts of the vocabulary that do not divide it, by prompts, steps and dense attention."""
     monkeypatch.setattr(weights, "_PART", 16)
-    small = decode.quantize_weights(plain, [3, 4, 5], 5)
+    small = decode.quantize_weights(grouped, [3, 4, 5], 5)
     same = dataclasses.replace(
-        plain, params=weights.decoded(small.params), layers=weights.decoded(small.layers)
+        grouped, params=weights.decoded(small.params), layers=weights.decoded(small.layers)
     )
     got, want = (dense_log_probs(x, TOKENS, 50) for x in (small, same))
     np.testing.assert_allclose(got, want, atol=2e-5)
-    away = float(jnp.abs(want - dense_log_probs(plain, TOKENS, 50)).max())
+    away = float(jnp.abs(want - dense_log_probs(grouped, TOKENS, 50)).max())
     assert away > 1e-2  # fewer bits are something else
-    budget = [plain.dense_bytes(160) * 2]
+    budget = [grouped.dense_bytes(160) * 2]
     tokens = [decode.generate(x, [TOKENS], budget, max_new_tokens=12) for x in (small, same)]
     np.testing.assert_array_equal(*tokens)
 
 
-def test_layers_of_one_kind_share_their_programs(plain):
-    small = decode.quantize_weights(plain, 4)
+def test_layers_of_one_kind_share_their_programs(grouped):
+    small = decode.quantize_weights(grouped, 4)
     assert len({small.functions(i) for i in range(3)}) == 1
     trees = {jax.tree.structure(x) for x in small.layers}
     assert len(trees) == 1
@@ -133,16 +123,16 @@ class Mixed:
         return jax.nn.log_softmax(x @ params[0].T)
 
 
-def test_tables_that_are_looked_at_as_wholes_are_refused(plain, monkeypatch):
+def test_tables_that_are_looked_at_as_wholes_are_refused(grouped, monkeypatch):
     monkeypatch.setattr(weights, "_PART", 16)
     table = (jnp.asarray(np.random.default_rng(0).normal(size=(VOCAB, 64)), jnp.float32),)
     mixed = Mixed()
-    odd = dataclasses.replace(plain, params=table, embed=mixed.embed, logits=plain.logits)
+    odd = dataclasses.replace(grouped, params=table, embed=mixed.embed, logits=grouped.logits)
     odd = dataclasses.replace(odd, logits=lambda params, x: x @ params[0].T)
     with pytest.raises(ValueError, match=r"table_bits: model\.embed is not the rows"):
         decode.quantize_weights(odd, None, 8)
     odd = dataclasses.replace(
-        plain,
+        grouped,
         params=table,
         embed=lambda params, tokens, where: params[0][tokens],
         logits=mixed.logits,
@@ -162,15 +152,17 @@ def test_tables_that_are_looked_at_as_wholes_are_refused(plain, monkeypatch):
         ((4.0,), "layer_bits"),
     ],
 )
-def test_bad_bits_are_named(plain, given, names):
+def test_bad_bits_are_named(grouped, given, names):
     with pytest.raises(ValueError, match=names):
-        decode.quantize_weights(plain, *given)
+        decode.quantize_weights(grouped, *given)
 
 
-def test_models_that_cannot_be_quantized_are_named(plain):
-    small = decode.quantize_weights(plain, 4)
+def test_models_that_cannot_be_quantized_are_named(grouped):
+    small = decode.quantize_weights(grouped, 4)
     with pytest.raises(ValueError, match=r"model\.layers is quantized already"):
         decode.quantize_weights(small, 4)
-    first = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), plain.layers[0])
+    first = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), grouped.layers[0])
     with pytest.raises(ValueError, match=r"model\.layers\[0\] has a matrix .* not finite"):
-        decode.quantize_weights(dataclasses.replace(plain, layers=(first, *plain.layers[1:])), 4)
+        decode.quantize_weights(
+            dataclasses.replace(grouped, layers=(first, *grouped.layers[1:])), 4
+        )

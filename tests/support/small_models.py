@@ -9,6 +9,8 @@ from flax import nnx
 from experiments.models import Transformer, TransformerConfig
 
 VOCAB, SIZE = 61, 200
+# All matrices divide into groups of 64 weights.
+GROUPED = {"embed_dim": 64, "hidden_dim": 128, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16}
 
 
 def small_config(**changes: Any) -> TransformerConfig:

@@ -10,15 +10,14 @@ from experiments.kv_budget import evaluate, memory
 from experiments.models import Transformer
 from experiments.models.worth import decoder_of
 from jbalance import decode
-from tests.support.small_models import VOCAB, small_config
+from tests.support.small_models import GROUPED, VOCAB, small_config
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 512)
-SIZES = {"embed_dim": 64, "hidden_dim": 128, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(small_config(**SIZES, max_positions=512), rngs=nnx.Rngs(0))
+    return Transformer(small_config(**GROUPED, max_positions=512), rngs=nnx.Rngs(0))
 
 
 def test_all_arms_keep_to_the_bytes(model, monkeypatch):
@@ -30,11 +29,13 @@ def test_all_arms_keep_to_the_bytes(model, monkeypatch):
     assert 2 * sixteen == decoder.nbytes
     context, follow = TOKENS[:300], TOKENS[300:321]
     full = evaluate.reference(model, context, follow[:-1])
-    for total in list(memory.totals(decoder).values())[1::2]:
+    for total in list(memory.totals(decoder, losses).values())[1::2]:
         found = {arm: made() for arm, made in memory.arms(decoder, losses, total).items()}
         assert found["one price"].model.nbytes + found["one price"].cache_bytes == total
         assert found["weights alone"].model.nbytes + dense <= total
         assert found["weights alone"].cache_bytes is None
+        bits = found["weights alone"].about["bits"]
+        assert memory.bytes_in(losses, bits) == found["weights alone"].model.nbytes
         assert ("cache alone" in found) == (total > sixteen)
         if "cache alone" in found:
             assert sixteen + found["cache alone"].cache_bytes == total
