@@ -1,8 +1,8 @@
 """Fits what a model's tokens are worth on texts that packages carry, once; the result is kept.
 
-    python -m experiments.kv_budget.fit_worth [--contexts N] [--out FILE] [--model MODEL]
+    python -m experiments.kv_budget.fit_worth --out experiments/models/learned/smollm2.npz
 
-Some 15 minutes on two idle cores. The texts: a novel, two plays, newspapers, reviews, tweets, source
+Commands find what was learned of their model in that folder. Some 15 minutes on two idle cores. The texts: a novel, two plays, newspapers, reviews, tweets, source
 code, and lists of codes, of which those that README's table comes from are none. Contexts have 1,280
 tokens, a few 256 or 4,096, at places that a seed draws.
 """
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from experiments.harness import cli, progress, texts
 from experiments.models import options as models
-from experiments.models.worth import FOLDER, decoder_of, write
+from experiments.models.worth import decoder_of, write
 from experiments.text_classification import data as sentiment
 from jbalance.decode import fit_worth
 from jbalance.decode.worth import NUM_FOLLOWING
@@ -91,9 +91,7 @@ def job(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("experiments.kv_budget.fit_worth", __doc__)
     parser.add_argument("--contexts", type=int, default=50, help="that are read")
-    parser.add_argument(
-        "--out", type=Path, metavar="OUT", default=FOLDER / "smollm2.npz", help="an .npz file"
-    )
+    parser.add_argument("--out", type=Path, metavar="OUT", required=True, help="an .npz file")
     models.add_options(parser)
     return cli.run(parser, job, arguments)
 

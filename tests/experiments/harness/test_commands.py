@@ -45,6 +45,7 @@ def _module(name: str):
 @pytest.fixture
 def parser_of(monkeypatch):
     """name -> the parser that the command's main hands to `cli.run`."""
+    monkeypatch.setenv("COLUMNS", "100")  # of help, whatever the terminal has
 
     def parser(name: str) -> argparse.ArgumentParser:
         given = []
@@ -82,6 +83,7 @@ def test_help_says_what_the_command_is_and_what_every_option_is(name, parser_of)
     for each in _all(parser):
         text = each.format_help()
         assert each.description
+        assert str(ROOT) not in "".join(text.split()), "a default that holds only in this folder"
         for action in each._actions:
             assert action.help or isinstance(action, argparse._SubParsersAction), action
             left_out = action.default
