@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from jbalance import rescale
 
@@ -16,6 +19,30 @@ A = (_rng.random((N, K)) * (_rng.random((N, K)) < 0.7)).astype(np.float32)
 A[:, 2] = 0  # a key that nobody claims
 A[0, 0] = 0.5
 ATTENTION = _rng.dirichlet(np.ones(K), 3).astype(np.float32)
+
+
+# Sizes whose products float32 holds: what vanishes beside the largest may vanish.
+sizes = st.just(0.0) | st.floats(2.0**-30, 2.0**30, width=32)
+all_rules = jax.jit(lambda *given: [rescale.weights(*given, rule=x) for x in sorted(rescale.RULES)])
+
+
+@given(alpha=arrays(np.float32, 3, elements=sizes), data=st.data())
+def test_every_rule_is_its_sum_key_by_key(alpha, data):
+    a = data.draw(arrays(np.float32, (3, 5), elements=sizes))
+    attention = data.draw(arrays(np.float32, 5, elements=sizes))
+    literal, renormalized, split = all_rules(alpha, a, attention)
+    alpha, a, attention = (x.astype(np.float64) for x in (alpha, a, attention))
+    gain = [sum(alpha[i] * a[i, k] for i in range(3)) for k in range(5)]
+    whole = sum(attention[k] * gain[k] for k in range(5))
+    for k in range(5):
+        want = attention[k] * gain[k] / whole if whole else 0
+        np.testing.assert_allclose(renormalized[k], want, rtol=1e-5, atol=1e-30)
+        for i in range(3):
+            row = a[i].sum() if alpha[i] else 0
+            want = attention[k] / row if row else 0
+            np.testing.assert_allclose(literal[i, k], want, rtol=1e-5, atol=1e-30)
+            want = alpha[i] * a[i, k] / gain[k] * attention[k] if gain[k] else 0
+            np.testing.assert_allclose(split[i, k], want, rtol=1e-5, atol=1e-30)
 
 
 def test_split_conserves_every_claimed_key():
