@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jbalance as jb
 from jbalance import shares, tasks
 from jbalance.types import Status
+from tests.support.examples import few
 
 N, G = 4, 2
 # METHOD's two tasks and two more, on two devices.
@@ -75,7 +76,7 @@ def test_tasks_that_end_and_start_do_not_compile_anew():
         assert out.status == Status.OK
 
 
-@settings(max_examples=40, deadline=None)
+@few(40)
 @given(st.integers(0, 2**31))
 def test_no_device_gives_more_than_it_has(seed):
     rng = np.random.default_rng(seed)

@@ -6,12 +6,10 @@ import argparse
 import dataclasses
 import functools
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -122,7 +120,7 @@ def _job(measure: Callable[..., Iterable[Row]], options: argparse.Namespace) -> 
         for row in measure(**switches):
             rows.append(row)
             every = [row.as_json() for row in rows]
-            keep({"rows": every, "machine": _machine(), "versions": _versions()})
+            keep({"rows": every, "device": jax.devices()[0].device_kind})
             bars.update(task, description=f"{row.case}: {row.metric} {row.value:.4g}")
             bars.advance(task)
     _print(rows)
@@ -138,21 +136,3 @@ def _print(rows: list[Row]) -> None:
             holds = "[green]yes[/]" if row.bar.holds(row.value) else "[red]no[/]"
         table.add_row(row.case, row.metric, f"{row.value:.4g}", str(row.bar or ""), holds)
     Console().print(table)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jbalance", "jax", "jaxlib", "numpy")},
-    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import glob
 import hashlib
 import io
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.harness import origin
 from experiments.harness.lines import plain
 
 _MOST_DEFLATED = 1032  # bytes that one byte of deflate can stand for, at most
@@ -88,8 +88,13 @@ def write_json(path: Path, value: Any) -> None:
 def json_writer(path: str | Path | None) -> Callable[[Any], None]:
     """`write_json` to a place that was tried; of a command's results after every step of its work.
 
+    The file has them with the command, the versions of its packages and the machine.
+
     Args:
       path: None where nothing is asked for; then nothing is written.
+
+    Returns:
+      What takes the results: an object, or rows, which become "rows".
 
     Raises:
       ValueError, OSError: as `check_writable`.
@@ -97,7 +102,12 @@ def json_writer(path: str | Path | None) -> Callable[[Any], None]:
     if path is None:
         return lambda value: None
     check_writable(Path(path))
-    return functools.partial(write_json, Path(path))
+
+    def keep(results: Any) -> None:
+        known = results if isinstance(results, dict) else {"rows": results}
+        write_json(Path(path), known | origin.of_results())
+
+    return keep
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
     python -m experiments.kv_budget.fit_worth --out experiments/models/learned/smollm2.npz
 
-Commands find what was learned of their model in that folder. Some 15 minutes on two idle cores. The texts: a novel, two plays, newspapers, reviews, tweets, source
-code, and lists of codes, of which those that README's table comes from are none. Contexts have 1,280
-tokens, a few 256 or 4,096, at places that a seed draws.
+Commands find what was learned of their model in that folder. Some 15 minutes on two idle cores. The
+texts: a novel, two plays, newspapers, reviews, tweets, source code, and lists of codes, of which those
+that README's table comes from are none. Contexts have 1,280 tokens, a few 256 or 4,096, at places that a
+seed draws.
 """
 
 from __future__ import annotations

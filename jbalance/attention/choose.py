@@ -17,6 +17,8 @@ from jbalance.attention import plan as plans
 from jbalance.attention.plan import TilePlan
 from jbalance.tiling import Tiling
 
+_BELOW_ONE = 1 - 2.0**-20
+
 
 @in_32_bits
 def choose(
@@ -61,7 +63,7 @@ def choose(
     num_heads = _number_of_heads(heads, valid, axis_name)
     visible, always, previous = _structure(tiling)
     total = _budget(num_tiles, num_heads * int(always.sum()), batch)
-    quota = _quota(floor * total / (num_heads * visible.sum()), visible, always)
+    quota = _quota(floor, total, num_heads, visible, always)
     candidate = visible & ~always
     if valid is not None:
         always, candidate = always & valid, candidate & valid
@@ -140,10 +142,18 @@ def _budget(num_tiles, least, batch):
     return total
 
 
-def _quota(part, visible, always):
-    """[B, 1, I] int32: how many of its best tiles every query block has beside those of `always`."""
+def _quota(floor, total, num_heads, visible, always):
+    """[B, 1, I] int32: how many of its best tiles every query block has beside those of `always`.
+
+    Where blocks with more than their share in `always` leave too few for the others, these have less.
+    """
+    part = floor * total / (num_heads * visible.sum())
     even = jnp.floor(part[:, None] * visible.sum(axis=1)).astype(jnp.int32)
-    return jnp.maximum(even - always.sum(axis=1), 0)[:, None]
+    quota = jnp.maximum(even - always.sum(axis=1), 0)
+    rest, wanted = total - num_heads * always.sum(), num_heads * quota.sum(axis=1)
+    # Below the quotient: rounded up, the parts might be more than the rest.
+    less = jnp.floor(quota * (_BELOW_ONE * rest / jnp.maximum(wanted, 1))[:, None])
+    return jnp.where((wanted > rest)[:, None], less.astype(jnp.int32), quota)[:, None]
 
 
 def _best_of_rows(score, candidate, quota):

@@ -203,7 +203,7 @@ def test_bad_input_names_itself():
 
     class Stack(nnx.Module):
         def __init__(self):
-            self.attend = stacked(nnx.Rngs(0).fork(split=3))
+            self.attend = stacked(nnx.Rngs(0).split(3))
 
     with pytest.raises(ValueError, match="stacked in one module"):
         adapters.NnxCache(Stack(), AMPLE)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from jbalance import attention
 from jbalance.attention import Tiling
+from tests.support.examples import few
 
 GRID = Tiling(20, 27, 4, 4, causal=False)
 SIZES = st.tuples(*(st.integers(1, n) for n in (40, 40, 12, 12)))  # T, S, block_q, block_k
@@ -41,7 +42,7 @@ def random_mask(seed, shape=(2, 3, 5, 7)):
     return jnp.asarray(np.random.default_rng(seed).random(shape) < 0.4)
 
 
-@settings(max_examples=20)
+@few(20)
 @given(SIZES)
 def test_dense_plans_hold_every_visible_tile(sizes):
     for causal in (True, False):
@@ -58,7 +59,7 @@ def test_a_tiling_is_static():
     np.testing.assert_array_equal(plan.count, attention.window(3, tiling).count)
 
 
-@settings(max_examples=20)
+@few(20)
 @given(SIZES, st.integers(1, 50), st.integers(0, 20))
 def test_window_with_sinks(sizes, size, num_sinks):
     behind = distance(*sizes[:2])

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jbalance.cache import _admit, _centroids, _pages, _price
 from jbalance.cache._layout import PageLayout
+from tests.support.examples import few
 
 U, D, BITS, PAGE, SPAN, SIZE = 5, 16, (8, 4, 3), 256, 3, 20
 M = len(BITS)
@@ -154,7 +155,7 @@ def need(found, mine):
     return (-(-count // SIZES))[mine].sum()
 
 
-@settings(max_examples=8, deadline=None)
+@few(8)
 @given(st.integers(0, 10**6), st.lists(st.integers(2, 30), min_size=3, max_size=5))
 def test_who_stays_is_as_by_brute_force_and_what_stays_is_bit_for_bit(seed, allowances):
     rng = np.random.default_rng(seed)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jbalance.cache import _pages
+from tests.support.examples import few
 
 U, D, BITS, PAGE = 3, 16, (16, 8, 4, 3, 2), 256
 M = len(BITS)
@@ -59,7 +60,7 @@ def test_bytes_are_the_budget_but_for_less_than_a_page(budget, page_bytes):
     assert moved.nbytes == out.nbytes
 
 
-@settings(max_examples=60, deadline=None)
+@few(60)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=U * M, max_size=U * M), min_size=1, max_size=4)
 )

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jbalance.cache import _price
 from jbalance.cache._layout import token_bytes
+from tests.support.examples import few
 
 BITS = (8, 4, 3)
 OFFSETS = _price.steps(64, BITS)
@@ -89,7 +90,7 @@ def brute(levels, codes, allowance):
     return found[1:]
 
 
-@settings(max_examples=40, deadline=None)
+@few(40)
 @given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from([0.0, 0.1]))
 def test_the_price_is_that_of_brute_force(seed, allowance, protected):
     rng = np.random.default_rng(seed)

@@ -14,11 +14,11 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jbalance import decode
+from tests.support.examples import few
 from tests.support.window_models import VOCAB, dense_logits, model, specs
 
 MODEL = model()
@@ -131,8 +131,7 @@ class TightRequests(Requests):
     roomy = False
 
 
-LONG = settings.get_current_profile_name() == "long"
-EXAMPLES = settings(max_examples=settings().max_examples if LONG else 8, stateful_step_count=12)
+EXAMPLES = few(8, stateful_step_count=12)
 TestRoomy, TestTight = Requests.TestCase, TightRequests.TestCase
 TestRoomy.settings = TestTight.settings = EXAMPLES
 

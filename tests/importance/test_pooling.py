@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from jbalance import importance
+from tests.support.examples import few
 
 A = [[0.6, 0.4], [0.4, 0.6]]
 COMPLEXITY = [0.5, 0.3]
@@ -89,7 +90,7 @@ rows = st.lists(amounts, min_size=UNITS, max_size=UNITS).map(lambda x: np.array(
 feedbacks = st.lists(st.floats(-1, 1, width=32), min_size=UNITS, max_size=UNITS)
 feedbacks = feedbacks.map(lambda x: np.array(x, np.float32))
 blend = jax.jit(importance.blend)
-relaxed = settings(max_examples=60, deadline=None)
+relaxed = few(60)
 
 
 @relaxed

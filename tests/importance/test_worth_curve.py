@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jbalance import importance, shares
+from tests.support.examples import few
 
 
-@settings(max_examples=30, deadline=None)
+@few(30)
 @given(st.integers(0, 2**31), st.integers(1, 4))
 def test_counts_are_those_of_a_histogram_of_half_octaves(seed, examples):
     rng = np.random.default_rng(seed)
@@ -24,7 +25,7 @@ def test_counts_are_those_of_a_histogram_of_half_octaves(seed, examples):
     np.testing.assert_allclose(got.sum(), where.sum(), rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@few(30)
 @given(st.integers(0, 2**31), st.floats(0, 1))
 def test_shares_by_one_price(seed, part):
     rng = np.random.default_rng(seed)

@@ -182,7 +182,7 @@ def test_water_meets_its_budget_and_bounds(w, floor, room, budget):
     np.testing.assert_allclose(amount.sum() + float(out.slack), budget, rtol=2e-6)
     free = np.asarray(out.binding) == Binding.PRICE
     w = w if w.any() else np.ones(U)  # nothing known: all alike
-    np.testing.assert_allclose(amount[free], (w * np.float64(out.level))[free], rtol=1e-5)
+    np.testing.assert_allclose(amount[free], w[free] * np.float64(out.level), rtol=1e-5)
 
 
 FILL = jax.jit(lambda w, budget, floor, cap: water_fill(w, jnp.float32(budget), floor, cap))

@@ -12,12 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jbalance import allocate, attention, audit, cache, importance, place, rescale, shares, tasks
 from jbalance.attention import Tiling
+from tests.support.examples import few
 
 U, G, LAYOUTS = 8, 2, 8
 TILING = Tiling(8, 8, 4, 4)
@@ -145,10 +146,9 @@ def drawn(name, seed):
 
 
 # Compiling takes the time: of the quick profile's examples a few.
-FEW = settings().max_examples if settings().max_examples >= 1000 else 12
 
 
-@settings(max_examples=FEW)
+@few(12)
 @given(
     name=st.sampled_from(list(CALLS)),
     number=st.integers(0, LAYOUTS - 1),
