@@ -21,8 +21,8 @@ A[0, 0] = 0.5
 ATTENTION = _rng.dirichlet(np.ones(K), 3).astype(np.float32)
 
 
-# Sizes whose products float32 holds: what vanishes beside the largest may vanish.
-sizes = st.just(0.0) | st.floats(2.0**-30, 2.0**30, width=32)
+# Sizes whose products, over the largest ones, float32 still holds.
+sizes = st.just(0.0) | st.floats(2.0**-15, 2.0**15, width=32)
 all_rules = jax.jit(lambda *given: [rescale.weights(*given, rule=x) for x in sorted(rescale.RULES)])
 
 
@@ -36,13 +36,13 @@ def test_every_rule_is_its_sum_key_by_key(alpha, data):
     whole = sum(attention[k] * gain[k] for k in range(5))
     for k in range(5):
         want = attention[k] * gain[k] / whole if whole else 0
-        np.testing.assert_allclose(renormalized[k], want, rtol=1e-5, atol=1e-30)
+        np.testing.assert_allclose(renormalized[k], want, rtol=1e-5, atol=0)
         for i in range(3):
             row = a[i].sum() if alpha[i] else 0
             want = attention[k] / row if row else 0
-            np.testing.assert_allclose(literal[i, k], want, rtol=1e-5, atol=1e-30)
+            np.testing.assert_allclose(literal[i, k], want, rtol=1e-5, atol=0)
             want = alpha[i] * a[i, k] / gain[k] * attention[k] if gain[k] else 0
-            np.testing.assert_allclose(split[i, k], want, rtol=1e-5, atol=1e-30)
+            np.testing.assert_allclose(split[i, k], want, rtol=1e-5, atol=0)
 
 
 def test_split_conserves_every_claimed_key():
