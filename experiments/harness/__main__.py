@@ -4,10 +4,12 @@
     python -m experiments.harness uses
     python -m experiments.harness site
     python -m experiments.harness hardening
+    python -m experiments.harness figures
 
 The first writes `docs/results.md` and a plot for each file in `docs/results`. The second lists every
 public name of jbalance with the studies, commands and benchmarks that call it. The third says what
-the site that `make docs` built lacks. The fourth writes `docs/hardening.md`.
+the site that `make docs` built lacks. The fourth writes `docs/hardening.md`. The last lists the figures
+of README and the documentation with the place in a committed file that each comes from.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from experiments.harness import cli, docs, hardening, site, uses
+from experiments.harness import cli, docs, figures, hardening, site, uses
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit code; a bad input is one line on stderr."""
     parser = cli.parser("experiments.harness", __doc__)
-    parser.add_argument("job", choices=("docs", "uses", "site", "hardening"), help="as above")
+    parser.add_argument(
+        "job", choices=("docs", "uses", "site", "hardening", "figures"), help="as above"
+    )
     return cli.run(parser, _job, arguments)
 
 
@@ -31,6 +35,9 @@ def _job(options: argparse.Namespace) -> None:
         return
     if options.job == "hardening":
         print(hardening.write())
+        return
+    if options.job == "figures":
+        figures.check(figures.of_pages())
         return
     if options.job == "site":
         site.check()

@@ -1,9 +1,10 @@
 """Where the figures of README and the documentation come from.
 
-A section names its files in a comment, `<!-- figures: docs/results/NAME.json ... -->`: results, or code
-whose constants it quotes. A figure is a number with a decimal point, one with a unit, or one in a table
-behind the first column; it comes from a number in these files that rounds to it. Of several such numbers
-the one counts whose names and settings most resemble the words around the figure.
+A section names its files in a comment, `<!-- figures: NAME ... -->`: results, by their names in
+`docs/results`, a page of results, or code whose constants it quotes, by their paths; or it says
+`<!-- figures: arithmetic -->`. A figure is a number with a decimal point, a part, a ratio or a time,
+or one in a table behind the first column; it comes from a number in these files that rounds to it. Of
+several such numbers the one counts whose names and settings most resemble the words around the figure.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 PAGES = ("README.md", "docs/*.md", "docs/how_to/*.md", "docs/notes/*.md", "docs/results/*.md")
-GENERATED = "Written by `"  # a page of a command, which a test compares with its files
+# What was tried on the way, of which most can not be run again and has no file.
+NOTES = re.compile(r"docs/(notes/.*|method)\.md")
+GENERATED = re.compile(r"(Written|Generated) by `")  # a page of a command, made from its results
+ARITHMETIC = "arithmetic"
 _MARK = re.compile(r"<!-- figures: (.*?) -->", re.S)
-_CODE = re.compile(r"```.*?```|^ {4}\S.*?$|`[^`\n]*`|<!--.*?-->|\]\([^)]*\)", re.S | re.M)
+_FENCE = re.compile(r"^```.*?^```", re.S | re.M)
+_CODE = re.compile(r"^ {4}\S.*?$|`[^`\n]*`|<!--.*?-->|\]\([^)]*\)", re.S | re.M)
 _NUMBER = r"\d[\d,]*\d(?:\.\d+)?|\d+(?:\.\d+)?"
-_UNIT = r"%|×|times|ms|µs|us|s|MB|MiB|GB|GiB|kB|KiB|nats|points|minutes|hours|bits|bytes"
+_SIZE = r"MB|MiB|GB|GiB|kB|KiB"  # of whole numbers often a setting
+_UNIT = rf"%|×|times|ms|µs|us|s|nats|points|minutes|hours|{_SIZE}"
+_ELSEWHERE = r"(?<![\w.])(?<![A-Za-z]-)(?<!Python )"  # names, versions
 _FIGURE = re.compile(
-    rf"(?<![\w.])(?<![A-Za-z]-)[-+]?({_NUMBER})(e[-+]?\d+)?(?![\w.]*\d)(?:\s?({_UNIT})(?!\w))?"
+    rf"{_ELSEWHERE}[-+]?({_NUMBER})(e[-+]?\d+)?(?![\w.]*\d)(?:\s?({_UNIT})(?!\w))?"
 )
 _WORD = re.compile(r"[a-z]{3,}|\d[\d.,]*\d|\d")
 # What a number of a file may be multiplied by: parts as percent, bytes and seconds in other units.
@@ -65,21 +72,52 @@ def of_pages(root: Path = Path()) -> list[Figure]:
     return [
         figure
         for path, text in texts.items()
-        if GENERATED not in text
+        if not GENERATED.search(text)
         for figure in of_page(path.relative_to(root).as_posix(), text, root)
     ]
+
+
+def check(found: Sequence[Figure]) -> None:
+    """Prints where each figure comes from, and how many of the notes have no file.
+
+    Raises:
+      ValueError: figures of other pages that no file has; it names them.
+    """
+    without = [x for x in found if x.source is None]
+    for x in found:
+        if x.source is not None:
+            print(f"{x.page}:{x.line}: {x.text} <- {x.source}")
+    of_notes = [x for x in without if NOTES.fullmatch(x.page)]
+    print(
+        f"{len(found) - len(without)} figures of {len(found)} come from a file; {len(of_notes)} of "
+        "the notes and the method's trials from none"
+    )
+    if missing := [f"{x.page}:{x.line}: {x.text}" for x in without if x not in of_notes]:
+        raise ValueError("no file has\n" + "\n".join(missing))
 
 
 def of_page(page: str, text: str, root: Path = Path()) -> Iterator[Figure]:
     """Those of one page."""
     line = 1
-    for section in re.split(r"^(?=#+ )", text, flags=re.M):
+    for section in re.split(r"^(?=#+ )", _blank(_FENCE, text), flags=re.M):
         named = [name for mark in _MARK.findall(section) for name in mark.split()]
-        places = [place for name in named for place in _places(root, name, page)]
-        plain = _CODE.sub(lambda x: re.sub(r"[^\n]", " ", x[0]), section)
-        for number, words, figure in _figures(plain):
-            yield Figure(page, line + number, figure[0].strip(), _source(figure, words, places))
+        files = (_path(name) for name in named if name != ARITHMETIC)
+        places = [place for name in files for place in _places(root, name, page)]
+        for number, words, figure in _figures(_blank(_CODE, section)):
+            source = _source(figure, words, places)
+            if source is None and ARITHMETIC in named:
+                source = f"{ARITHMETIC}, as the section says"
+            yield Figure(page, line + number, figure[0].strip(), source)
         line += section.count("\n")
+
+
+def _path(name: str) -> str:
+    return name if "/" in name else f"docs/results/{name}.json"
+
+
+def _blank(pattern: re.Pattern[str], text: str) -> str:
+    """The text without what matches, on the same lines."""
+    return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
 
 
 def _figures(section: str) -> Iterator[tuple[int, set[str], re.Match[str]]]:
@@ -105,7 +143,7 @@ def _figures(section: str) -> Iterator[tuple[int, set[str], re.Match[str]]]:
 
 
 def _is_measured(figure: re.Match[str]) -> bool:
-    return "." in figure[1] or bool(figure[2] or figure[3])
+    return "." in figure[1] or bool(figure[2]) or figure[3] not in (None, *_SIZE.split("|"))
 
 
 def _words(text: str) -> set[str]:

@@ -21,6 +21,15 @@ class Interval(NamedTuple):
         return abs(self.mean) > self.half
 
 
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Of the mean of a sample, by Student's t.
+
+    Raises:
+      ValueError: fewer than two values, or a confidence outside its range.
+    """
+    return paired_interval(values, [0.0] * len(values), confidence)
+
+
 def paired_interval(
     ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95
 ) -> Interval:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.harness import files
+from experiments.harness import files, statistics
 from experiments.kv_budget import evaluate, measure
 from experiments.kv_budget.measure import Measured
 from experiments.kv_budget.policies import (
@@ -123,7 +123,14 @@ def score(
 def _results(table: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "results": [
-            {"policy": name, "budget": budget, "mean": _mean(rows), "cases": rows}
+            {
+                "policy": name,
+                "budget": budget,
+                "mean": _mean(rows),
+                "interval": _interval(rows),
+                "passkeys_found": sum(int(row.get("passkey_exact", 0)) for row in rows),
+                "cases": rows,
+            }
             for (name, budget), rows in table.items()
         ]
     }
@@ -190,5 +197,18 @@ def _score_context(decoder, measured, policies: list[Policy], budgets, full, giv
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every figure over the cases that have it."""
+    return {name: float(np.mean(values)) for name, values in _by_name(rows).items()}
+
+
+def _interval(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Half of the 95 % interval of each mean over the cases, where there are two or more."""
+    return {
+        name: statistics.interval(values).half
+        for name, values in _by_name(rows).items()
+        if len(values) > 1
+    }
+
+
+def _by_name(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return {name: [row[name] for row in rows if name in row] for name in names}

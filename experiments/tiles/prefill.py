@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from experiments.harness import cli, files, texts
+from experiments.harness import cli, files, statistics, texts
 from experiments.kv_budget import data
 from experiments.models import Loaded
 from experiments.models import options as models
@@ -64,10 +64,10 @@ def run(
     tokens: int,
     densities: list[float],
     policies: list[str],
-    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
     loaded: Callable[[], Loaded] = models.smollm2,
 ) -> list[dict[str, Any]]:
-    """One row for each text, policy and density; `keep` gets what there is after each.
+    """One row for each text, policy and density; `keep` gets what there is after each, with means.
 
     Raises:
       ValueError: unknown names, texts too short, densities outside (0, 1], tokens that are no multiple
@@ -96,7 +96,7 @@ def run(
                 row["tiles"] = float(used)
                 row["seconds_with_compilation"] = time.perf_counter() - start
                 rows.append(row)
-                keep(rows)
+                keep({"rows": rows, "means": means(rows)})
                 print(
                     ", ".join(
                         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
@@ -154,24 +154,38 @@ def compare(full: jax.Array, got: jax.Array, ids: np.ndarray, answer: np.ndarray
     return {"kl": float(kl.mean()), **found}
 
 
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the texts, a row for each density and policy; pass keys of those that all tiles find."""
+    found = []
+    for density, policy in dict.fromkeys((row["density"], row["policy"]) for row in rows):
+        own = [row for row in rows if (row["density"], row["policy"]) == (density, policy)]
+        asked = [row["passkey"] for row in own if row["passkey_dense"]]
+        kl = [row["kl"] for row in own]
+        mean = {"kl": float(np.mean(kl)), "tiles": float(np.mean([row["tiles"] for row in own]))}
+        if len(kl) > 1:
+            mean["kl_interval"] = statistics.interval(kl).half
+        keys = {"passkeys_found": sum(asked), "passkeys": len(asked)}
+        found.append({"density": density, "policy": policy, **mean, **keys})
+    return found
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     """Means over the texts, beside what the ladder is held against."""
     table = Table(title="Mean over the texts")
     for name in ("density", "policy", "tiles", "KL to dense", "pass keys", "ladder's KL over this"):
         table.add_column(name, justify="right")
-    for density in dict.fromkeys(row["density"] for row in rows):
-        at = [row for row in rows if row["density"] == density]
-        kl = {
-            name: np.mean([row["kl"] for row in at if row["policy"] == name])
-            for name in dict.fromkeys(row["policy"] for row in at)
-        }
-        for name, value in kl.items():
-            own = [row for row in at if row["policy"] == name]
-            asked = [row["passkey"] for row in own if row["passkey_dense"]]
-            found = f"{sum(asked)} of {len(asked)}"
-            ratio = f"{kl['ladder'] / value:.2f}" if "ladder" in kl else ""
-            tiles = f"{np.mean([row['tiles'] for row in own]):.3f}"
-            table.add_row(f"{density:g}", name, tiles, f"{value:.4f}", found, ratio)
+    found = means(rows)
+    ladder = {mean["density"]: mean["kl"] for mean in found if mean["policy"] == "ladder"}
+    for mean in found:
+        ratio = f"{ladder[mean['density']] / mean['kl']:.2f}" if mean["density"] in ladder else ""
+        table.add_row(
+            f"{mean['density']:g}",
+            mean["policy"],
+            f"{mean['tiles']:.3f}",
+            f"{mean['kl']:.4f}",
+            f"{mean['passkeys_found']} of {mean['passkeys']}",
+            ratio,
+        )
     Console(width=100).print(table)
 
 

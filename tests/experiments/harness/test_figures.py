@@ -66,11 +66,24 @@ def test_lines_are_those_of_the_page(tmp_path):
 
 
 def test_constants_of_code_have_their_line(tmp_path):
-    (tmp_path / "code.py").write_text("A = 1\nRIDGE = 0.05  # of the mean\n")
-    page = "The ridge is 0.05.\n<!-- figures: code.py -->\n"
-    assert found_in(page, tmp_path) == {"0.05": "code.py:2"}
+    (tmp_path / "its").mkdir()
+    (tmp_path / "its" / "code.py").write_text("A = 1\nRIDGE = 0.05  # of the mean\n")
+    page = "The ridge is 0.05.\n<!-- figures: its/code.py -->\n"
+    assert found_in(page, tmp_path) == {"0.05": "its/code.py:2"}
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"page\.md names out/gone\.json"):
         found_in("It is 0.5.\n<!-- figures: out/gone.json -->\n", tmp_path)
+
+
+def test_a_name_alone_is_of_the_results(tmp_path):
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "it.json").write_text('{"mean": {"kl": 0.5}}')
+    page = "It is 0.5.\n<!-- figures: it -->\n"
+    assert found_in(page, tmp_path) == {"0.5": "docs/results/it.json mean kl"}
+
+
+def test_arithmetic_is_said_to_be_that(tmp_path):
+    (figure,) = figures.of_page("page.md", "30 x 0.5 ms.\n<!-- figures: arithmetic -->\n", tmp_path)
+    assert figure.source == "arithmetic, as the section says"
