@@ -44,3 +44,16 @@ def test_names_that_a_used_one_leads_to(tmp_path, monkeypatch):
     assert found["jbalance.importance.attention_mass"] == "jbalance.importance.TOKEN_SCORERS"
     assert "jbalance.importance.combined" not in found
     assert "jbalance.tasks.divide" not in found
+
+
+def test_a_module_in_a_table_leads_to_what_it_defines_and_an_imported_one_does_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "one.py").write_text("from jbalance import attention, rescale\nattention.attend\n")
+    found = uses.through(folder.relative_to(tmp_path))
+    # The gradients of the kernels, which the table of back ends holds as modules.
+    assert found["jbalance.attention.transposed"] == "jbalance.attention.attend"
+    assert "jbalance.rescale.logit_bias" not in found
