@@ -168,7 +168,12 @@ def _references(tree: ast.Module, *, listed: bool = True) -> Iterator[str]:
                     yield f"{node.module}.{x.name}"
     within = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in known and not listed and id(node) not in within:
+        if (
+            isinstance(node, ast.Name)
+            and node.id in known
+            and not listed
+            and id(node) not in within
+        ):
             yield f"{known[node.id]}.*"  # all of it, where it is a module; else as without
         if isinstance(node, ast.Attribute):
             parts = [node.attr]

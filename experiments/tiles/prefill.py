@@ -28,7 +28,7 @@ from experiments.harness import cli, files, texts
 from experiments.kv_budget import data
 from experiments.models import Loaded
 from experiments.models import options as models
-from experiments.tiles.policies import BLOCK_Q, POLICIES, tiling
+from experiments.tiles.policies import BLOCK_Q, POLICIES, overlap, tiling
 from jbalance import attention, checks
 
 KEY_AT = 0.3  # where in the text the pass key lies
@@ -90,10 +90,10 @@ def run(
         for density in densities:
             for policy in policies:
                 start = time.perf_counter()
-                got, used = _predict(graph, state, ids, policy, density, tokens // 2)
+                got, (used, shared) = _predict(graph, state, ids, policy, density, tokens // 2)
                 row = {"text": name, "tokens": tokens, "density": density, "policy": policy}
                 row |= compare(full, got, ids, answer)
-                row["tiles"] = float(used)
+                row |= {"tiles": float(used), "as_window": float(shared)}
                 row["seconds_with_compilation"] = time.perf_counter() - start
                 rows.append(row)
                 keep(rows)
@@ -130,17 +130,20 @@ def sequence(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _predict(graph, state, ids, policy, density, first):
-    """Log-probabilities [tokens - first, V], and the part of the causal tiles that was computed."""
+    """Log-probabilities [tokens - first, V]; the part of the causal tiles, and of the window's."""
     model = nnx.merge(graph, state)
 
     def attend(q, k, v, _):
         plan = POLICIES[policy](q, k, v, density)
         heads = q.shape[2] // plan.count.shape[1]
-        return attention.attend(q, k, v, plan, causal=True).y, heads * plan.num_tiles
+        latest = POLICIES["window"](q, k, v, density)
+        numbers = heads * plan.num_tiles, overlap(plan, latest)
+        return attention.attend(q, k, v, plan, causal=True).y, numbers
 
-    h, used = model.hidden(jnp.asarray(ids)[None], None, attend)
+    h, (used, shared) = model.hidden(jnp.asarray(ids)[None], None, attend)
     all_tiles = used.size * model.config.num_heads * tiling(ids.size).num_tiles
-    return jax.nn.log_softmax(model.logits(h[:, first:])[0]), jnp.sum(used) / all_tiles
+    parts = jnp.sum(used) / all_tiles, jnp.mean(shared)
+    return jax.nn.log_softmax(model.logits(h[:, first:])[0]), parts
 
 
 def compare(full: jax.Array, got: jax.Array, ids: np.ndarray, answer: np.ndarray) -> dict[str, Any]:
@@ -157,7 +160,8 @@ def compare(full: jax.Array, got: jax.Array, ids: np.ndarray, answer: np.ndarray
 def _print(rows: list[dict[str, Any]]) -> None:
     """Means over the texts, beside what the ladder is held against."""
     table = Table(title="Mean over the texts")
-    for name in ("density", "policy", "tiles", "KL to dense", "pass keys", "ladder's KL over this"):
+    metrics = "tiles", "as window", "KL to dense", "pass keys", "ladder's KL over this"
+    for name in ("density", "policy", *metrics):
         table.add_column(name, justify="right")
     for density in dict.fromkeys(row["density"] for row in rows):
         at = [row for row in rows if row["density"] == density]
@@ -170,8 +174,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
             asked = [row["passkey"] for row in own if row["passkey_dense"]]
             found = f"{sum(asked)} of {len(asked)}"
             ratio = f"{kl['ladder'] / value:.2f}" if "ladder" in kl else ""
-            tiles = f"{np.mean([row['tiles'] for row in own]):.3f}"
-            table.add_row(f"{density:g}", name, tiles, f"{value:.4f}", found, ratio)
+            tiles, shared = (
+                f"{np.mean([row[key] for row in own]):.3f}" for key in ("tiles", "as_window")
+            )
+            table.add_row(f"{density:g}", name, tiles, shared, f"{value:.4f}", found, ratio)
     Console(width=100).print(table)
 
 
