@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
-	text_classification.lstm long_text long_text.summaries explain
+	text_classification.lstm long_text long_text.summaries explain \
+	explain.allocations explain.parts sharing
 .PHONY: compiled coverage docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate dist bench clean
 
 run: venv

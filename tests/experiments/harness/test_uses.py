@@ -1,6 +1,7 @@
 """Uses of public names: found through imports and aliases, and nothing that is not public."""
 
 from experiments.harness import uses
+from tests.support.together import ROOT
 
 
 def test_references_through_imports_and_aliases(tmp_path, monkeypatch):
@@ -31,6 +32,14 @@ def test_names_are_the_public_ones():
     for name in ("jbalance.audit.by_group", "jbalance.balancer", "jbalance.adapters.NnxCache"):
         assert name in names
     assert not any(part.startswith("_") for name in names for part in name.split("."))
+
+
+def test_every_public_name_has_a_user(monkeypatch):
+    """What no study, command or benchmark uses is not needed, or not tried."""
+    monkeypatch.chdir(ROOT)
+    through = uses.through()
+    nobodys = [x for x, users in uses.of_experiments().items() if not users and x not in through]
+    assert not nobodys
 
 
 def test_names_that_a_used_one_leads_to(tmp_path, monkeypatch):
