@@ -118,6 +118,7 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.training --json out/bench_training.json
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
+	$(BIN)/python -m experiments.benchmarks.adapters --json out/bench_adapters.json
 
 # Every study with its arms and seeds, some two hours on two cores; what a file holds is not run again.
 experiments: $(STUDIES:%=study-%) study-text_classification study-translation
