@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WHEELS := --only-binary :all:
 STUDIES := customer_service customer_service.memory finance finance.sentiment recommendation \
 	vision vision.heads vision.channels multimodal robustness speech recall long_tail adaptivity robotics \
-	text_classification.lstm long_text long_text.summaries explain
+	text_classification.lstm long_text long_text.summaries explain \
+	explain.allocations explain.parts sharing
 .PHONY: compiled coverage docs experiments experiments-smoke run test test-all lint ruff mypy pytest pytest-all venv peers others mutate dist bench clean
 
 run: venv
@@ -117,6 +118,7 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.training --json out/bench_training.json
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
+	$(BIN)/python -m experiments.benchmarks.adapters --json out/bench_adapters.json
 
 # Every study with its arms and seeds, some two hours on two cores; what a file holds is not run again.
 experiments: $(STUDIES:%=study-%) study-text_classification study-translation

@@ -30,15 +30,19 @@ def _study(smoke: bool) -> study.Study:
     about = {
         "title": "Adaptivity",
         "notes": (
-            f"A stream of texts in steps of {BATCH} changes from {BEFORE} reviews to {AFTER}. The "
-            f"importance of tokens is measured on its latest {WINDOW} texts and averaged; by it half of "
-            f"the tokens of {sizes.held} held-out {AFTER} are kept. `kept` is their worth by all "
-            f"{AFTER}, as a part of what importance fitted to these keeps; good is {GOOD}. `static` "
-            "stays as it was, `carried` goes on, `fresh` forgets at the change, and `prior` pools with "
-            f"the old importance. Steps until good are {sizes.after + 1} where it never is; tokens that "
-            "change a step are counted in the second half, as flapping, of which the average takes two "
-            "thirds. Where it does not help: what was carried over saves one step of six, and as a "
-            "prior whose weight does not fall it holds the new importance back."
+            f"A stream of texts in steps of {BATCH} changes from {BEFORE} reviews to {AFTER}. "
+            f"The importance of tokens is measured on its latest {WINDOW} texts and averaged; by "
+            f"it half of the tokens of {sizes.held} held-out {AFTER} are kept. `kept` is their "
+            f"worth by all {AFTER}, as a part of what importance fitted to these keeps; good is "
+            f"{GOOD}. `static` stays as it was, `carried` goes on, `fresh` forgets at the "
+            "change, and `prior` pools with the old importance. `reviewed`: of each step after "
+            f"the change the lexicon, in which people rated words, judges {experiment.REVIEWED} "
+            "tokens, and what it said counts less with each step. Steps until good are "
+            f"{sizes.after + 1} where it never is; tokens that change a step are counted in the "
+            "second half, as flapping, of which the average takes two thirds. Where it does not "
+            "help: what was carried over saves one step of six, as a prior whose weight does "
+            "not fall it holds the new importance back, and verdicts on words come no sooner "
+            "than what the texts say."
         ),
         "settings": {
             "sizes": sizes._asdict(),
@@ -46,6 +50,7 @@ def _study(smoke: bool) -> study.Study:
             "arms": {name: arm._asdict() for name, arm in ARMS.items()},
             "beta": experiment.BETA,
             "unseen": "mean",
+            "reviewed, forget, eta": [experiment.REVIEWED, experiment.FORGET, experiment.ETA],
         },
         "compare": [["carried", other] for other in ARMS if other != "carried"],
     }

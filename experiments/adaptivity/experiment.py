@@ -12,15 +12,19 @@ import numpy as np
 
 import jbalance
 from experiments.harness import budgets, runs
+from experiments.robustness.experiment import verdicts
 from experiments.text_classification import data, features, tokens
 from experiments.text_classification.data import Part
 from experiments.text_classification.tokens import Worth
+from jbalance import importance
 
 BEFORE, AFTER = "product", "tweets"
 BATCH, WINDOW = 64, 512  # texts of a step; texts that a step's importance is measured on
 PART = 0.5  # of the tokens of a text that a budget keeps
 GOOD = 0.9  # of the worth that importance fitted to the new domain keeps
 BETA = 0.5  # of the old domain's importance as prior
+REVIEWED = 64  # tokens of a step's texts that a person judges
+FORGET, ETA = 0.9, 1.0  # of what was said a step ago; how much it counts
 
 
 class Sizes(NamedTuple):
@@ -39,18 +43,21 @@ class Arm(NamedTuple):
       carried: whether it keeps what it had learned before.
       decay: of the moving average: 0 forgets at once.
       prior: whether the old domain's importance is a prior.
+      reviewed: whether a person judges some tokens of each step after the change.
     """
 
     follows: bool = True
     carried: bool = True
     decay: float = 0.8
     prior: bool = False
+    reviewed: bool = False
 
 
 ARMS = {
     "static": Arm(follows=False),
     "carried": Arm(),
     "carried, no average": Arm(decay=0.0),
+    "carried, reviewed": Arm(reviewed=True),
     "fresh": Arm(carried=False),
     "fresh, prior": Arm(carried=False, prior=True),
 }
@@ -71,6 +78,7 @@ class Material(NamedTuple):
     held: list[np.ndarray]
     fitted: list[np.ndarray]  # worth of the held texts' tokens, by all texts of the new domain
     idf: np.ndarray
+    verdict: np.ndarray  # [N] in -1..1, what a person says of each token
 
 
 @functools.cache
@@ -91,7 +99,8 @@ def prepare(held: int) -> Material:
     worth = Worth.of(after.ids, after.positive, tokens.VOCABULARY)
     both = tokens.counts(before.ids + after.ids, tokens.VOCABULARY)
     idf = tokens.inverse_document_frequency(both)
-    return Material(before, after, test, worth.of_tokens(test), idf)
+    verdict = verdicts(np.arange(tokens.VOCABULARY), tokenizer)
+    return Material(before, after, test, worth.of_tokens(test), idf, verdict)
 
 
 def kept_by(w: np.ndarray, material: Material) -> np.ndarray:
@@ -128,11 +137,17 @@ def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapp
     worth = np.concatenate(material.fitted)
     best = worth[np.concatenate(budgets.ladder(material.fitted, int(PART * worth.size)))].sum()
     quality, masks = [], [kept_by(w, material)]
+    reviewer, feedback = np.random.default_rng([seed, 9]), jnp.zeros(tokens.VOCABULARY)
     for row in new:
         window.extend((material.after.ids[i], material.after.positive[i]) for i in row)
         if arm.follows:
             found, state = balancer.update(_measured(window, material.idf), state, 1)
-            masks.append(kept_by(np.asarray(found.w), material))
+            latest = found.w
+            if arm.reviewed:
+                said = _said([material.after.ids[i] for i in row], material.verdict, reviewer)
+                feedback = importance.decay_feedback(feedback, FORGET, said)
+                latest = importance.blend(latest, feedback=feedback, eta=ETA)
+            masks.append(kept_by(np.asarray(latest), material))
         else:
             masks.append(masks[-1])
         quality.append(worth[masks[-1]].sum() / best)
@@ -154,6 +169,15 @@ def run(name: str, seed: int, sizes: Sizes, advance: Callable[[], None]) -> Mapp
             "kept at the end": runs.packed(_of_texts(worth * masks[-1], material.held) / best)
         },
     }
+
+
+def _said(ids: list[np.ndarray], verdict: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[N] what a person says of some of the tokens of texts; 0 of the others."""
+    there = np.unique(np.concatenate(ids))
+    listed = rng.choice(there, min(REVIEWED, there.size), replace=False)
+    said = np.zeros(tokens.VOCABULARY, np.float32)
+    said[listed] = verdict[listed]
+    return said
 
 
 def _of_texts(value: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:

@@ -14,9 +14,13 @@ mean device's, averaged over the layers, `max_over_bound` the same over the lowe
 `jbalance.place.bound` (for equal counts and for copies their own), `worst_max_over_bound` the worst
 layer's, `ms_per_layer` the time of all layers at once, jitted, on one core, over their number.
 `excess_over_eplb` is max_over_bound - 1 over that of `eplb`, `max_over_eplb` the mean ratio of the
-fullest devices. Methods: `exchange` (ours), `longest_first` (ours without swaps), both with
-`_equal` where counts are equal; `contiguous`; `eplb`, the balancer of arXiv:2412.19437 in its
-global mode, from its description, in numpy. `drift_*`: loads of the first case that change from round
+fullest devices. Methods: those of `jbalance.place.PLACERS`, which are `exchange` (ours),
+`longest_first` (ours without swaps) and `contiguous` (the best cut that keeps neighbors together);
+`exchange_equal` and `longest_first_equal`, with equal counts, and `contiguous_equal`, as many neighbors
+on each device; of documents `causal_tiles`, from the ids of their tokens, and `zigzag`, the first block
+and the last to one rank and so on; `eplb`, the balancer of arXiv:2412.19437 in its global mode, from
+its description, in numpy. `<loads>_g<devices>_bound` has `bound_over_mean`, what no placement avoids.
+`drift_*`: loads of the first case that change from round
 to round; `time_over_bound` is the time of the layers' steps over the bound's, `moved_a_round` the part
 of the experts that moved.
 """
@@ -52,6 +56,7 @@ class Case(NamedTuple):
     loads: np.ndarray  # [L, U]
     devices: int
     slots: int = 0  # 0: one a unit
+    document_of: np.ndarray | None = None  # [L, TOKENS], where units are blocks of their queries
     bars: dict[tuple[str, str], float] = {}  # noqa: RUF012  (method, metric) -> at most
 
 
@@ -140,33 +145,35 @@ def cases(layers: int, seed: int = 0) -> list[Case]:
     """All seeded cases."""
     rng = np.random.default_rng(seed)
     found = []
-    for name, loads, at_96 in (
+    for name, loads, most in (
         ("zipf0.6", zipf(rng, layers, 0.6), 0.95),
         ("zipf1.0", zipf(rng, layers, 1.0), 1.0),
         ("lognormal0.7", rng.lognormal(0, 0.7, (layers, EXPERTS)), 0.98),
     ):
-        found += [Case(name, loads, devices, SLOTS, EXCESS_BARS) for devices in (16, 32)]
-        found.append(Case(name, loads, 48, SLOTS, EXCESS_BARS | TIME_BARS))
-        found.append(Case(name, loads, 96, SLOTS, {("exchange", "max_over_eplb"): at_96}))
+        found += [Case(name, loads, devices, SLOTS, bars=EXCESS_BARS) for devices in (16, 32)]
+        found.append(Case(name, loads, 48, SLOTS, bars=EXCESS_BARS | TIME_BARS))
+        at_96 = {("exchange", "max_over_eplb"): most}
+        found.append(Case(name, loads, 96, SLOTS, bars=at_96))
         found.append(Case(name, loads, 144, SLOTS))
     heads = budgets(rng, layers, 64)
-    found.append(Case("heads64", heads, 16, 0, HEAD_BARS))
+    found.append(Case("heads64", heads, 16, bars=HEAD_BARS))
     few = budgets(rng, layers, 8)
-    found.append(Case("kv_heads8", few, 8, 16, {("exchange", "max_over_mean"): 1.10}))
+    found.append(Case("kv_heads8", few, 8, 16, bars={("exchange", "max_over_mean"): 1.10}))
     lengths = np.minimum(rng.lognormal(7.5, 1.0, (min(layers, 8), 512)), 32_768)
     for devices in (16, 32):
         for name, loads in (("tokens", lengths), ("causal_work", lengths**2)):
-            found.append(Case(f"sequences512_{name}", loads, devices, 0, SEQUENCE_BARS))
+            found.append(Case(f"sequences512_{name}", loads, devices, bars=SEQUENCE_BARS))
     for name, make in (
         ("one_document", lambda: [TOKENS]),
         ("packed_lognormal", lambda: documents(rng, rng.lognormal(7.5, 1.2, 4096))),
         ("packed_one_long", lambda: documents(rng, [TOKENS // 2, *rng.lognormal(7, 1, 4096)])),
     ):
-        tiles = np.stack([tile_loads(make()) for _ in range(1 if layers < LAYERS else 3)])
+        rows = [document_of(make()) for _ in range(1 if layers < LAYERS else 3)]
+        tiles = np.stack([np.asarray(place.visible_keys(x, TILE), np.float64) for x in rows])
         for devices in (8, 64):
             bar = 1.0005 if name == "one_document" else 1.005
-            bars = {("exchange_equal", "max_over_mean"): bar}
-            found.append(Case(name, tiles, devices, 0, bars))
+            bars = {("causal_tiles", "max_over_mean"): bar}
+            found.append(Case(name, tiles, devices, document_of=np.stack(rows), bars=bars))
     return found
 
 
@@ -198,27 +205,20 @@ def documents(rng: np.random.Generator, lengths: Any) -> list[int]:
     return rng.permutation(kept[kept > 0]).tolist()
 
 
-def tile_loads(lengths: list[int]) -> np.ndarray:
-    """Keys that the queries of each tile see, in a row of packed documents."""
-    ids = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths), jnp.int32)
-    return np.asarray(place.visible_keys(ids, TILE), np.float64)
+def document_of(lengths: list[int]) -> np.ndarray:
+    """[TOKENS] whose each token of a row of packed documents is."""
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 
 
 # Methods: loads [L, U] -> the largest load of each layer, and the bound.
 
 
-def ours(case: Case, swaps: int, equal: bool) -> Placed:
-    """Jitted and vmapped over the layers."""
-    units = case.loads.shape[1]
-    run: Callable[..., Any]
-    if case.slots:
-        run = functools.partial(place.replicate, num_slots=case.slots)
-    else:
-        run = functools.partial(place.pack, max_count=-(-units // case.devices) if equal else None)
-    place_all = jax.jit(jax.vmap(functools.partial(run, num_devices=case.devices, swaps=swaps)))
-    loads = jnp.asarray(case.loads, jnp.float32)
-    seconds = _report.interleaved({"it": lambda: place_all(loads)}, repetitions=3)["it"]
-    out = jax.tree.map(np.asarray, place_all(loads))
+def ours(case: Case, run: Callable[..., Any], given: np.ndarray | None = None) -> Placed:
+    """Jitted and vmapped over the layers' loads, or over what is given in their place."""
+    place_all = jax.jit(jax.vmap(lambda x: run(x, case.devices)))
+    x = jnp.asarray(case.loads, jnp.float32) if given is None else jnp.asarray(given)
+    seconds = _report.interleaved({"it": lambda: place_all(x)}, repetitions=3)["it"]
+    out = jax.tree.map(np.asarray, place_all(x))
     # Summed in float64 from where the units are: no rounding of the solver's own is taken on trust.
     return Placed(_largest(case, out), np.asarray(out.bound, np.float64), seconds)
 
@@ -234,10 +234,21 @@ def _largest(case: Case, out: Any) -> np.ndarray:
     return largest
 
 
-def contiguous(case: Case) -> np.ndarray:
-    """As many neighbours on each device as on any other; spare slots copy nothing."""
+def contiguous_equal(case: Case) -> np.ndarray:
+    """As many neighbors on each device as on any other; spare slots copy nothing."""
     units = case.loads.shape[1]
-    device_of = np.arange(units) * case.devices // units
+    return _fullest(case, np.arange(units) * case.devices // units)
+
+
+def zigzag(case: Case) -> np.ndarray:
+    """The first block and the last to one device, the second and the last but one to the next."""
+    units = case.loads.shape[1]
+    part = np.arange(units) * 2 * case.devices // units
+    return _fullest(case, np.minimum(part, 2 * case.devices - 1 - part))
+
+
+def _fullest(case: Case, device_of: np.ndarray) -> np.ndarray:
+    """[L] load of the fullest device, where the units of all layers lie alike."""
     return np.stack([np.bincount(device_of, x, case.devices) for x in case.loads]).max(axis=1)
 
 
@@ -260,21 +271,46 @@ def eplb(case: Case) -> np.ndarray:
     return np.array(largest)
 
 
+def placed_by(case: Case) -> dict[str, Placed]:
+    """What our methods make of a case."""
+    units = case.loads.shape[1]
+    most = -(-units // case.devices)
+    swaps = {"exchange": SWAPS, "longest_first": 0}
+    if case.slots:  # as many on every device anyway
+        copied = functools.partial(place.replicate, num_slots=case.slots)
+        return {name: ours(case, functools.partial(copied, swaps=n)) for name, n in swaps.items()}
+    placed = {name: ours(case, placer) for name, placer in place.PLACERS.items()}
+    for name, n in swaps.items():
+        equal = functools.partial(place.pack, max_count=most, swaps=n)
+        placed[f"{name}_equal"] = ours(case, equal)
+    if case.document_of is not None:
+        dealt = functools.partial(place.causal_tiles, block_q=TILE)
+        placed["causal_tiles"] = ours(case, dealt, case.document_of)
+    return placed
+
+
+def bound_of(case: Case, equal: bool) -> np.ndarray:
+    """[L] of every placement, or of those with equal counts."""
+    most = -(-case.loads.shape[1] // case.devices) if equal and not case.slots else None
+    run = functools.partial(
+        place.bound, num_devices=case.devices, max_count=most, num_slots=case.slots or None
+    )
+    value = jax.jit(jax.vmap(run))(jnp.asarray(case.loads, jnp.float32)).value
+    return np.asarray(value, np.float64)
+
+
 def rows_of(case: Case) -> list[Row]:
     """All methods on one case."""
-    placed = {}
-    for suffix, equal in (("", False), ("_equal", True)):
-        if case.slots and equal:
-            continue  # slots are as many on every device anyway
-        placed[f"exchange{suffix}"] = ours(case, SWAPS, equal)
-        placed[f"longest_first{suffix}"] = ours(case, 0, equal)
-    # The baselines have equal counts and are held against the bound of those.
-    bound = placed["exchange" if case.slots else "exchange_equal"].bound
+    placed = placed_by(case)
+    bound = bound_of(case, equal=True)  # that of the baselines
     placed["eplb"] = _timed(eplb, case, bound)
-    placed["contiguous"] = _timed(contiguous, case, bound)
-    rows = []
+    placed["contiguous_equal"] = _timed(contiguous_equal, case, bound)
+    if case.document_of is not None:
+        placed["zigzag"] = _timed(zigzag, case, bound)
+    mean = case.loads.sum(axis=1) / case.devices
+    over = float(np.mean(_ratio(bound_of(case, equal=False), mean)))
+    rows = [Row(f"{case.name}_g{case.devices}_bound", "bound_over_mean", over)]
     for method, (largest, bound, seconds) in placed.items():
-        mean = case.loads.sum(axis=1) / case.devices
         theirs = placed["eplb"]
         excess = np.mean(_ratio(theirs.largest, theirs.bound)) - 1
         values = {

@@ -39,35 +39,59 @@ class Scored(NamedTuple):
 
 
 @functools.cache
-def _loaded() -> tuple[Any, Any, Model]:
+def loaded() -> tuple[Any, Any, Model]:
     found = load("smollm2")
     return found.model, found.spoken.tokenizer, decoder_of(found.model)
 
 
 @functools.cache
-def _tokens(name: str) -> np.ndarray:
-    return texts.encode(_loaded()[1], texts.text_of(name))
+def tokens_of(name: str) -> np.ndarray:
+    return texts.encode(loaded()[1], texts.text_of(name))
+
+
+class Read(NamedTuple):
+    """A stretch of a text."""
+
+    context: np.ndarray
+    after: np.ndarray  # and the one token that is only predicted
+
+    def kl(self, hidden: np.ndarray) -> np.ndarray:
+        """Of interventions that hide some inner tokens [N, L, K, inner] of the context."""
+        kept = np.ones((*hidden.shape[:3], self.context.size), bool)
+        kept[..., inner_of(self.context.size)] = ~hidden
+        return np.asarray(explain.ablate(loaded()[2], self.context, self.after, tokens=kept).kl)
+
+
+def read(seed: int, sizes: Sizes) -> Read:
+    """A stretch that the seed chooses."""
+    ids, size = tokens_of(TEXTS[seed % len(TEXTS)]), sizes.context + sizes.continuation + 1
+    start = int(np.random.default_rng([seed, 3]).integers(len(ids) - size))
+    return Read(*np.split(ids[start : start + size], [sizes.context]))
+
+
+def inner_of(size: int) -> slice:
+    """The tokens of a context between the sinks and the recent ones."""
+    return slice(measure.NUM_SINKS, size - measure.NUM_RECENT)
 
 
 @functools.cache
 def scored(seed: int, sizes: Sizes) -> Scored:
     """A stretch of a text that the seed chooses: all scorers, and every ablation."""
-    model, _, decoder = _loaded()
-    ids, size = _tokens(TEXTS[seed % len(TEXTS)]), sizes.context + sizes.continuation + 1
-    start = int(np.random.default_rng([seed, 3]).integers(len(ids) - size))
-    context, after = np.split(ids[start : start + size], [sizes.context])
-    measured = measure.prefill(model, context, SCORERS)
-    inner = slice(measure.NUM_SINKS, sizes.context - measure.NUM_RECENT)
+    text = read(seed, sizes)
+    measured = measure.prefill(loaded()[0], text.context, SCORERS)
+    inner = inner_of(sizes.context)
     w = {name: np.asarray(x, np.float64)[..., inner] for name, x in measured.w.items()}
     w[RANDOM] = np.random.default_rng([seed, 4]).random(w["sketch"].shape)
+    return Scored(_effects(text.kl, w["sketch"].shape, sizes), w)
 
-    def kl(hidden: np.ndarray) -> np.ndarray:
-        """Of interventions that hide some inner tokens [N, L, K, inner] of a context."""
-        kept = np.ones((*hidden.shape[:3], sizes.context), bool)
-        kept[..., inner] = ~hidden
-        return np.asarray(explain.ablate(decoder, context, after, tokens=kept).kl)
 
-    return Scored(_effects(kl, w["sketch"].shape, sizes), w)
+def worth_of_parts(seed: int, sizes: Sizes, kept: np.ndarray) -> np.ndarray:
+    """[N] minus the KL with some parts [N, parts] of the context's inner tokens, in all heads."""
+    text, model = read(seed, sizes), loaded()[2]
+    inner = np.arange(sizes.context)[inner_of(sizes.context)].size
+    part = np.arange(inner) * kept.shape[1] // inner
+    everywhere = np.ones((1, model.num_layers, model.num_kv_heads, inner), bool)
+    return -text.kl(~kept[:, part][:, None, None] & everywhere)
 
 
 def _effects(kl, shape: tuple[int, ...], sizes: Sizes) -> dict[str, np.ndarray]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from experiments.harness import files, palette, runs
 from experiments.harness.statistics import Interval, crossed_interval, paired_interval
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/results.md")
+TWO_DECADES = 100
 WIDE = 20  # times the least value, from which on an axis is logarithmic
 HEAD = """# Results
 
@@ -172,6 +174,10 @@ def draw(report: Mapping[str, Any]) -> bytes:
         panel.set_title(name, fontsize=10)
         if min(every[name]) > 0 and max(every[name]) > WIDE * min(every[name]):
             panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            if max(every[name]) < TWO_DECADES * min(every[name]):
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.set_yticks(range(len(arms)), arms, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
         panel.grid(axis="x", color=palette.GRID)

@@ -119,11 +119,15 @@ def _modules() -> dict[str, ModuleType]:
 
 
 def _bodies() -> dict[int | str, list[str]]:
-    """What each function, class and table of the library's modules refers to."""
+    """What each function, class and table of the library's modules refers to.
+
+    A module that is a value, as in a table of back ends, leads to all that it defines.
+    """
     found: dict[int | str, list[str]] = {}
     for module in _modules().values():
         tree = ast.parse(inspect.getsource(module))
         own = {name for node in tree.body for name in _defined(node)}
+        found[f"{module.__name__}.*"] = [f"{module.__name__}.{name}" for name in own]
         imports = [x for x in ast.walk(tree) if isinstance(x, (ast.Import, ast.ImportFrom))]
         for node in tree.body:
             for name in _defined(node):
@@ -162,9 +166,15 @@ def _references(tree: ast.Module, *, listed: bool = True) -> Iterator[str]:
                 known[x.asname or x.name] = f"{node.module}.{x.name}"
                 if listed:
                     yield f"{node.module}.{x.name}"
+    within = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in known and not listed:
-            yield known[node.id]
+        if (
+            isinstance(node, ast.Name)
+            and node.id in known
+            and not listed
+            and id(node) not in within
+        ):
+            yield f"{known[node.id]}.*"  # all of it, where it is a module; else as without
         if isinstance(node, ast.Attribute):
             parts = [node.attr]
             inner: ast.expr = node.value

@@ -3,9 +3,9 @@
     python -m experiments.tiles.levels [--tokens N] [--density D,...] [--json OUT]
 
 All rules give the 30 layers of SmolLM2 the same number of tiles together. What the layers see on some
-texts (their curves of worth) decides how many each gets; how far the predictions are then from those
-of dense attention is measured on others. Each layer chooses its tiles alike. About eight minutes on
-one core.
+texts (their curves of worth) decides how many each gets, alone or, by `thirds`, with its neighbors of
+the source's three levels; how far the predictions are then from those of dense attention is measured on
+others. Each layer chooses its tiles alike. About eight minutes on one core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.harness import cli, files, texts
 from experiments.models import Loaded
 from experiments.models import options as models
 from experiments.tiles.policies import BLOCK_K, BLOCK_Q
-from jbalance import adapters
+from jbalance import adapters, resources
 from jbalance.adapters import TileBalancer, TileBudget
 from jbalance.importance import CURVE_BINS
 
@@ -56,11 +56,21 @@ def _sloped(first: float, last: float) -> Callable[[TileBudget, float], TileBudg
     return shared
 
 
+def _thirds(seen: TileBudget, density: float) -> TileBudget:
+    """The source's three levels: what the layers of each would have, for all of them alike."""
+    of_layers = _by("proportional")(seen, density).fraction
+    level_of = resources.thirds(of_layers.size)
+    amount = resources.partition(density * of_layers.size, np.asarray(of_layers), level_of)
+    fraction = amount[level_of] / np.bincount(level_of)[level_of]
+    return dataclasses.replace(seen, fraction=jnp.asarray(fraction, jnp.float32))
+
+
 RULES = {
     "uniform": _by("uniform"),
     "pyramid": _sloped(1.4, 0.6),
     "inverted pyramid": _sloped(0.6, 1.4),
     "proportional": _by("proportional"),
+    "thirds": _thirds,
     "priced": _by("priced"),
 }
 

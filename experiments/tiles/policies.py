@@ -99,6 +99,11 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def overlap(a: TilePlan, b: TilePlan) -> jax.Array:
+    """[] in 0..1: the tiles that both plans have, over those that either has (Jaccard's index)."""
+    return attention.intersection(a, b).num_tiles / attention.union(a, b).num_tiles
+
+
 def sampled_mass(q: jax.Array, k: jax.Array) -> jax.Array:
     """[B, H, I, J]: the attention that a block's sampled rows give each block of keys, on average."""
     batch, size, heads, head_dim = q.shape

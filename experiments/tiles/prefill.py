@@ -28,7 +28,7 @@ from experiments.harness import cli, files, statistics, texts
 from experiments.kv_budget import data
 from experiments.models import Loaded
 from experiments.models import options as models
-from experiments.tiles.policies import BLOCK_Q, POLICIES, tiling
+from experiments.tiles.policies import BLOCK_Q, POLICIES, overlap, tiling
 from jbalance import attention, checks
 
 KEY_AT = 0.3  # where in the text the pass key lies
@@ -90,10 +90,10 @@ def run(
         for density in densities:
             for policy in policies:
                 start = time.perf_counter()
-                got, used = _predict(graph, state, ids, policy, density, tokens // 2)
+                got, (used, shared) = _predict(graph, state, ids, policy, density, tokens // 2)
                 row = {"text": name, "tokens": tokens, "density": density, "policy": policy}
                 row |= compare(full, got, ids, answer)
-                row["tiles"] = float(used)
+                row |= {"tiles": float(used), "as_window": float(shared)}
                 row["seconds_with_compilation"] = time.perf_counter() - start
                 rows.append(row)
                 keep({"rows": rows, "means": means(rows)})
@@ -130,17 +130,20 @@ def sequence(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _predict(graph, state, ids, policy, density, first):
-    """Log-probabilities [tokens - first, V], and the part of the causal tiles that was computed."""
+    """Log-probabilities [tokens - first, V]; the part of the causal tiles, and of the window's."""
     model = nnx.merge(graph, state)
 
     def attend(q, k, v, _):
         plan = POLICIES[policy](q, k, v, density)
         heads = q.shape[2] // plan.count.shape[1]
-        return attention.attend(q, k, v, plan, causal=True).y, heads * plan.num_tiles
+        latest = POLICIES["window"](q, k, v, density)
+        numbers = heads * plan.num_tiles, overlap(plan, latest)
+        return attention.attend(q, k, v, plan, causal=True).y, numbers
 
-    h, used = model.hidden(jnp.asarray(ids)[None], None, attend)
+    h, (used, shared) = model.hidden(jnp.asarray(ids)[None], None, attend)
     all_tiles = used.size * model.config.num_heads * tiling(ids.size).num_tiles
-    return jax.nn.log_softmax(model.logits(h[:, first:])[0]), jnp.sum(used) / all_tiles
+    parts = jnp.sum(used) / all_tiles, jnp.mean(shared)
+    return jax.nn.log_softmax(model.logits(h[:, first:])[0]), parts
 
 
 def compare(full: jax.Array, got: jax.Array, ids: np.ndarray, answer: np.ndarray) -> dict[str, Any]:
@@ -161,7 +164,8 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if (row["density"], row["policy"]) == (density, policy)]
         asked = [row["passkey"] for row in own if row["passkey_dense"]]
         kl = [row["kl"] for row in own]
-        mean = {"kl": float(np.mean(kl)), "tiles": float(np.mean([row["tiles"] for row in own]))}
+        names = ("kl", "tiles", "as_window")
+        mean = {name: float(np.mean([row[name] for row in own])) for name in names}
         if len(kl) > 1:
             mean["kl_interval"] = statistics.interval(kl).half
         keys = {"passkeys_found": sum(asked), "passkeys": len(asked)}
@@ -172,7 +176,8 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _print(rows: list[dict[str, Any]]) -> None:
     """Means over the texts, beside what the ladder is held against."""
     table = Table(title="Mean over the texts")
-    for name in ("density", "policy", "tiles", "KL to dense", "pass keys", "ladder's KL over this"):
+    metrics = "tiles", "as window", "KL to dense", "pass keys", "ladder's KL over this"
+    for name in ("density", "policy", *metrics):
         table.add_column(name, justify="right")
     found = means(rows)
     ladder = {mean["density"]: mean["kl"] for mean in found if mean["policy"] == "ladder"}
@@ -182,6 +187,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{mean['density']:g}",
             mean["policy"],
             f"{mean['tiles']:.3f}",
+            f"{mean['as_window']:.3f}",
             f"{mean['kl']:.4f}",
             f"{mean['passkeys_found']} of {mean['passkeys']}",
             ratio,

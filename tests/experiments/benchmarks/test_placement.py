@@ -26,6 +26,34 @@ def test_a_file_and_what_overrides_it(tmp_path):
     assert placement.from_file(path, slots=6).slots == 0  # one each
 
 
+def test_every_method_of_a_case_is_held_against_a_bound_that_it_does_not_beat(monkeypatch):
+    monkeypatch.setattr(placement, "TILE", 4)
+    document_of = np.stack([placement.document_of([40, 8, 16]), placement.document_of([64])])
+    loads = np.stack([np.asarray(placement.place.visible_keys(x, 4)) for x in document_of])
+    case = placement.Case("it", loads, 4, document_of=document_of)
+    rows = {(row.case, row.metric): row.value for row in placement.rows_of(case)}
+    methods = {name.removeprefix("it_g4_") for name, _ in rows} - {"bound"}
+    assert {*placement.place.PLACERS, "causal_tiles", "zigzag", "contiguous_equal"} < methods
+    assert rows["it_g4_bound", "bound_over_mean"] >= 1
+    for method in methods:
+        assert rows[f"it_g4_{method}", "max_over_bound"] >= 1 - 1e-6
+    best, cut, alike = (
+        rows[f"it_g4_{method}", "max_over_mean"]
+        for method in ("causal_tiles", "contiguous", "contiguous_equal")
+    )
+    assert best <= cut < alike
+
+
+def test_zigzag_balances_one_document_and_not_several():
+    one, several = (
+        np.asarray(placement.place.visible_keys(placement.document_of(x), 4))[None]
+        for x in ([64], [40, 8, 16])
+    )
+    mean = one.sum() / 4
+    assert placement.zigzag(placement.Case("one", one, 4)) == mean
+    assert placement.zigzag(placement.Case("several", several, 4)) > several.sum() / 4 * 1.1
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [

@@ -27,7 +27,9 @@ def material(monkeypatch):
     worth = Worth.of(after.ids, after.positive, tokens.VOCABULARY)
     both = tokens.counts(before.ids + after.ids, tokens.VOCABULARY)
     idf = tokens.inverse_document_frequency(both)
-    found = Material(before, after, test.ids, worth.of_tokens(test.ids), idf)
+    verdict = np.zeros(tokens.VOCABULARY, np.float32)
+    verdict[[20, 21]], verdict[10:20] = 1, -1
+    found = Material(before, after, test.ids, worth.of_tokens(test.ids), idf, verdict)
     monkeypatch.setattr(experiment, "prepare", lambda held: found)
     return found
 
@@ -52,6 +54,17 @@ def test_kept_tokens_are_half_of_all_and_the_best_of_each_text(material):
     assert kept.sum() == int(PART * kept.size)
     ends = np.cumsum([len(x) for x in material.held])
     assert np.all(kept[ends - 1])  # the token that tells the class stands last
+
+
+def test_verdicts_help_at_once_and_are_of_the_texts_that_were_read(material):
+    rng = np.random.default_rng(0)
+    said = experiment._said([np.array([20, 12, 40]), np.array([12])], material.verdict, rng)
+    assert said[[20, 12, 40, 21]].tolist() == [1, -1, 0, 0]
+    kept = {
+        name: experiment.run(name, 0, Sizes(3, 2, 30), lambda: None)["figures"]["kept at the end"]
+        for name in ("carried", "carried, reviewed")
+    }
+    assert kept["carried, reviewed"] > kept["carried"]
 
 
 def test_an_average_flaps_less(material):

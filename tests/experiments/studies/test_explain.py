@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.explain import experiment
+from experiments.explain import allocations, experiment, parts
 from experiments.explain.__main__ import SMOKE, WHOLE
 from experiments.explain.experiment import Sizes
 from jbalance import explain
@@ -50,3 +50,48 @@ def test_sizes_are_those_that_scorers_accept():
         assert sizes.context > experiment.measure.PROBE_TOKENS
         inner = sizes.context - experiment.measure.NUM_SINKS - experiment.measure.NUM_RECENT
         assert inner % experiment.GROUP == 0
+
+
+def test_claims_are_tried_at_their_budget_and_one_below():
+    """A unit gets one more at every third of its device's budget; claims that are off do not hold."""
+    device_of, budgets = np.array([0, 1]), np.array([6, 9], np.int32)
+    given = allocations.Problem(np.zeros((2, 2)), np.array([1, 2]), device_of, budgets)
+    got = np.array([2, 3])
+
+    def solved(budgets):
+        return np.asarray(budgets) // 3
+
+    assert allocations._claims(given, np.array([9, 12]), got, solved) == 1
+    assert allocations._claims(given, np.array([10, 12]), got, solved) == 0.5
+    assert allocations._claims(given, np.array([8, -1]), got, solved) == 0
+    assert allocations._nearest(given, np.array([9, 12])) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("rule", allocations.RULES)
+def test_what_explanations_say_of_heads_holds(rule):
+    rng = np.random.default_rng(2)
+    costs = allocations.measure.counts(64)
+    scale = rng.random((9, 1))
+    error = scale * np.exp(-np.asarray(costs) / (5 + 30 * rng.random((9, 1))))
+    given = allocations.problem(error, 64, 0.4)
+    assert given.budgets.sum() <= int(0.4 * 64 * 9)
+    assert given.budgets[0] == pytest.approx(2 * given.budgets[1], abs=2)
+    found = allocations.RULES[rule](given)
+    assert found["claims that hold"] == 1
+    assert 0 < found["output error"] < 1
+    if rule == "ladder":
+        assert found["foretold of a half"] >= 1
+
+
+def test_a_table_of_coalitions_is_the_game_and_counts_what_is_asked():
+    own = np.array([1.0, 2.0, 4.0])
+    every = (np.arange(8)[:, None] >> np.arange(3)) & 1
+    game = parts.Table(every @ own)
+    found = parts.figures(game, 0, 0)
+    assert found["coalitions"] == 4
+    for name in ("rank correlation", "sum over all"):
+        assert found[name] == pytest.approx(1)
+    assert found["off by"] == pytest.approx(0, abs=1e-6)
+    together = parts.Table(every @ own + 8.0 * every.all(axis=1))  # worth more only as a whole
+    assert parts.figures(together, 0, 0)["sum over all"] == pytest.approx((7 + 24) / 15)
+    assert parts.figures(together, 4, 0)["sum over all"] == pytest.approx(1, rel=1e-5)

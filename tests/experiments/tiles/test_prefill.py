@@ -40,6 +40,15 @@ def test_a_sliding_window_is_as_wide_for_every_query_block_that_has_so_many(toke
     assert (width[width < seen] >= width.max() - 1).all()
 
 
+def test_overlap_counts_the_tiles_of_both_among_those_of_either(tokens):
+    plans = [policies.POLICIES[name](*tokens, 0.5) for name in ("ladder", "window")]
+    a, b = (np.broadcast_to(attention.to_mask(x), (1, HEADS, 16, 64)) for x in plans)
+    want = (a & b).sum() / (a | b).sum()
+    assert 0.2 < want < 0.9
+    np.testing.assert_allclose(policies.overlap(*plans), want, rtol=1e-6)
+    assert policies.overlap(plans[1], plans[1]) == 1
+
+
 def test_all_tiles_are_dense_attention(tokens):
     q, k, v = tokens
     want = attention.attend(q, k, v, policies.dense(q, k, v, 1.0), causal=True).y
