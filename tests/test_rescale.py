@@ -118,7 +118,9 @@ def test_rules_under_transformations(rule, dtype):
 
 
 @pytest.mark.parametrize("rule", list(rescale.RULES))
-@pytest.mark.parametrize("factors", [(1e30, 1e30), (1e-30, 1e-30), (1.0, 1e37), (1e-33, 1.0)])
+@pytest.mark.parametrize(
+    "factors", [(1e30, 1e30), (1e-30, 1e-30), (1.0, 1e37), (1e-33, 1.0), (3.4e38, 1.0), (1.0, 3.4e38)]
+)
 def test_sizes_of_shares_and_associations_do_not_matter(rule, factors):
     of_alpha, of_association = map(np.float32, factors)
     got = rescale.weights(ALPHA * of_alpha, A * of_association, ATTENTION, rule=rule)
@@ -135,3 +137,9 @@ def test_a_bias_of_large_and_small_gains_is_finite():
         some = gain > 0
         np.testing.assert_allclose(got[some], np.log(gain[some]), rtol=1e-5)
         np.testing.assert_array_equal(got[~some], -1e9)
+
+
+@pytest.mark.parametrize("rule", rescale.RULES)
+def test_attention_of_more_axes_than_eight_is_refused(rule):
+    with pytest.raises(ValueError, match="attention must have shape"):
+        rescale.weights(ALPHA, A, np.ones((1,) * 8 + (K,)), rule=rule)

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jbalance import importance
-from jbalance.attention import Tiling, balanced_plan, choose, to_mask
+from jbalance.attention import Tiling, balanced_plan, candidates, choose, to_mask
 from tests.support.examples import few
 
 H, T, S, BQ, BK = 3, 100, 120, 16, 8
@@ -124,3 +124,25 @@ def test_bad_input_is_named(changes, names):
         choose(**call, tiling=TILING)
     for name in names:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("keys", range(T, T + BK))
+def test_candidates_are_what_is_seen_and_always_the_own_and_the_first_keys(keys, causal):
+    """At every offset of the queries among the keys, so that blocks meet at their first and last ones."""
+    seen, always = candidates(Tiling(T, keys, BQ, BK, causal))
+    t, s = np.arange(T)[:, None] + keys - T, np.arange(keys)
+    visible = s <= t if causal else np.ones((T, keys), bool)
+    masks = visible, (s == t) | (s < BK) & visible
+    for got, mask in zip((seen, always), masks, strict=True):
+        tiles = [
+            [mask[i : i + BQ, j : j + BK].any() for j in range(0, keys, BK)]
+            for i in range(0, T, BQ)
+        ]
+        np.testing.assert_array_equal(got, tiles)
+
+
+@pytest.mark.parametrize("call", [candidates, lambda x: choose(np.ones((1, 1, 2, 2)), 4, x)])
+def test_what_is_no_tiling_is_named(call):
+    with pytest.raises(ValueError, match="^tiling is "):
+        call((T, S))

@@ -74,7 +74,7 @@ CLAIMS = {
         "docs/results/kv_budget.score.json",
         README_TEST + "test_the_table_of_the_readme_is_that_of_the_recorded_run",
     ],
-    "a real repetition of the context is read | **0.0002**, 16 | **0.0024**, 16 | **0.012**, 16 |": [
+    "reads a repetition of the context | **0.0002**, 16 | **0.0024**, 16 | **0.012**, 16 |": [
         "docs/results/kv_budget.score.json",
         README_TEST + "test_the_table_of_the_readme_is_that_of_the_recorded_run",
     ],
