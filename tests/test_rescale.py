@@ -119,7 +119,8 @@ def test_rules_under_transformations(rule, dtype):
 
 @pytest.mark.parametrize("rule", list(rescale.RULES))
 @pytest.mark.parametrize(
-    "factors", [(1e30, 1e30), (1e-30, 1e-30), (1.0, 1e37), (1e-33, 1.0), (3.4e38, 1.0), (1.0, 3.4e38)]
+    "factors",
+    [(1e30, 1e30), (1e-30, 1e-30), (1.0, 1e37), (1e-33, 1.0), (3.4e38, 1.0), (1.0, 3.4e38)],
 )
 def test_sizes_of_shares_and_associations_do_not_matter(rule, factors):
     of_alpha, of_association = map(np.float32, factors)

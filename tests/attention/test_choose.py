@@ -146,3 +146,20 @@ def test_candidates_are_what_is_seen_and_always_the_own_and_the_first_keys(keys,
 def test_what_is_no_tiling_is_named(call):
     with pytest.raises(ValueError, match="^tiling is "):
         call((T, S))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_heads_of_several_devices_are_chosen_as_those_of_one(devices):
+    value = np.random.default_rng(0).exponential(size=(1, 4, ROWS, COLUMNS)).astype(np.float32)
+    value[:, 0] *= 100  # one head would have most but for the others' floors
+    number = 4 * structure()[1].sum() + 60
+    mesh = jax.make_mesh((devices,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = jax.sharding.PartitionSpec(None, "h")
+
+    def own(value):
+        return to_mask(choose(value, number, TILING, floor=0.9, axis_name="h"))
+
+    split = jax.shard_map(own, mesh=mesh, in_specs=heads, out_specs=heads)
+    np.testing.assert_array_equal(
+        jax.jit(split)(value), to_mask(choose(value, number, TILING, floor=0.9))
+    )
