@@ -103,7 +103,7 @@ def of_page(page: str, text: str, root: Path = Path()) -> Iterator[Figure]:
         named = [name for mark in _MARK.findall(section) for name in mark.split()]
         files = (_path(name) for name in named if name != ARITHMETIC)
         places = [place for name in files for place in _places(root, name, page)]
-        for number, words, figure in _figures(_blank(_CODE, section)):
+        for number, words, figure in _figures(section):
             source = _source(figure, words, places)
             if source is None and ARITHMETIC in named:
                 source = f"{ARITHMETIC}, as the section says"
@@ -125,19 +125,19 @@ def _figures(section: str) -> Iterator[tuple[int, set[str], re.Match[str]]]:
     title = section.partition("\n")[0] if section.startswith("#") else ""
     header: list[str] = []
     lines = section.splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith("#"):
+    for number, plain in enumerate(_blank(_CODE, section).splitlines()):
+        if plain.startswith("#"):
             continue
-        if not line.startswith("|"):
+        if not plain.startswith("|"):
             header = []
             words = _words(title + " ".join(lines[max(0, number - 1) : number + 2]))
-            yield from ((number, words, x) for x in _FIGURE.finditer(line) if _is_measured(x))
+            yield from ((number, words, x) for x in _FIGURE.finditer(plain) if _is_measured(x))
             continue
-        cells = line.strip("|").split("|")
+        cells = lines[number].strip("|").split("|")
         if not header:
             header = cells
             continue
-        for i, cell in enumerate(cells[1:], start=1):
+        for i, cell in enumerate(plain.strip("|").split("|")[1:], start=1):
             words = _words(f"{title} {cells[0]} {header[min(i, len(header) - 1)]}")
             yield from ((number, words, x) for x in _FIGURE.finditer(cell))
 
@@ -205,6 +205,6 @@ def _source(figure: re.Match[str], words: set[str], places: list[_Place]) -> str
         (len(words & place.words), -rank, place.name)
         for place in places
         for rank, scale in enumerate(scales)
-        if abs(abs(place.value) * scale - value) <= half
+        if abs(abs(place.value) * scale - value) <= half and words & place.words
     ]
     return max(found, key=lambda x: x[:2])[2] if found else None

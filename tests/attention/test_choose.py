@@ -129,7 +129,7 @@ def test_bad_input_is_named(changes, names):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("keys", range(T, T + BK))
 def test_candidates_are_what_is_seen_and_always_the_own_and_the_first_keys(keys, causal):
-    """At every offset of the queries among the keys, so that blocks meet at their first and last ones."""
+    """At every offset of the queries among the keys: blocks meet at their first and last ones."""
     seen, always = candidates(Tiling(T, keys, BQ, BK, causal))
     t, s = np.arange(T)[:, None] + keys - T, np.arange(keys)
     visible = s <= t if causal else np.ones((T, keys), bool)
@@ -144,7 +144,7 @@ def test_candidates_are_what_is_seen_and_always_the_own_and_the_first_keys(keys,
 
 @pytest.mark.parametrize("call", [candidates, lambda x: choose(np.ones((1, 1, 2, 2)), 4, x)])
 def test_what_is_no_tiling_is_named(call):
-    with pytest.raises(ValueError, match="^tiling is "):
+    with pytest.raises(ValueError, match=r"^tiling is "):
         call((T, S))
 
 

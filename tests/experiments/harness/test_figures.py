@@ -87,3 +87,13 @@ def test_a_name_alone_is_of_the_results(tmp_path):
 def test_arithmetic_is_said_to_be_that(tmp_path):
     (figure,) = figures.of_page("page.md", "30 x 0.5 ms.\n<!-- figures: arithmetic -->\n", tmp_path)
     assert figure.source == "arithmetic, as the section says"
+
+
+@pytest.mark.parametrize("pattern", figures.PAGES)
+def test_every_figure_of_the_pages_has_a_file(pattern):
+    without = [
+        f"{x.page}:{x.line}: {x.text}"
+        for x in figures.of_pages(ROOT)
+        if x.source is None and Path(x.page).match(pattern) and not figures.NOTES.fullmatch(x.page)
+    ]
+    assert without == []
