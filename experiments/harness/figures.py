@@ -3,8 +3,9 @@
 A section names its files in a comment, `<!-- figures: NAME ... -->`: results, by their names in
 `docs/results`, a page of results, or code whose constants it quotes, by their paths; or it says
 `<!-- figures: arithmetic -->`. A figure is a number with a decimal point, a part, a ratio or a time,
-or one in a table behind the first column; it comes from a number in these files that rounds to it. Of
-several such numbers the one counts whose names and settings most resemble the words around the figure.
+or one in a table behind the first column; it comes from a number in these files that rounds to it and
+whose names and settings share a word with what is around the figure; of several, the one that shares
+most.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PAGES = ("README.md", "docs/*.md", "docs/how_to/*.md", "docs/notes/*.md", "docs/
 # What was tried on the way, of which most can not be run again and has no file.
 NOTES = re.compile(r"docs/(notes/.*|method)\.md")
 GENERATED = re.compile(r"(Written|Generated) by `")  # a page of a command, made from its results
+HEAD = 300  # characters of a page, in which it says so
 ARITHMETIC = "arithmetic"
 _MARK = re.compile(r"<!-- figures: (.*?) -->", re.S)
 _FENCE = re.compile(r"^```.*?^```", re.S | re.M)
@@ -72,7 +74,7 @@ def of_pages(root: Path = Path()) -> list[Figure]:
     return [
         figure
         for path, text in texts.items()
-        if not GENERATED.search(text)
+        if not GENERATED.search(text[:HEAD])
         for figure in of_page(path.relative_to(root).as_posix(), text, root)
     ]
 
@@ -196,15 +198,17 @@ def _leaves(node: Any, name: str, words: frozenset[str]) -> Iterator[_Place]:
 
 
 def _source(figure: re.Match[str], words: set[str], places: list[_Place]) -> str | None:
+    """The place that a figure comes from; None if there is none."""
     digits = figure[1].replace(",", "")
     exponent = figure[2] or ""
     value = float(digits + exponent)
     half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) * float(f"1{exponent}") * (1 + 1e-9)
     scales = _SCALES.get(figure[3] or "", (1,))
+    around = words - {figure[1]}
     found = [
-        (len(words & place.words), -rank, place.name)
+        (len(around & place.words), -rank, place.name)
         for place in places
         for rank, scale in enumerate(scales)
-        if abs(abs(place.value) * scale - value) <= half and words & place.words
+        if abs(abs(place.value) * scale - value) <= half and around & place.words
     ]
     return max(found, key=lambda x: x[:2])[2] if found else None

@@ -59,6 +59,11 @@ def test_a_figure_that_is_in_no_file_is_without(figure, other, tmp_path):
     assert found_in(PAGE.replace(figure, other), tmp_path)[other] is None
 
 
+def test_a_number_of_something_else_is_none_of_its_places(tmp_path):
+    page = "Whales weigh 0.0123.\n<!-- figures: ./out/it.json -->\n"
+    assert found_in(page, tmp_path) == {"0.0123": None}
+
+
 def test_lines_are_those_of_the_page(tmp_path):
     found_in(PAGE, tmp_path)
     for figure in figures.of_page("page.md", PAGE, tmp_path):
@@ -80,7 +85,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
 def test_a_name_alone_is_of_the_results(tmp_path):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results" / "it.json").write_text('{"mean": {"kl": 0.5}}')
-    page = "It is 0.5.\n<!-- figures: it -->\n"
+    page = "The mean is 0.5.\n<!-- figures: it -->\n"
     assert found_in(page, tmp_path) == {"0.5": "docs/results/it.json mean kl"}
 
 
