@@ -90,7 +90,7 @@ mutate: venv .cache/mutmut/.installed
 
 # What a release is: the wheel and the source archive in out/dist. The wheel passes the library's tests in
 # an environment of its own, in a folder without the library; CONSTRAINTS=tests/oldest.txt: with the oldest
-# versions that it supports.
+# versions that it supports, whose own code may warn of what is deprecated.
 CONSTRAINTS ?= constraints.txt
 LIBRARY_TESTS := $(filter-out tests/docs tests/experiments tests/mutants tests/support,\
 	$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
@@ -104,7 +104,7 @@ dist: venv
 	rm -r out/dist/source/jbalance out/dist/source/build
 	$(PYTHON) -m venv out/dist/.venv
 	out/dist/.venv/bin/python -m pip install --quiet $(WHEELS) --constraint $(CONSTRAINTS) "$$(echo out/dist/*.whl)[experiments,test]"
-	cd out/dist/source && ../.venv/bin/python -m pytest $(LIBRARY_TESTS)
+	cd out/dist/source && ../.venv/bin/python -m pytest -W default::DeprecationWarning -W default::FutureWarning $(LIBRARY_TESTS)
 
 # Lines of the library that its tests run; half an hour on two cores.
 coverage: venv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -17,7 +18,7 @@ def of_results() -> dict[str, Any]:
     """As files of results keep it."""
     return {
         "command": command(),
-        "versions": {"python": platform.python_version()} | {x: version(x) for x in PACKAGES},
+        "versions": _versions(),
         "machine": machine(),
     }
 
@@ -43,6 +44,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache  # results are kept after every step of the work
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {x: version(x) for x in PACKAGES}
+
+
+@functools.cache
 def _processor() -> str:
     """Its name where the system tells one."""
     try:

@@ -18,17 +18,16 @@ TILING = Tiling(T, S, BQ, BK)
 ROWS, COLUMNS = 7, 15
 
 
-def structure(causal=True):
-    """[ROWS, COLUMNS]: candidates, those that are always there, and those that come first."""
-    t, s = np.arange(T)[:, None] + S - T, np.arange(S)
-    seen = s <= t if causal else np.ones((T, S), bool)
+def structure(causal=True, keys=S):
+    """[rows, columns]: candidates, those that are always there, and those that come first."""
+    t, s = np.arange(T)[:, None] + keys - T, np.arange(keys)
+    seen = s <= t if causal else np.ones((T, keys), bool)
     own = (s == t) | (s < BK) & seen
     before = (s == t - 1) & seen & causal
-    tiles = np.zeros((3, ROWS, COLUMNS), bool)
-    for which, mask in enumerate((seen, own, before)):
-        for i in range(ROWS):
-            for j in range(COLUMNS):
-                tiles[which, i, j] = mask[i * BQ : (i + 1) * BQ, j * BK : (j + 1) * BK].any()
+    tiles = np.zeros((3, ROWS, -(-keys // BK)), bool)
+    for which, i, j in np.ndindex(tiles.shape):
+        mask = (seen, own, before)[which]
+        tiles[which, i, j] = mask[i * BQ : (i + 1) * BQ, j * BK : (j + 1) * BK].any()
     return tiles
 
 
@@ -130,16 +129,9 @@ def test_bad_input_is_named(changes, names):
 @pytest.mark.parametrize("keys", range(T, T + BK))
 def test_candidates_are_what_is_seen_and_always_the_own_and_the_first_keys(keys, causal):
     """At every offset of the queries among the keys: blocks meet at their first and last ones."""
-    seen, always = candidates(Tiling(T, keys, BQ, BK, causal))
-    t, s = np.arange(T)[:, None] + keys - T, np.arange(keys)
-    visible = s <= t if causal else np.ones((T, keys), bool)
-    masks = visible, (s == t) | (s < BK) & visible
-    for got, mask in zip((seen, always), masks, strict=True):
-        tiles = [
-            [mask[i : i + BQ, j : j + BK].any() for j in range(0, keys, BK)]
-            for i in range(0, T, BQ)
-        ]
-        np.testing.assert_array_equal(got, tiles)
+    found = candidates(Tiling(T, keys, BQ, BK, causal))
+    for got, want in zip(found, structure(causal, keys)[:2], strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("call", [candidates, lambda x: choose(np.ones((1, 1, 2, 2)), 4, x)])

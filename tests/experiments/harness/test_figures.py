@@ -94,11 +94,16 @@ def test_arithmetic_is_said_to_be_that(tmp_path):
     assert figure.source == "arithmetic, as the section says"
 
 
+@pytest.fixture(scope="module")
+def all_pages():
+    return figures.of_pages(ROOT)
+
+
 @pytest.mark.parametrize("pattern", figures.PAGES)
-def test_every_figure_of_the_pages_has_a_file(pattern):
+def test_every_figure_of_the_pages_has_a_file(pattern, all_pages):
     without = [
         f"{x.page}:{x.line}: {x.text}"
-        for x in figures.of_pages(ROOT)
+        for x in all_pages
         if x.source is None and Path(x.page).match(pattern) and not figures.NOTES.fullmatch(x.page)
     ]
     assert without == []
