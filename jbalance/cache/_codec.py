@@ -190,16 +190,16 @@ def _quantize(x, bits):
 
 def nearest(y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """Codes [..., D] uint8 of rotated vectors y, and the norms [...] float32 of their levels."""
-    norm = jnp.max(jnp.abs(y), axis=-1) if bits == 8 else jnp.sqrt(_sum(y * y))
+    norm = jnp.max(jnp.abs(y), axis=-1) if bits == 8 else jnp.sqrt(jnp.sum(y * y, axis=-1))
     norm = jnp.minimum(norm, NORM_MAX)
     y *= (1 / jnp.where(norm > 0, norm, 1))[..., None]
-    size, energy = jnp.abs(y), _sum(y * y)
+    size, energy = jnp.abs(y), jnp.sum(y * y, axis=-1)
     stretches = jnp.asarray(_STRETCHES[bits], jnp.float32)
 
     def fit(i, best):
         """The best of the grids so far, and grid i: the cosine of its levels with y."""
         level = _rounded(size * (1 / stretches[i]), bits)
-        dot, square = _sum(size * level), _sum(level * level)
+        dot, square = (jnp.sum(x * level, axis=-1) for x in (size, level))
         # Least squared error would be dot / square, which shrinks every product by the error.
         factor = jnp.where(dot > 0, energy / jnp.where(dot > 0, dot, 1), 0)
         new = dot / jnp.sqrt(square), factor, jnp.full(dot.shape, stretches[i])
@@ -210,14 +210,6 @@ def nearest(y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     _, factor, stretch = lax.fori_loop(0, len(stretches), fit, (none, none, none + 1))
     codes = _nearest(y / stretch[..., None], bits)
     return codes, jnp.minimum(norm * factor, NORM_MAX)
-
-
-def _sum(x):
-    """Sum over the last axis, by halves: jnp.sum is several times slower on CPU."""
-    while x.shape[-1] % 2 == 0:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return jnp.sum(x, axis=-1)
 
 
 def _nearest(y, bits):

@@ -19,6 +19,7 @@ Nothing else knows this format: the admission of tokens, the kernels and the tab
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,10 @@ TILE_BYTES = 32 * ROW_BYTES  # a TPU's memory holds uint8 in such: others are pa
 KEYS, VALUES, KEY_NORMS, VALUE_NORMS, CODES, TIMES = range(6)
 _LEAST_RATIO, _MOST_RATIO = 0x3000, 15 / 8  # the former's bits as a float16
 _MOST_FIRST = 0x7BF0  # bits of the largest norm of a first half
+
+
+# Traced once for all programs that read or write a page of this format.
+_once = functools.partial(jax.jit, static_argnums=0)
 
 
 class PageLayout(NamedTuple):
@@ -122,6 +127,7 @@ class PageLayout(NamedTuple):
         """Queries [..., D] of `rotate_keys` for the keys of this precision; its own inverse."""
         return q if self.split else joined(q)
 
+    @_once
     def encode(
         self, k: jax.Array, v: jax.Array, code: jax.Array, time: jax.Array | None = None
     ) -> jax.Array:
@@ -137,6 +143,7 @@ class PageLayout(NamedTuple):
             parts.append(_bytes_of(jnp.asarray(time).astype(jnp.uint16)[..., None]))
         return jnp.concatenate(parts, axis=-1)
 
+    @_once
     def decode(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Bytes [..., token_bytes] to keys and values [..., D] float32 and codes [...] of worth."""
         parts = self._split(rows)
@@ -186,6 +193,7 @@ class PageLayout(NamedTuple):
         """Bytes [..., token_bytes] of `timed` tokens to their positions [...], modulo 2^16."""
         return lax.bitcast_convert_type(rows[..., -2:], jnp.uint16)
 
+    @_once
     def to_page(self, rows: jax.Array) -> jax.Array:
         """Bytes [..., page_tokens, token_bytes] of a page's tokens to the page's [..., used_bytes]."""
         flat = []
@@ -194,6 +202,7 @@ class PageLayout(NamedTuple):
             flat.append(part.reshape(*rows.shape[:-2], -1))
         return jnp.concatenate(flat, axis=-1)
 
+    @_once
     def from_page(self, data: jax.Array) -> jax.Array:
         """Pages [W, page_bytes] to the bytes [W page_tokens, token_bytes] of their tokens."""
         number, size, parts = len(data), self.page_tokens, []
