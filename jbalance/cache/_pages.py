@@ -218,6 +218,7 @@ def reallocate(arena: Arena, pages: jax.Array) -> tuple[Arena, jax.Array]:
     return dataclasses.replace(arena, order=order, offset=offset, count=count), shortfall
 
 
+@jax.jit
 def _reorder(order, old, new):
     """`order` under new offsets: pages that stay first in their groups, others fill what is left."""
     place = jnp.arange(order.shape[0], dtype=jnp.int32)

@@ -238,6 +238,7 @@ def _values(code: jax.Array, step: jax.Array, bits: int) -> jax.Array:
     return (code - 2 ** (bits - 1)).astype(jnp.float32) * step.astype(jnp.float32)[..., None, :]
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "shape", "dtype"))
 def _decoded(packed, scale, bits, shape, dtype) -> jax.Array:
     code = jnp.zeros((*scale.shape[:-1], GROUP, scale.shape[-1]), jnp.int32)
     for i, own in _bytes(bits):
