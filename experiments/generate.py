@@ -95,6 +95,8 @@ def write_answer(decoder, state, chat, most: int):
 
     written, ids = Written(chat.tokenizer), []
     while (token := int(state.tokens[0])) not in chat.end_ids:
+        if token < 0:
+            raise ValueError(f"the model gives NaN after {len(ids)} tokens: its type is too narrow")
         ids.append(token)
         written.show(ids)
         if len(ids) == most:
