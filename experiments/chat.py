@@ -72,8 +72,9 @@ def said() -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        line = line.lstrip("\ufeff").strip()  # of a file that begins with a byte-order mark
+        if line:
+            yield line
 
 
 def held(state, memory, position: int) -> str:

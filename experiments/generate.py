@@ -93,8 +93,11 @@ def write_answer(decoder, state, chat, most: int):
     """Writes what request 0 answers until its turn ends, or as many tokens; its ids and the state."""
     from jbalance import decode
 
-    written, ids = Written(chat.tokenizer), []
+    written = Written(chat.tokenizer)
+    ids: list[int] = []
     while (token := int(state.tokens[0])) not in chat.end_ids:
+        if token < 0:
+            raise ValueError(f"the model gives NaN after {len(ids)} tokens: its type is too narrow")
         ids.append(token)
         written.show(ids)
         if len(ids) == most:

@@ -8,6 +8,7 @@ same conditions for `jax.experimental.checkify`: wrap the caller in `checkify.ch
 
 from __future__ import annotations
 
+import math
 import operator
 import reprlib
 from collections.abc import Callable
@@ -133,7 +134,12 @@ def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], messa
         return x
     given = _host(name, x, want)
     with np.errstate(over="ignore", invalid="ignore"):
-        number = given.astype(np.float32)
+        try:
+            number = given.astype(np.float32)
+        except OverflowError:  # Python's integers beyond float64
+            number = np.full(given.shape, np.inf, np.float32)
+            fits = np.abs(given) <= INT64_MAX
+            number[fits] = given[fits].astype(np.float32)
     _where(name, given, np.asarray(bad(np, number)), want)
     return x.astype(jnp.float32) if isinstance(x, jax.Array) else number
 
@@ -291,7 +297,10 @@ def static_float(
     given = _host(name, value, want) if is_concrete(value) else np.zeros(2)
     if given.ndim:
         raise ValueError(f"{name} is {reprlib.repr(value)}: it must be one number {want}")
-    number = float(given)
+    try:
+        number = float(given)
+    except OverflowError:  # Python's integer beyond float64
+        number = math.inf if given > 0 else -math.inf
     if not low <= number <= high or (open_low and number == low):
         raise ValueError(f"{name} is {number}: it must be {want}")
     return number
@@ -327,10 +336,12 @@ def floating(name: str, x: Any) -> None:
         )
 
 
-def largest_finite(name: str, x: Any) -> None:
-    """`finite` of a large array: only its largest magnitude leaves the device."""
+def largest_finite(name: str, x: Any, most: float = FLOAT32_MAX) -> None:
+    """`finite` of a large array, up to `most`: only its largest magnitude leaves the device."""
     if np.size(x):
         x = jnp.asarray(x)
         largest = jnp.max(jnp.abs(x))  # which XLA for CPUs takes over NaN in some thousand entries
         largest = jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, largest)
         finite(f"the largest |{name}|", largest)
+        if most < FLOAT32_MAX:
+            in_range(f"the largest |{name}|", largest, 0, most)

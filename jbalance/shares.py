@@ -128,7 +128,7 @@ def constrained(
         missing, given = ("group_of", "group_floor")[:: 1 if group_of is None else -1]
         raise ValueError(f"{missing} is None, but {given} is given: give both")
     if group_floor is not None:
-        _axes.unsplit(alpha=alpha, group_of=group_of)
+        _axes.unsplit(alpha=alpha, group_of=group_of, group_floor=group_floor)
         checks.rank("group_of", group_of, 1, "[U]")
         checks.same_length("group_of", group_of, "alpha", alpha)
         checks.rank("group_floor", group_floor, 1, "[P]")
@@ -210,6 +210,7 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     Raises:
       ValueError: curves not [U, M], negative or NaN; a negative amount.
     """
+    _axes.unsplit(curves=curves)
     checks.rank("curves", curves, 2, "[U, M]")
     checks.non_empty("curves", curves)
     curves = checks.non_negative("curves", curves)

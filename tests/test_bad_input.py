@@ -79,6 +79,17 @@ CASES = {
         "frequencies[0] is 1e+38",
         "1e+28",
     ),
+    "a budget beyond float64": (lambda: fill(W, 10**400), "budget is 1000", "finite"),
+    "a temperature beyond float64": (
+        lambda: shares.softmax(W, 10**400),
+        "temperature is 1000",
+        "finite",
+    ),
+    "an amount beyond float64": (
+        lambda: resources.human_bytes(10**400),
+        "amount_bytes is inf",
+        "known before jit",
+    ),
     "a scale beyond float32": (
         lambda: attention.attend(*[HEADS[None]] * 3, attention.dense(TILING), scale=1e38),
         "scale is 1e+38",

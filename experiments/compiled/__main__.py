@@ -49,16 +49,16 @@ def _job(options: argparse.Namespace) -> None:
         raise ValueError(f"--only is {options.only!r}: no case has that in its name")
     versions = {name: version(name) for name in PACKAGES}
     report: dict[str, Any] = {"versions": versions, "cases": {}, "pods": {}}
-    if options.json.exists():
-        old = files.read_json(options.json)
-        if old["versions"] == versions:
-            report |= old
-    with progress.bar("Compiling", len(chosen)) as advance:
+    with files.locked(options.json), progress.bar("Compiling", len(chosen)) as advance:
+        if options.json.exists():
+            old = files.read_signed(options.json, **dict.fromkeys(report, dict))
+            if old["versions"] == versions:
+                report |= old
         for kind, module, name, where in chosen:
             held = report[kind].setdefault(name, {})
             if where not in held:
                 held[where] = compile_one(module, name, where)
-                files.write_json(options.json, report)
+                files.write_signed(options.json, report, "versions", "cases", "pods")
             advance()
     files.write_text(options.page, page.text_of(report))
     print(options.page)

@@ -85,6 +85,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_signed(path: Path, value: dict[str, Any], *names: str) -> None:
+    """`write_json` of an object that a later run goes on from, with the digest of these fields."""
+    value["digest"] = digest_of([value[name] for name in names])
+    write_json(path, value)
+
+
+def read_signed(path: Path, **kinds: type) -> dict[str, Any]:
+    """What `write_signed` wrote of the fields that are named, each with its type.
+
+    Raises:
+      ValueError: that names the file: no JSON, fields that are missing or altered.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}: it must be an object")
+    for name, kind in {**kinds, "digest": str}.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(f"{path} lacks {name!r}: it was not written by this command")
+    if value["digest"] != digest_of([value[name] for name in kinds]):
+        raise ValueError(
+            f"{path} is not what was written: its digest is not that of {', '.join(kinds)}; remove it "
+            f"to run all again"
+        )
+    return value
+
+
 def json_writer(path: str | Path | None) -> Callable[[Any], None]:
     """`write_json` to a place that was tried; of a command's results after every step of its work.
 

@@ -78,7 +78,11 @@ def hf_chat(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> Chat:
             tokens[key] = named
     written = directory / "chat_template.jinja"
     if written.is_file():
-        template: str | None = files.read_bytes(written).decode(errors="replace")
+        try:
+            template: str | None = files.decoded(files.read_bytes(written))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{written} is no UTF-8 text: {error}") from None
+        template = None if template is None else template.lstrip("\ufeff")
     else:
         template = _template(about)
     ends = [tokenizer.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []

@@ -199,7 +199,8 @@ def assemble(tensors: Mapping[str, np.ndarray], where: str) -> Whisper:
       where: the file's name, for errors.
 
     Raises:
-      ValueError: a tensor that is missing, left over, of another shape or not finite.
+      ValueError: a tensor or a setting that is missing, left over, of another shape or type, or not
+        finite.
     """
     config = _config_of(tensors, where)
     model = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
@@ -218,7 +219,7 @@ def assemble(tensors: Mapping[str, np.ndarray], where: str) -> Whisper:
             left.pop(name, None)
         array = np.stack(arrays) if len(names) > 1 else arrays[0]
         filled[path] = abstract.replace(jnp.asarray(array))
-    more = [x for x in left if tensors[x].ndim and x != "decoder/projection/weight"]
+    more = [x for x in left if x not in _READ_ELSEWHERE]
     if more:
         raise ValueError(f"{where} holds tensors that are not read: {', '.join(sorted(more)[:5])}")
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -230,6 +231,12 @@ _FLAGS = {  # settings that the file has besides, as this model computes
     "decoder/pre_norm": 1,
     "decoder/scale_embeddings": 0,
     "decoder/start_from_zero_embedding": 0,
+}
+_READ_ELSEWHERE = {
+    *_FLAGS,
+    *("encoder/num_heads", "decoder/num_heads"),
+    # Which heads tell the time of words, and a copy of the embedding.
+    *("decoder/alignment_heads", "decoder/alignment_layer", "decoder/projection/weight"),
 }
 _NORMS = {"scale": "gamma", "bias": "beta"}
 _PARTS: dict[str, tuple[str, tuple[int, int] | None]] = {
@@ -262,6 +269,10 @@ def _part(tensors, name: str, rows: tuple[int, int] | None, where: str) -> np.nd
     """A tensor in float32, or one of so many projections whose rows lie one after the other in it."""
     if name not in tensors:
         raise ValueError(f"{where} lacks the tensor {name!r}")
+    if not np.issubdtype(tensors[name].dtype, np.floating):
+        raise ValueError(
+            f"{where}: {name} has the type {tensors[name].dtype}: without a scale it is no weight"
+        )
     array = np.asarray(tensors[name], np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{where}: {name} holds numbers that are not finite")

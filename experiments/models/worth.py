@@ -54,8 +54,13 @@ def _kept() -> tuple[tuple[np.ndarray, Worth], ...]:
 
 
 def read(path: Path) -> tuple[np.ndarray, Worth]:
-    """`means_of_norms` of a model, and what was learned."""
+    """`means_of_norms` of a model, and what was learned.
+
+    Raises:
+      ValueError: that names the file: arrays that are missing, do not fit together or are not finite.
+    """
     arrays = files.read_npz(path)
+    _check(path, arrays)
     layers = {
         int(layer): decode.WorthWeights(
             *(jnp.asarray(arrays[part][i], jnp.float32) for part in _PARTS)
@@ -64,6 +69,30 @@ def read(path: Path) -> tuple[np.ndarray, Worth]:
     }
     worth = tuple(layers.get(layer) for layer in range(int(arrays["num_layers"])))
     return arrays["means_of_norms"], worth
+
+
+def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """ValueError for arrays that `write` did not write."""
+    for name in (*_PARTS, "layers", "num_layers", "means_of_norms"):
+        if name not in arrays:
+            raise ValueError(f"{path} lacks the array {name!r}")
+        x = arrays[name]
+        whole = name in ("layers", "num_layers")
+        if not np.issubdtype(x.dtype, np.integer if whole else np.floating):
+            raise ValueError(f"{path}: array {name!r} has the type {x.dtype}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"{path}: array {name!r} holds numbers that are not finite")
+        if name in _PARTS and x.shape[:1] != arrays[_PARTS[0]].shape[:1]:
+            raise ValueError(f"{path}: array {name!r} has shape {list(x.shape)}: not of its layers")
+    layers, number = arrays["layers"], arrays["num_layers"]
+    if number.ndim or layers.shape != arrays[_PARTS[0]].shape[:1]:
+        raise ValueError(
+            f"{path}: layers has shape {list(layers.shape)}: one for each of the weights"
+        )
+    if layers.size and not 0 <= layers.min() <= layers.max() < number:
+        raise ValueError(f"{path}: layers are {layers.tolist()} of {number}")
+    if arrays["means_of_norms"].shape != (2 * int(number) + 1,):
+        raise ValueError(f"{path}: means_of_norms has shape {list(arrays['means_of_norms'].shape)}")
 
 
 def write(path: Path, model: Transformer, worth: Worth) -> None:

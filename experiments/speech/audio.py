@@ -21,9 +21,10 @@ def read_wav(content: bytes, where: str) -> np.ndarray:
     """[samples] float32 in -1..1 at 16 kHz.
 
     Raises:
-      ValueError: no WAV file, or one of other samples than one channel of 16 bits.
+      ValueError: no WAV file, one that is cut or empty, or of other samples than one channel of 16 bits.
     """
     try:
+        _check_whole(content)
         rate, samples = wavfile.read(io.BytesIO(content))
     except (ValueError, EOFError, OSError, struct.error) as error:
         raise ValueError(f"{where} is no WAV file that can be read: {error}") from None
@@ -32,11 +33,25 @@ def read_wav(content: bytes, where: str) -> np.ndarray:
             f"{where} has samples {samples.dtype} {list(samples.shape)} at {rate} Hz: it must be one "
             f"channel of 16 bits"
         )
+    if not samples.size:
+        raise ValueError(f"{where} holds no samples")
     x = samples.astype(np.float32) / 32768
     if rate == RATE:
         return x
     common = math.gcd(rate, RATE)
     return signal.resample_poly(x, RATE // common, rate // common).astype(np.float32)
+
+
+def _check_whole(content: bytes) -> None:
+    """ValueError for a chunk that says it is longer than the file; SciPy reads what there is."""
+    at = 12
+    while at + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, at)
+        if at + 8 + size > len(content):
+            raise ValueError(
+                f"the chunk {name!r} at {at} says {size} bytes, and {len(content) - at - 8} are left"
+            )
+        at += 8 + size + size % 2
 
 
 def with_noise(samples: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:

@@ -51,7 +51,7 @@ def _job(options: argparse.Namespace, command: str) -> None:
         with progress.bar("contexts", run.number_left(results, options.model, settings)) as bar:
 
             def step() -> None:
-                files.write_json(path, report)
+                files.write_signed(path, report, "results")
                 bar()
 
             run.run(found.model, found.spoken.tokenizer, options.model, settings, results, step)
@@ -64,13 +64,13 @@ def _begun(path: Path, command: str) -> dict[str, Any]:
     """The file's report, or a new one, with this command among its own.
 
     Raises:
-      ValueError: the file is another's.
+      ValueError: the file is another's, or was altered.
     """
     report: dict[str, Any] = {"commands": [], "results": []}
     if path.exists():
-        report = files.read_json(path)
-        if not isinstance(report, dict) or not {"commands", "results"} <= report.keys():
-            raise ValueError(f'{path} is no file of suites: it must hold "commands" and "results"')
+        report = files.read_signed(path, results=list)
+        if not isinstance(report.get("commands"), list):
+            raise ValueError(f"{path} lacks 'commands': it was not written by this command")
     if command not in report["commands"]:
         report["commands"].append(command)
     return report

@@ -11,7 +11,7 @@ import numpy as np
 import polib
 from tokenizers import Tokenizer
 
-from experiments.harness import packages
+from experiments.harness import packages, texts
 from experiments.harness.tokens import byte_level_bpe
 
 LANGUAGES = ("de", "fr")
@@ -95,9 +95,9 @@ def split(
 
 def train_tokenizer(pairs: list[Pair], vocabulary: int = VOCABULARY) -> Tokenizer:
     """Byte-level BPE of all languages together, from these strings alone."""
-    texts = (text for pair in pairs for text in (pair.english, *pair.translations))
+    every = (text for pair in pairs for text in (pair.english, *pair.translations))
     special = ["<pad>", "<end>", *(f"<{language}>" for language in LANGUAGES)]
-    return byte_level_bpe(texts, vocabulary, special=special)
+    return byte_level_bpe(every, vocabulary, special=special)
 
 
 class Encoded(NamedTuple):
@@ -108,9 +108,8 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids with `END`; what is too long loses its end."""
-    ids = tokenizer.encode(text).ids[: MOST_TOKENS - 1]
-    return np.asarray([*ids, END], np.int32)
+    """Ids with `END`; what is too long loses its end. Names of special tokens are characters."""
+    return np.append(texts.encode(tokenizer, text)[: MOST_TOKENS - 1], np.int32(END))
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: list[Pair], language: str) -> list[Encoded]:
@@ -118,9 +117,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: list[Pair], language: str) -> list
     at = LANGUAGES.index(language)
     out = []
     for pair in pairs:
-        texts = pair.english, pair.translations[at]
-        if all(len(tokenizer.encode(text).ids) < MOST_TOKENS for text in texts):
-            out.append(Encoded(*(encode(tokenizer, text) for text in texts)))
+        both = pair.english, pair.translations[at]
+        if all(len(texts.encode(tokenizer, text)) < MOST_TOKENS for text in both):
+            out.append(Encoded(*(encode(tokenizer, text) for text in both)))
     return out
 
 

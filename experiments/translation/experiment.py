@@ -345,4 +345,6 @@ def load(arm: str, seed: int, like: Any) -> Any:
                 f"{path}: {name} has shape {list(x.shape)} and dtype {x.dtype}: the model's is "
                 f"{list(leaf.shape)}, {leaf.dtype}"
             )
+        if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
     return jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, stored.values()))

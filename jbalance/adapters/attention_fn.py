@@ -63,6 +63,8 @@ def attention_fn(
       and for `sow_weights`, since weights are never there as a whole.
     """
 
+    checks.function("plan_of", plan_of)
+
     def balanced_attention(
         query: jax.Array,
         key: jax.Array,
@@ -81,11 +83,7 @@ def attention_fn(
         module: Any = None,
         **_: Any,
     ) -> jax.Array:
-        if module is not None:
-            raise ValueError(
-                "sow_weights is True: attention over tiles never holds the weights as a whole; use the "
-                "stock attention_fn in the layer whose weights you want to see"
-            )
+        check_module(module)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         lead, (size, heads) = query.shape[:-3], query.shape[-3:-1]
         q, k, v = (_four(x.astype(dtype)) for x in (query, key, value))
@@ -113,6 +111,15 @@ def attention_fn(
         return y.reshape(*lead, size, heads, -1)
 
     return balanced_attention
+
+
+def check_module(module: Any) -> None:
+    """ValueError for a module that Flax hands over, to which weights are sown."""
+    if module is not None:
+        raise ValueError(
+            "sow_weights is True: attention over tiles and over a cache never holds the weights as a "
+            "whole; use the stock attention_fn in the layer whose weights you want to see"
+        )
 
 
 def _of_kept(out: Partial, kept: Partial, part: float) -> jax.Array:

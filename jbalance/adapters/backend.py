@@ -13,6 +13,7 @@ leaves, and the bytes that it has, is `jbalance.decode`'s.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +27,7 @@ from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
 from jbalance.adapters.forward_batch import BatchMetadata, rows_of
 from jbalance.attention import Partial, merge
-from jbalance.cache import KVCache, _cache, _prefill, _settle, _step
+from jbalance.cache import KVCache, _cache, _codec, _prefill, _settle, _step
 from jbalance.cache._channels import query_energy
 from jbalance.decode import devices as over
 from jbalance.decode.model import AttentionSpec, check_attention, windows_of
@@ -75,7 +76,10 @@ class AttentionBackend:
     num_requests: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention", tuple(self.attention))
+        given = checks.items("attention", self.attention, "the AttentionSpec of each layer")
+        for i, spec in enumerate(given):
+            checks.instance(f"attention[{i}]", spec, AttentionSpec)
+        object.__setattr__(self, "attention", tuple(given))
         checks.static_fields(self, "num_requests")
         if not self.attention:
             raise ValueError("attention is empty: give the AttentionSpec of each layer")
@@ -87,6 +91,8 @@ class AttentionBackend:
         Raises:
           ValueError: a budget too small for the tokens that always stay, with what would do.
         """
+        if device is not None:
+            checks.instance("device", device, jax.Device)
         spec = self.attention[0]
         cache = _cache.create(
             budget_bytes,
@@ -137,7 +143,7 @@ class AttentionBackend:
         """
         checks.instance("pool", pool, CachePool)
         cache, lengths = pool.cache, pool.lengths.copy()
-        for place in req_pool_indices:
+        for place in checks.items("req_pool_indices", req_pool_indices, "places of requests"):
             place = checks.static_int("req_pool_indices", place, 0, self.num_requests - 1)
             if lengths[place] == 0:
                 raise ValueError(f"req_pool_indices has {place}: the place is free already")
@@ -173,7 +179,8 @@ class AttentionBackend:
           y, of q's shape and type, 0 for padding; and the cache.
 
         Raises:
-          ValueError: a mask, shapes or heads that do not fit, or a layer that there is not.
+          ValueError: a mask, shapes or heads that do not fit, concrete values that are not finite, or a
+            layer that there is not.
         """
         checks.instance("metadata", metadata, BatchMetadata)
         checks.instance("cache", cache, KVCache)
@@ -191,6 +198,8 @@ class AttentionBackend:
         want = len(self.attention), spec.num_kv_heads, spec.head_dim, self.num_requests
         if own != want:
             raise ValueError(f"cache is of L, K, D, B = {own}: it must be of {want}, from `create`")
+        _check_numbers(parts, metadata, self.num_requests)
+        metadata = jax.tree.map(jnp.asarray, metadata)  # an eager caller's are NumPy's
         attend = _decode if metadata.decodes else _extend
         last = number + 1 == len(self.attention)
         y, cache = attend(spec, number, parts, metadata, cache, last)
@@ -241,6 +250,18 @@ def _by_head(name: str, x: Any, shape: tuple[int, int, int]) -> jax.Array:
     return jnp.asarray(x).reshape(shape).astype(jnp.float32)
 
 
+def _check_numbers(parts: list[jax.Array], metadata: BatchMetadata, num_requests: int) -> None:
+    """ValueError for concrete queries, keys and values that are no numbers; padding may be anything."""
+    if not checks.is_concrete(parts, metadata):
+        return
+    rows = np.asarray(metadata.places) < num_requests
+    if not metadata.decodes:
+        rows = np.arange(metadata.num_tokens) < np.sum(np.asarray(metadata.lengths))
+    for name, x in zip("qkv", parts, strict=True):
+        checks.largest_finite(name, x[rows], _codec.MOST)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "last"))  # once for all eager calls
 def _decode(spec, layer, qkv, metadata, cache, last):
     """A token of each active request; the rows lie in the order of the batch."""
     places = metadata.places
@@ -256,6 +277,7 @@ def _decode(spec, layer, qkv, metadata, cache, last):
     return y.at[places].get(mode="fill", fill_value=0), cache
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "last"))
 def _extend(spec, layer, qkv, metadata, cache, last):
     """The prompts, or pieces of them, one request after the other."""
     del last

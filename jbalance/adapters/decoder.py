@@ -7,7 +7,8 @@ keys and values where the model has them, and `finish` takes the output where th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from jbalance import checks
 from jbalance.decode.model import AttentionSpec, Model, check_model
 from jbalance.importance import _rotary
 
@@ -104,9 +106,14 @@ def decoder(
       `Model`, which shares the other parameters.
 
     Raises:
-      ValueError: functions that are neither given nor methods, a linen model that is not bound, or a
-        number of `attention` that is not that of the layers.
+      ValueError: functions that are neither given nor methods, fail, or give other shapes than
+        `attention` says, a linen model that is not bound, or a number of `attention` that is not that of
+        the layers.
     """
+    if not isinstance(model, nnx.Module | linen.Module):
+        raise ValueError(f"model is {reprlib.repr(model)}: it must be a module of nnx or linen")
+    if not isinstance(layers, str):
+        raise ValueError(f"layers is {reprlib.repr(layers)}: it must be an attribute's name")
     if isinstance(model, linen.Module) and model.scope is None:
         raise ValueError(
             f"model is a linen {type(model).__name__} without variables: give model.bind(variables)"
@@ -119,6 +126,9 @@ def decoder(
     parts = _layers(held, layers)
     given = {"embed": embed, "qkv": qkv, "finish": finish, "logits": logits}
     of = {name: name if x is None else x for name, x in given.items()}
+    for name, x in given.items():
+        if x is not None:
+            checks.function(name, x)
     for thing, what in ((model, "model"), (_merged(*parts[0]), "layer")):
         missing = [
             name
@@ -130,7 +140,14 @@ def decoder(
                 f"{what} {type(thing).__name__} has no method {', '.join(missing)}: write it, or give "
                 f"{missing[0]}= as a function of the {what}"
             )
-    specs = (attention,) * len(parts) if isinstance(attention, AttentionSpec) else tuple(attention)
+    alike = isinstance(attention, AttentionSpec)
+    specs = tuple(
+        [attention] * len(parts) if alike else checks.items("attention", attention, "AttentionSpec")
+    )
+    for i, spec in enumerate(specs):
+        checks.instance(f"attention[{i}]", spec, AttentionSpec)
+    if rotate and all(spec.frequencies is None for spec in specs):
+        raise ValueError("rotate is True: no AttentionSpec has frequencies to rotate by")
     qkv_of = [_Rotated(of["qkv"], spec.frequencies) if rotate else of["qkv"] for spec in specs]
     static, state = _split(model)
     state = _without(model, state, layers, parts)
@@ -145,7 +162,45 @@ def decoder(
         _Method(static, tree, of["logits"]),
     )
     check_model(out)
+    _check_functions(out)
     return out
+
+
+def _check_functions(model: Model) -> None:
+    """ValueError for functions that fail, or give other shapes than the attention's; nothing is run."""
+    one = jax.ShapeDtypeStruct((1, 1), np.int32)
+    x = _shape_of("embed", model.embed, model.params, one, one)
+    seen = set()
+    for i, (own, spec) in enumerate(zip(model.layers, model.attention, strict=True)):
+        f = model.functions(i)
+        if (f.qkv, f.finish, spec) in seen:
+            continue
+        seen.add((f.qkv, f.finish, spec))
+        got = _shape_of(f"qkv of layer {i}", f.qkv, own, x, one)
+        heads = spec.num_heads, spec.num_kv_heads, spec.num_kv_heads
+        want = [(1, 1, number, spec.head_dim) for number in heads]
+        if not isinstance(got, tuple | list) or [np.shape(z) for z in got] != want:
+            raise ValueError(
+                f"qkv of layer {i} gives {[np.shape(z) for z in jax.tree.leaves(got)]} for one token: "
+                f"by its AttentionSpec q, k and v [B, T, heads, D] must be {want}"
+            )
+        after = _shape_of(f"finish of layer {i}", f.finish, own, x, got[0])
+        if np.shape(after) != np.shape(x):
+            raise ValueError(
+                f"finish of layer {i} gives {np.shape(after)}: it must be x as embed gives it, "
+                f"{np.shape(x)}"
+            )
+    _shape_of("logits", model.logits, model.params, x)
+
+
+def _shape_of(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Shapes of what a function of the model gives."""
+    try:
+        return jax.eval_shape(function, *args)
+    except Exception as error:  # the model's own, of any kind
+        raise ValueError(
+            f"{what} cannot be called on one token: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 _NOTHING = np.zeros(0, np.float32)  # in the place of the layers' parameters in the model's own
@@ -198,6 +253,8 @@ def _layers(held, name) -> list[tuple[Any, Any]]:
             f"model.{name} is one linen {type(held).__name__}: a list of layers is needed, without "
             f"nn.scan; for stacked parameters make a decode.Model, layer by layer"
         )
+    if isinstance(held, Mapping | nnx.Dict):
+        raise ValueError(f"model.{name} is a mapping: the layers' order is that of a list")
     if isinstance(held, nnx.Module) and not isinstance(held, nnx.List):
         sizes = {x.shape[:1] for x in jax.tree.leaves(nnx.state(held))}
         if len(sizes) != 1 or sizes == {()}:
@@ -207,7 +264,7 @@ def _layers(held, name) -> list[tuple[Any, Any]]:
         static, state = nnx.split(held)
         number = sizes.pop()[0]
         return [(static, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(number)]
-    parts = [_split(layer) for layer in held]
+    parts = [_split(layer) for layer in checks.items(f"model.{name}", held, "layers")]
     if not parts:
         raise ValueError(f"model.{name} is empty")
     return parts

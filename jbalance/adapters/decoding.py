@@ -11,8 +11,8 @@ from flax import linen, nnx
 
 from jbalance import cache as kv_cache
 from jbalance import checks
-from jbalance.adapters.attention_fn import is_causal_mask, shows_all_before
-from jbalance.adapters.modules import attentions, kv_heads_of
+from jbalance.adapters.attention_fn import check_module, is_causal_mask, shows_all_before
+from jbalance.adapters.modules import kv_heads_of, layer_by_layer
 from jbalance.cache import KVCache
 from jbalance.cache._step import step_in_order
 
@@ -57,13 +57,7 @@ class NnxCache(nnx.Module):
         frequencies: Any = None,
         causal: bool = False,
     ) -> None:
-        layers = [layer for _, layer in attentions(model)]
-        for path, layer in attentions(model):
-            if np.ndim(layer.query.kernel[...]) != 3:
-                raise ValueError(
-                    f"model has layers stacked in one module at {path}: their attention is not called "
-                    f"layer by layer; use adapters.decoder and jbalance.decode"
-                )
+        layers = [layer for _, layer in layer_by_layer(model)]
         shapes = {(kv_heads_of(layer), layer.head_dim) for layer in layers}
         if len(shapes) != 1:
             raise ValueError(
@@ -136,13 +130,12 @@ class _CachedAttention(nnx.Module):
         is_causal: bool = False,
         dropout_rate: float = 0.0,
         deterministic: bool = True,
+        module: Any = None,
         **_: Any,
     ) -> jax.Array:
+        check_module(module)
         check_call(query, key, bias, mask, is_causal, self.cache.causal)
-        if dropout_rate > 0 and not deterministic:
-            raise ValueError(
-                f"dropout_rate is {dropout_rate}: a cache is for inference; model.eval()"
-            )
+        _check_dropout(dropout_rate, deterministic)
         return self.cache.attend(self.layer, query, key, value)
 
 
@@ -171,8 +164,14 @@ class LinenCachedAttention(linen.Module):
         value: jax.Array,
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
+        *,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        module: Any = None,
     ) -> jax.Array:
+        check_module(module)
         check_call(query, key, bias, mask, False, self.causal)
+        _check_dropout(dropout_rate, deterministic)
         batch, _, heads, head_dim = key.shape
 
         def empty() -> KVCache:
@@ -200,6 +199,31 @@ def _attend(cache, layer, query, key, value, frequencies, lengths, last):
     return y[:, None].astype(query.dtype), cache
 
 
+def _check_dropout(rate: float, deterministic: bool) -> None:
+    if rate > 0 and not deterministic:
+        raise ValueError(
+            f"dropout_rate is {rate}: a cache is for inference; call the model with deterministic=True "
+            f"(nnx: model.eval())"
+        )
+
+
+def _check_mask_of_one(mask: Any, causal: bool) -> None:
+    """ValueError for a mask that hides something of what was kept from one token, which sees all."""
+    if mask is None:
+        return
+    if checks.is_concrete(mask):
+        if not np.all(np.asarray(mask).astype(bool)):
+            raise ValueError(
+                "mask hides keys from a single token, which sees all that was kept: pad prompts on the "
+                "right and give their lengths to the cache, or leave the mask out"
+            )
+    elif np.shape(mask)[-1:] not in ((), (1,)) and not causal:
+        raise ValueError(
+            f"mask is traced and of {np.shape(mask)[-1]} keys for a single token, so that it cannot be "
+            f"looked at: leave it out, or tell the cache causal=True if it hides nothing"
+        )
+
+
 def check_call(
     query: jax.Array, key: jax.Array, bias: Any, mask: Any, is_causal: bool, causal: bool
 ) -> None:
@@ -213,7 +237,7 @@ def check_call(
     if bias is not None:
         raise ValueError("bias is given: attention over the cache has none")
     if size == 1:
-        return  # one token sees all before it, whatever its causal mask
+        return _check_mask_of_one(mask, causal)
     if mask is None and not is_causal:
         raise ValueError(
             "attention is called without is_causal=True or a causal mask: each token would see those "

@@ -9,7 +9,7 @@ from jbalance import attention, checks
 from jbalance.adapters.tile_budget import Tiles, attend_within
 from jbalance.attention import TileBudget, Tiling
 from jbalance.cache._step import scaled
-from jbalance.decode.model import AttentionSpec, Model, check_model
+from jbalance.decode.model import AttentionSpec, Model, check_model, in_vocabulary
 
 
 def forward(
@@ -39,14 +39,16 @@ def forward(
       [B, T, V].
 
     Raises:
-      ValueError: tokens of another shape, a fraction outside of (0, 1].
+      ValueError: tokens of another shape, or outside of the vocabulary, a fraction outside of (0, 1].
     """
     check_model(model)
     checks.rank("tokens", tokens, 2, "[B, T]")
     if fraction is not None:
         fraction = checks.static_float("fraction", fraction, 0, 1, open_low=True)
     tiles = Tiles() if tiles is None else tiles
-    tokens = jnp.asarray(tokens)
+    checks.instance("tiles", tiles, Tiles)
+    checks.non_empty("tokens", tokens)
+    tokens = jnp.asarray(in_vocabulary("tokens", checks.whole("tokens", tokens), model))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = model.functions(0).embed(model.params, tokens, positions)
     for i, (weights, spec) in enumerate(zip(model.layers, model.attention, strict=True)):

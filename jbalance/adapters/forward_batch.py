@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,12 @@ class Rows(NamedTuple):
 
 def rows_of(batch: Any, held: np.ndarray) -> Rows:
     """The rows of a batch, whose requests hold [B] tokens so far; ValueError for what cannot be."""
+    for field in dataclasses.fields(ForwardBatch)[:4]:
+        if not hasattr(batch, field.name):
+            raise ValueError(
+                f"batch is {reprlib.repr(batch)}: it must be a ForwardBatch, or have its attributes; it "
+                f"lacks {field.name}"
+            )
     mode = getattr(batch.forward_mode, "name", batch.forward_mode)
     decodes = checks.choice("forward_mode", str(mode).lower(), _MODES)
     checks.rank("input_ids", batch.input_ids, 1, "[T]")
@@ -107,7 +114,7 @@ def rows_of(batch: Any, held: np.ndarray) -> Rows:
         prefixes, lengths = total - real, real.astype(np.int32)
     else:
         prefixes, lengths = (
-            _row(name, getattr(batch, name), 0, checks.INT32_MAX, places.size)
+            _row(name, getattr(batch, name, None), 0, checks.INT32_MAX, places.size)
             for name in ("extend_prefix_lens", "extend_seq_lens")
         )
     rows = Rows(decodes, num_tokens, places, prefixes.astype(np.int32), lengths)

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import linen, nnx
 
+from jbalance import checks
+from jbalance.adapters.attention_fn import check_module
 from jbalance.adapters.tile_budget import Tiles, attend_within
 from jbalance.attention import TileBalancer, TileBudget
 
@@ -29,8 +32,9 @@ def set_attention_fn(model: Model, attention_fn: Callable[..., jax.Array]) -> Mo
       attention_fn: such as `adapters.attention_fn()`.
 
     Raises:
-      ValueError: no such module in it.
+      ValueError: no such module in it, or an attention_fn that is no function.
     """
+    checks.function("attention_fn", attention_fn)
     for _, module in attentions(model):
         module.attention_fn = attention_fn
     return model
@@ -42,6 +46,20 @@ def attentions(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.MultiHeadAt
     found = [(p, x) for p, x in all_ if x.num_heads]  # `prune_heads` may have left none
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without any nnx.MultiHeadAttention")
+    return found
+
+
+def layer_by_layer(
+    model: nnx.Module,
+) -> list[tuple[tuple[Any, ...], nnx.MultiHeadAttention]]:
+    """`attentions`; ValueError for layers stacked in one module, whose arrays have an axis of layers."""
+    found = attentions(model)
+    for path, layer in found:
+        if np.ndim(layer.query.kernel[...]) != 3:
+            raise ValueError(
+                f"model has layers stacked in one module at {path}: their attention is not called layer "
+                f"by layer; make them one by one, in an nnx.List, or decode them by adapters.decoder"
+            )
     return found
 
 
@@ -105,8 +123,10 @@ class LinenBalancedAttention(linen.Module):
         broadcast_dropout: bool = True,
         deterministic: bool = False,
         dtype: Any = None,
+        module: Any = None,
     ) -> jax.Array:
         # Linen hands over what is named here and nothing else.
+        check_module(module)
         budget = self.variable(COLLECTION, "budget", TileBudget.of, self.fraction)
         y, seen = attend_within(
             budget.value,
@@ -147,7 +167,7 @@ class NnxBalance(nnx.Module):
       balancer: how they are moved.
 
     Raises:
-      ValueError: no attention in the model, a density outside (0, 1].
+      ValueError: no attention in the model, layers stacked in one module, a density outside (0, 1].
     """
 
     def __init__(
@@ -157,9 +177,10 @@ class NnxBalance(nnx.Module):
         tiles: Tiles = Tiles(),  # noqa: B008  (frozen)
         balancer: TileBalancer = TileBalancer(),  # noqa: B008
     ) -> None:
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}: a part of all tiles, in (0, 1]")
-        for _, layer in attentions(model):
+        density = checks.static_float("density", density, 0, 1, open_low=True)
+        checks.instance("tiles", tiles, Tiles)
+        checks.instance("balancer", balancer, TileBalancer)
+        for _, layer in layer_by_layer(model):
             layer.attention_fn = nnx.data(BalancedAttention(density, tiles))
         self.density, self.balancer = density, balancer
         self.state = BalanceVariable(balancer.init(budgets_of(model)))

@@ -32,8 +32,10 @@ def patch_dot_product_attention(attention_fn: Callable[..., jax.Array]) -> Itera
       attention_fn: such as `adapters.attention_fn(plan_of)`; it takes `scale` where the model gives one.
 
     Raises:
-      ValueError: at the end, if nothing was reached: the function was not called by its name meanwhile.
+      ValueError: an attention_fn that is no function; at the end, if nothing was reached: the function
+        was not called by its name meanwhile.
     """
+    checks.function("attention_fn", attention_fn)
     stock, module = jax.nn.dot_product_attention, cast(Any, jax.nn)
     reached = False
 

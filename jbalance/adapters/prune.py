@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbalance import allocate
-from jbalance.adapters.modules import attentions, kv_heads_of
+from jbalance import allocate, checks
+from jbalance.adapters.modules import kv_heads_of, layer_by_layer
 
 
 def head_gradients(model: nnx.Module, gradients: nnx.State) -> list[jax.Array]:
@@ -29,17 +29,34 @@ def head_gradients(model: nnx.Module, gradients: nnx.State) -> list[jax.Array]:
       [K] float32 for each attention in the order of the graph: of the groups of query heads that share
       a key/value head.
 
+    Raises:
+      ValueError: layers stacked in one module, gradients of another model.
+
     Reference: Michel, Levy and Neubig, Are sixteen heads really better than one? (arXiv:1905.10650).
     """
     importances = []
-    for path, layer in attentions(model):
-        gradient: Any = gradients
-        for name in (*path, "out", "kernel"):
-            gradient = gradient[name]
-        gradient = gradient[...] if isinstance(gradient, nnx.Variable) else gradient
-        each = jnp.sum(layer.out.kernel[...] * gradient, axis=(1, 2))
+    for path, layer in layer_by_layer(model):
+        kernel, gradient = layer.out.kernel[...], _gradient_at(gradients, (*path, "out", "kernel"))
+        if np.shape(gradient) != kernel.shape:
+            raise ValueError(
+                f"gradients has {np.shape(gradient)} at {path}: the kernel there is {kernel.shape}"
+            )
+        each = jnp.sum(kernel * gradient, axis=(1, 2))
         importances.append(jnp.sum(each.reshape(kv_heads_of(layer), -1), axis=1))
     return importances
+
+
+def _gradient_at(gradients: Any, path: tuple[Any, ...]) -> Any:
+    """The gradient of a parameter."""
+    at = gradients
+    for name in path:
+        try:
+            at = at[name]
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(
+                f"gradients has nothing at {path}: give what nnx.grad returns for this model"
+            ) from None
+    return at[...] if isinstance(at, nnx.Variable) else at
 
 
 def heads_to_keep(model: nnx.Module, worth: Sequence[jax.Array], part: float) -> list[np.ndarray]:
@@ -54,20 +71,16 @@ def heads_to_keep(model: nnx.Module, worth: Sequence[jax.Array], part: float) ->
       [K] bool for each attention. A layer may lose all of its heads: its attention is then gone.
 
     Raises:
-      ValueError: worth that does not fit the model, a part outside 0..1.
+      ValueError: layers stacked in one module, worth that does not fit the model, is negative or not
+        finite, a part outside 0..1.
     """
-    layers = [layer for _, layer in attentions(model)]
-    sizes = [(kv_heads_of(layer),) for layer in layers]
-    if [np.shape(x) for x in worth] != sizes:
-        raise ValueError(
-            f"worth has shapes {[np.shape(x) for x in worth]}: the model's attentions need {sizes}"
-        )
-    if not 0 <= part <= 1:
-        raise ValueError(f"part is {part}: of the heads' parameters, in 0..1")
+    layers, sizes, given = _of_each("worth", worth, model)
+    numbers = [checks.non_negative(f"worth[{i}]", x) for i, x in enumerate(given)]
+    part = checks.static_float("part", part, 0, 1)
     cost = np.concatenate(
         [np.full(n, _head_parameters(x), np.int64) for x, (n,) in zip(layers, sizes, strict=True)]
     )
-    values = jnp.concatenate([jnp.asarray(x, jnp.float32) for x in worth])
+    values = jnp.concatenate([jnp.asarray(x) for x in numbers])
     levels = allocate.ladder(
         jnp.stack([jnp.zeros_like(values), values], axis=1),
         np.stack([np.zeros_like(cost), cost], axis=1),
@@ -85,15 +98,12 @@ def prune_heads(model: nnx.Module, keep: Sequence[np.ndarray]) -> None:
       keep: [K] bool for each attention, of `heads_to_keep`.
 
     Raises:
-      ValueError: a keep that does not fit the model.
+      ValueError: layers stacked in one module, a keep that does not fit the model.
     """
-    layers = [layer for _, layer in attentions(model)]
-    sizes = [(kv_heads_of(layer),) for layer in layers]
-    if [np.shape(x) for x in keep] != sizes:
-        raise ValueError(
-            f"keep has shapes {[np.shape(x) for x in keep]}: the model's attentions need {sizes}"
-        )
-    for layer, kept in zip(layers, keep, strict=True):
+    layers, sizes, given = _of_each("keep", keep, model)
+    for i, (kept, size) in enumerate(zip(given, sizes, strict=True)):
+        checks.booleans(f"keep[{i}]", kept, size, "[K]")
+    for layer, kept in zip(layers, given, strict=True):
         group = layer.num_heads // kv_heads_of(layer)
         groups = np.flatnonzero(kept)
         heads = (groups[:, None] * group + np.arange(group)).reshape(-1)
@@ -108,6 +118,20 @@ def prune_heads(model: nnx.Module, keep: Sequence[np.ndarray]) -> None:
         layer.qkv_features = len(heads) * layer.head_dim
         if not len(heads):
             layer.attention_fn = _nothing
+
+
+def _of_each(
+    name: str, given: Any, model: nnx.Module
+) -> tuple[list[nnx.MultiHeadAttention], list[tuple[int]], list[Any]]:
+    """The attentions, their [K], and what is given of each; ValueError for other shapes."""
+    layers = [layer for _, layer in layer_by_layer(model)]
+    sizes = [(kv_heads_of(layer),) for layer in layers]
+    given = checks.items(name, given, "[K] for each attention")
+    if [np.shape(x) for x in given] != sizes:
+        raise ValueError(
+            f"{name} has shapes {[np.shape(x) for x in given]}: the model's attentions need {sizes}"
+        )
+    return layers, sizes, given
 
 
 def _take(projection: Any, name: str, chosen: np.ndarray, axis: int) -> None:

@@ -10,6 +10,10 @@ import jax
 import jax.export
 from jax.experimental import checkify
 
+from jbalance import checks
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
 
 def serialize(
     step: Callable[..., Any], *args: Any, platforms: Sequence[str] | None = None
@@ -26,8 +30,14 @@ def serialize(
         `attention.attend(backend="xla")`, in adapters `Tiles(backend="xla")`.
 
     Raises:
+      ValueError: a platform that there is not.
       ImportError: without flatbuffers, which `jax.export` writes with (the extra `export`).
     """
+    checks.function("step", step)
+    if platforms is not None:
+        platforms = checks.items("platforms", platforms, "names such as 'cuda'")
+        for i, name in enumerate(platforms):
+            checks.choice(f"platforms[{i}]", name, dict.fromkeys(_PLATFORMS))
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError('serialize needs flatbuffers: pip install "jbalance[export]"')
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.types import Status
 
 
@@ -92,6 +92,7 @@ def _device_budgets(
     name: str, budgets: Any, device_of: Any, units_name: str, units: Any
 ) -> tuple[Any, Any]:
     """Both in int32; ValueError unless `budgets` [] or [G] are whole and `device_of` [U] fits them."""
+    _axes.unsplit(**{name: budgets})
     checks.rank(name, budgets, (0, 1), "[] or [G]")
     checks.non_empty(name, budgets)
     budgets = checks.whole(name, budgets)

@@ -84,7 +84,7 @@ def attend(
 
     Method: Dao et al., FlashAttention (arXiv:2205.14135), over lists of tiles.
     """
-    _axes.unsplit(q=q, k=k, v=v)
+    _axes.unsplit(q=q, k=k, v=v, bias=bias, relative_bias=relative_bias, task_shares=task_shares)
     q, k, v = (
         jnp.asarray(checks.floats(name, x, 4, hint))
         for name, x, hint in (("q", q, "[B, T, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.tiling import Tiling
 
 
@@ -230,6 +230,7 @@ def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
       ValueError: shapes that do not fit.
     """
     checks.instance("tiling", tiling, Tiling)
+    _axes.unsplit(q_ids=q_ids, k_ids=k_ids)
     checks.rank("q_ids", q_ids, 2, "[B, T]")
     checks.rank("k_ids", k_ids, 2, "[B, S]")
     checks.same_length("k_ids", k_ids, "q_ids", q_ids)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jbalance import checks
-from jbalance.cache import _centroids, _move, _pages, _price
+from jbalance.cache import _centroids, _codec, _move, _pages, _price
 from jbalance.cache._centroids import Centroids
 from jbalance.cache._layout import CODES, TIMES
 from jbalance.cache._move import Candidates, Walk
@@ -160,7 +160,7 @@ def _candidates(first_unit, num_units, units, k, v, code, num_tokens):
     row = jnp.full(num_units + 1, rows).at[at].min(np.arange(rows))[:num_units]
     chosen = mine & (row[jnp.minimum(at, num_units - 1)] == np.arange(rows))
     valid = (np.arange(size) < there[:, None]) & chosen[:, None]
-    valid &= jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    valid &= _codec.usable(k, v)
     dropped = jnp.sum(there, dtype=jnp.int32) - jnp.sum(valid, dtype=jnp.int32)
     unit = jnp.where(chosen, local, num_units)
     return Candidates(row.astype(jnp.int32), unit, k, v, code, valid, None), dropped

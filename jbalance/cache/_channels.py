@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbalance.cache import _codec
 from jbalance.cache._cache import KVCache
 from jbalance.importance.token_worth import NUM_SINKS
 
@@ -129,7 +130,7 @@ def measured(
         what comes first, and s = 1.
     """
     token = np.arange(k.shape[1])
-    finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    finite = _codec.usable(k, v)
     counted = finite & (token >= NUM_SINKS) & (token < number)
     k, v = (jnp.where(counted[..., None], x.astype(jnp.float32), 0) for x in (k, v))
     mean = jnp.sum(k, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]

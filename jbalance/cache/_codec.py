@@ -28,6 +28,7 @@ from jbalance.cache._rotation import rotate, rotation, unrotate
 
 BITS = (1, 2, 3, 4, 8)
 NORM_MAX = 65504.0  # the largest float16
+MOST = 1e15  # of an entry of keys and values: products and energies of larger ones leave float32
 
 # Levels > 0 of the codes, those below 0 mirror them: the Lloyd-Max levels of the standard normal
 # distribution in whole 127ths of the largest, so that products with them can be taken in 8-bit
@@ -98,6 +99,10 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
     bits = _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)
+    largest = NORM_MAX * math.sqrt(
+        np.shape(x)[-1]
+    )  # a longer vector has no norm here at any precision
+    checks.largest_finite("x", x, largest)
     codes = _quantize(jnp.asarray(x), bits)
     if checks.is_concrete(codes.norm) and not np.all(np.asarray(codes.norm) < NORM_MAX):
         raise ValueError(
@@ -184,8 +189,16 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="bits")
 def _quantize(x, bits):
     """`quantize` without its checks."""
-    codes, norm = nearest(rotate(x), bits)
+    most = NORM_MAX * math.sqrt(x.shape[-1])
+    codes, norm = nearest(rotate(jnp.clip(x, -most, most)), bits)
     return Codes(pack_bits(codes, bits), norm.astype(jnp.float16))
+
+
+def usable(k: jax.Array, v: jax.Array) -> jax.Array:
+    """Which tokens' keys and values [..., D] are numbers up to `MOST`; [...] bool."""
+    return jnp.all(
+        (jnp.abs(k.astype(jnp.float32)) <= MOST) & (jnp.abs(v.astype(jnp.float32)) <= MOST), axis=-1
+    )
 
 
 def nearest(y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,7 @@ from jax import lax
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import merge
-from jbalance.cache import _centroids, _channels, _pages, _price
+from jbalance.cache import _centroids, _channels, _codec, _pages, _price
 from jbalance.cache._cache import KVCache
 from jbalance.cache._prefill import by_kv_head, by_token, checked_lengths
 from jbalance.cache._requests import release
@@ -82,7 +82,7 @@ def _written(cache, k, v, w, lengths):
 def _write_request(cache, request, k, v, w, number):
     """One request's frames k, v [L, S, K, D] of worth w [L, K, S], `number` of them there."""
     bits, n, size = cache.arena.bits, cache.units_per_request, k.shape[1]
-    finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    finite = _codec.usable(k, v)
     there = jnp.swapaxes(finite, 1, 2) & (jnp.arange(size) < number)
     code = _price.encode_worth(w)
     unit = jnp.where(cache.slots >= 0, cache.slots, n)[..., None]
@@ -194,7 +194,7 @@ def attend(
             f"q has shape {q.shape}: it must be [B, T, H, D] = ({requests}, at least 1, a multiple of "
             f"{heads}, {head_dim})"
         )
-    checks.largest_finite("q", q)
+    checks.largest_finite("q", q, _codec.MOST)
     layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
     if scale is not None:
         scale = checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
@@ -242,7 +242,7 @@ def _checked(cache, k, v, w):
                 f"{name} has shape {x.shape}: it must be [L, B, S, K, D] = ({lead[0]}, {lead[1]}, "
                 f"{max(size, 1)}, {heads}, {cache.head_dim})"
             )
-        checks.largest_finite(name, x)
+        checks.largest_finite(name, x, _codec.MOST)
     checks.rank("w", w, 4, "[L, B, K, S]")
     if np.shape(w) != (*lead, heads, size):
         raise ValueError(

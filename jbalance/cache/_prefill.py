@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import Partial, TilePlan, Tiling, merge
-from jbalance.cache import _admit, _channels, _price
+from jbalance.cache import _admit, _channels, _codec, _price
 from jbalance.cache._admit import Report
 from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import checked_allowance
@@ -176,7 +176,7 @@ def _checked(cache, q, k, v):
                 f"there are `write` and `attend`"
             )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.largest_finite(name, x)
+        checks.largest_finite(name, x, _codec.MOST)
     return q, k, v
 
 

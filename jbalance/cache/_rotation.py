@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+MOST_HEAD_DIM = 4096  # the matrix of larger ones takes a GiB and more while it is made
 _SIGN_PRIME = 10007  # the signs are its quadratic residues: fixed for all versions
 
 
@@ -58,8 +59,11 @@ def rotation(head_dim: int, name: str = "head_dim") -> np.ndarray:
     """R [D, D] float32: rows of a Hadamard matrix with fixed pseudo-random signs, orthonormal.
 
     Raises:
-      ValueError: `head_dim` is not a multiple of 8, or of an order without a construction here.
+      ValueError: `head_dim` is not a multiple of 8, or of an order without a construction here, or above
+        `MOST_HEAD_DIM`.
     """
+    if head_dim > MOST_HEAD_DIM:
+        raise ValueError(f"{name} is {head_dim}: it must be at most {MOST_HEAD_DIM}")
     if head_dim % 8 or head_dim <= 0 or _hadamard(head_dim) is None:
         known = [d for d in range(8, head_dim + 65, 8) if _hadamard(d) is not None]
         near = sorted(sorted(known, key=lambda d: abs(d - head_dim))[:2])

@@ -13,7 +13,7 @@ from jax import lax
 from jbalance import _axes, checks
 from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
-from jbalance.cache import _centroids, _channels
+from jbalance.cache import _centroids, _channels, _codec
 from jbalance.cache._attend import attend_pages
 from jbalance.cache._cache import KVCache
 from jbalance.cache._settle import advanced, checked_allowance, settle
@@ -57,8 +57,8 @@ def step(
 
     Raises:
       ValueError: shapes that do not fit, an allowance below the floor, concrete values that are not
-        finite. Of traced ones `checkify` tells; y of such a token is NaN, and a unit whose key or value
-        it is does not keep it: what others see is as if it had not been.
+        finite, or beyond 1e15. Of traced ones `checkify` tells; y of such a token is NaN, and a unit
+        whose key or value it is does not keep it: what others see is as if it had not been.
     """
     q, k, v = _checked(cache, q, k, v, context)
     layer = checks.one_int("layer", layer, 0, cache.num_layers - 1)
@@ -143,7 +143,7 @@ def attend_token(
     at = units, place[:, None]
     energy = cache.recent_energy.at[units].add(gained, mode="drop")
     k, v = (jnp.asarray(x).astype(cache.recent_keys.dtype) for x in (k, v))
-    finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    finite = _codec.usable(k, v)
     cache = dataclasses.replace(
         cache,
         recent_keys=_put(cache.recent_keys, at, jnp.where(finite[..., None], k, 0)),
@@ -319,5 +319,5 @@ def _checked(cache, q, k, v, context):
                 f"context is of B, L, K, D = {(*got, context.head_dim)}: it must be of {own}"
             )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.largest_finite(name, x)
+        checks.largest_finite(name, x, _codec.MOST)
     return q, k, v

@@ -18,7 +18,7 @@ from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
 from jbalance.decode import prefill
-from jbalance.decode.model import Model, budgets_of, check_model, token_ids
+from jbalance.decode.model import Model, budgets_of, check_model, check_numbers, token_ids
 from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
 from jbalance.decode.prefill import LayerTokens
 from jbalance.importance.knowledge import Knowledge, padded
@@ -91,19 +91,20 @@ def read(
 
     Raises:
       ValueError: a model that is not supported, too few devices, budgets too small, or rules about
-        another number of tokens.
+        another number of tokens, ids outside of the vocabulary, or a model that gives NaN.
     """
     check_model(model)
     budgets = budgets_of(budgets_bytes)
     devices = devices_for(devices, len(budgets))  # before the prompt is read
-    tokens = token_ids("tokens", tokens)
+    tokens = token_ids("tokens", tokens, model)
     reserve = Reserve() if reserve is None else reserve
     checks.instance("reserve", reserve, Reserve)
     known = rules_of(known, len(tokens), prefill.capacity_for(len(tokens)))
-    codes = [
-        np.asarray(first_prompt_codes(held.w, len(tokens), known))[:, : len(tokens)]
-        for _, held in prefill.layers_of(model, tokens)
-    ]
+    codes = []
+    for layer, (_, held) in enumerate(prefill.layers_of(model, tokens)):
+        check_numbers(f"in layer {layer}", held.w[:, : len(tokens)])
+        code = first_prompt_codes(held.w, len(tokens), known)
+        codes.append(np.asarray(code)[:, : len(tokens)])
     shape = (model.num_layers, model.num_kv_heads, len(tokens))
     plan = fit(
         ladder(np.concatenate(codes), in_windows(model.windows, *shape[1:])),

@@ -27,7 +27,7 @@ from jbalance.cache._price import PROTECTED
 from jbalance.decode import devices as over
 from jbalance.decode import extend, prefill
 from jbalance.decode.context import first_prompt_codes, rules_of
-from jbalance.decode.model import Functions, Model, token_ids
+from jbalance.decode.model import Functions, Model, check_numbers, token_ids
 from jbalance.decode.sampling import Sampling, sample
 from jbalance.decode.state import ALWAYS, State, check_request, replaced, shared
 from jbalance.importance.knowledge import Knowledge
@@ -63,10 +63,11 @@ def join(
       on_layer: called with each layer that a first prompt has been through, to show progress.
 
     Raises:
-      ValueError: a place that is taken, an empty prompt, a weight that is not positive, rules
-        about another number of tokens, or that keep more than the devices hold.
+      ValueError: a place that is taken, an empty prompt, ids outside of the vocabulary, a weight that is
+        not positive, rules about another number of tokens, or that keep more than the devices hold, a
+        model that gives NaN.
     """
-    prompt = token_ids("prompt", prompt)
+    prompt = token_ids("prompt", prompt, model)
     weight = checks.static_float("weight", weight, checks.FLOAT32_TINY)
     request = check_request(state, request)
     if capacity is not None:
@@ -111,7 +112,7 @@ def tell(model: Model, state: State, request: int, tokens: np.ndarray) -> State:
     Its latest token, which no step has read yet, goes in before them.
     """
     request = check_request(state, request)
-    given = token_ids("tokens", tokens)
+    given = token_ids("tokens", tokens, model)
     if not bool(state.active[request]):
         raise ValueError(f"request is {request}: its place is free; `join` first")
     new = np.concatenate([[int(state.tokens[request])], given]).astype(np.int32)
@@ -155,6 +156,8 @@ def _chosen(state, caches, request, logits, position) -> State:
     """The state after a request's prompt: its first token, from the logits [V] behind it."""
     one = jax.tree.map(lambda x: x[request : request + 1], state.samplers)
     token = sample(logits[None], one, jnp.array([position], jnp.int32))[0]
+    if int(token) < 0:
+        check_numbers("after the prompt", logits)
     return dataclasses.replace(
         state,
         caches=caches,
@@ -172,8 +175,14 @@ def step(model: Model, state: State) -> tuple[jax.Array, State]:
       state: given up: the returned one takes its place.
 
     Returns:
-      [B] int32 tokens, those of inactive requests as before, and the state.
+      [B] int32 tokens, those of inactive requests as before, -1 where the model gives NaN; and the
+        state.
+
+    Raises:
+      ValueError: a model or a state that is none.
     """
+    checks.instance("model", model, Model)
+    checks.instance("state", state, State)
     f, layers = model.functions(0), model.layers
     active = [
         None if x is None else jax.device_put(state.active, device)

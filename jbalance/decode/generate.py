@@ -13,7 +13,7 @@ from jbalance._bits import in_32_bits
 from jbalance.decode import engine
 from jbalance.decode import state as states
 from jbalance.decode.context import Context
-from jbalance.decode.model import Model, token_ids
+from jbalance.decode.model import Model, check_model, token_ids
 from jbalance.decode.prefill import capacity_for
 from jbalance.decode.sampling import Sampling
 
@@ -50,10 +50,12 @@ def generate(
       The new tokens of each prompt.
 
     Raises:
-      ValueError: no prompts or an empty one, fewer than one new token, budgets too small.
+      ValueError: no prompts or an empty one, ids outside of the vocabulary, fewer than one new token,
+        budgets too small, a model that gives NaN.
     """
+    check_model(model)
     given = checks.items("prompts", prompts, "token ids of each prompt")
-    prompts = [token_ids(f"prompts[{i}]", p) for i, p in enumerate(given)]
+    prompts = [token_ids(f"prompts[{i}]", p, model) for i, p in enumerate(given)]
     if not prompts:
         raise ValueError("prompts is empty: give at least one")
     checks.rank("max_new_tokens", max_new_tokens, (0, 1), "[] or one for each prompt")
@@ -108,5 +110,10 @@ def generate(
             new, state = engine.step(model, state)
             tokens = np.asarray(new).tolist()
             for place in busy:
+                if tokens[place] < 0:
+                    raise ValueError(
+                        f"model gives NaN after {len(found[of_place[place]])} new tokens of "
+                        f"prompts[{of_place[place]}]: its type is too narrow for what it computes"
+                    )
                 state = heard(state, place, tokens[place])
     return [np.array(tokens, np.int32) for tokens in found]

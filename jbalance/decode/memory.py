@@ -82,7 +82,7 @@ def memory_losses(
     """
     check_model(model)
     check_plain(model)
-    tokens = token_ids("tokens", tokens, 128)
+    tokens = token_ids("tokens", tokens, model, 128)
     parts = tuple(
         checks.static_float(f"parts[{i}]", x, 0, 1, open_low=True)
         for i, x in enumerate(checks.items("parts", parts, "parts of a dense cache"))

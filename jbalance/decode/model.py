@@ -13,10 +13,12 @@ module with methods of these names, or with functions beside it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
@@ -163,13 +165,47 @@ class Model:
         return Functions(self.embed, qkv, finish, self.logits, self.attention[layer])
 
 
-def token_ids(name: str, x: Any, least: int = 1) -> np.ndarray:
-    """Ids [S] in int32 on the host; ValueError unless they are whole and so many at least."""
+def token_ids(name: str, x: Any, model: Model, least: int = 1) -> np.ndarray:
+    """Ids [S] in int32 on the host; ValueError unless they are the model's, and so many at least."""
+    checks.instance("model", model, Model)
     checks.rank(name, x, 1, "[S]")
     if np.size(x) < least:
         many = f"has {np.size(x)} tokens" if np.size(x) else "is empty"
         raise ValueError(f"{name} {many}: at least {least} are needed")
-    return np.asarray(checks.whole(name, x))
+    return np.asarray(in_vocabulary(name, checks.whole(name, x), model))
+
+
+@functools.lru_cache(maxsize=32)
+def _vocabulary(functions: Functions, tree: Any, shapes: tuple[Any, ...]) -> int:
+    params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*x) for x in shapes])
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def logits(params, tokens):
+        return functions.logits(params, functions.embed(params, tokens, tokens))
+
+    return jax.eval_shape(logits, params, one).shape[-1]
+
+
+def in_vocabulary(name: str, tokens: Any, model: Model) -> Any:
+    """`tokens`; ValueError for concrete ids that the model has no logit for, and so no embedding.
+
+    JAX reads another row, or NaN, for an index beyond an array.
+    """
+    if checks.is_concrete(tokens) and np.size(tokens):
+        leaves, tree = jax.tree.flatten(model.params)
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        number = _vocabulary(model.functions(0), tree, shapes)
+        checks.index_below(name, tokens, number)
+    return tokens
+
+
+def check_numbers(what: str, logits: Any) -> None:
+    """ValueError for logits, or what follows from them, with NaN: the model's weights are none, say."""
+    if bool(jnp.any(jnp.isnan(logits))):
+        raise ValueError(
+            f"model gives NaN {what}: its parameters hold numbers that are not finite, or its type is "
+            f"too narrow for what it computes"
+        )
 
 
 def budgets_of(budgets_bytes: Any) -> list[int]:

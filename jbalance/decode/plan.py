@@ -9,8 +9,9 @@ fit. Where they do not fit so, each device's bytes are spent on its own units, a
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jbalance import checks, place
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import TILE_BYTES, PageLayout, table_bytes, token_bytes
 from jbalance.cache._sight import NO_WINDOW, clock_bytes
+from jbalance.decode.model import budgets_of
 from jbalance.importance.token_worth import NUM_RECENT
 
 _PACKINGS = 4  # of one price's pages into the devices, before each gets its own price
@@ -145,10 +147,21 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
     Args:
       codes: [U, S] uint8 codes of worth, `_price.PROTECTED` for tokens that always stay.
       seen: [U, S] bool, tokens in their layer's window: no others are kept; None for all.
+
+    Raises:
+      ValueError: codes that are none; the rule raises it for a room of other units, or budgets that do
+        not hold the tokens that always stay.
     """
+    codes = _codes(codes)
     seen = np.ones(codes.shape, bool) if seen is None else seen
+    seen = np.asarray(checks.booleans("seen", seen, codes.shape, "[U, S]"))
 
     def rule(room: Room) -> Levels:
+        if len(room.device_of) != len(codes):
+            raise ValueError(
+                f"codes has {len(codes)} rows: the context has {len(room.device_of)} units, a row [S] "
+                f"for each layer and key/value head"
+            )
         offsets = _price.steps(room.head_dim, room.bits)
         level = np.full(codes.shape, len(room.bits), np.int8)
         prices = np.zeros(room.num_pages.size)
@@ -168,6 +181,13 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
         return Levels(level, prices)
 
     return rule
+
+
+def _codes(codes: np.ndarray) -> np.ndarray:
+    """[U, S] uint8; ValueError for what is no codes."""
+    checks.rank("codes", codes, 2, "[U, S]")
+    checks.non_empty("codes", codes)
+    return np.asarray(checks.int_in_range("codes", codes, 0, _price.PROTECTED)).astype(np.uint8)
 
 
 def histogram_of(codes: np.ndarray, seen: np.ndarray, num_levels: int) -> np.ndarray:
@@ -216,9 +236,21 @@ def fit(
       `Plan`.
 
     Raises:
-      ValueError: a budget too small for what a device's units need at least.
+      ValueError: a budget too small for what a device's units need at least, a rule of other units,
+        sizes that are no whole numbers.
     """
-    budgets = np.asarray(budgets_bytes, np.int64)
+    checks.function("rule", rule)
+    budgets = np.asarray(budgets_of(budgets_bytes), np.int64)
+    shape = _shape(shape)
+    head_dim = checks.static_int("head_dim", head_dim, 1)
+    bits = tuple(checks.items("bits", bits, "bits of each level"))
+    if not bits:
+        raise ValueError("bits is empty: give those of each level, descending")
+    if reserve is not None:
+        checks.instance("reserve", reserve, Reserve)
+    if page_bytes is not None:
+        page_bytes = checks.static_int("page_bytes", page_bytes, 1)
+    windows = _windows(windows, shape[0])
     timed = windows is not None
     costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes, timed)
     pool = costs.room(budgets.sum(keepdims=True), np.zeros(shape[0] * shape[1], np.int32))
@@ -226,10 +258,36 @@ def fit(
     priced = pool.num_pages
     if budgets.size > 1:
         chosen, room, priced = _packed(rule, chosen, pool, costs, budgets)
+    if np.shape(chosen.level) != (shape[0] * shape[1], shape[2]):
+        raise ValueError(
+            f"rule gives levels of shape {np.shape(chosen.level)}: shape is {shape}, which has "
+            f"[U, S] = {(shape[0] * shape[1], shape[2])}"
+        )
     tokens, size = costs.sizes(chosen.level, pool.pages_of(chosen.level))
     even = evenness(tokens, size, room.device_of, budgets)
     level = chosen.level.reshape(shape).astype(np.int8)
     return Plan(level, room, chosen.price, even, windows, priced)
+
+
+def _shape(shape: Any) -> tuple[int, int, int]:
+    """(L, K, S); ValueError for others."""
+    given = checks.items("shape", shape, "(L, K, S)")
+    if len(given) != 3:
+        raise ValueError(f"shape is {reprlib.repr(shape)}: it must be (L, K, S)")
+    layers, heads, tokens = (checks.static_int(f"shape[{i}]", n, 1) for i, n in enumerate(given))
+    return layers, heads, tokens
+
+
+def _windows(windows: Any, num_layers: int) -> tuple[int | None, ...] | None:
+    """Of each layer, or None; ValueError for others."""
+    if windows is None:
+        return None
+    given = checks.items("windows", windows, "the window of each layer, or None")
+    if len(given) != num_layers:
+        raise ValueError(f"windows has {len(given)} entries for {num_layers} layers")
+    return tuple(
+        None if x is None else checks.static_int(f"windows[{i}]", x, 1) for i, x in enumerate(given)
+    )
 
 
 class _Costs(NamedTuple):

@@ -69,7 +69,7 @@ def sample(logits: jax.Array, samplers: Samplers, positions: jax.Array) -> jax.A
       positions: [B] int32 of the tokens that are chosen: with the seed they decide the noise.
 
     Returns:
-      [B] int32.
+      [B] int32; -1 where the logits hold NaN.
 
     Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
     """
@@ -79,7 +79,8 @@ def sample(logits: jax.Array, samplers: Samplers, positions: jax.Array) -> jax.A
         chosen = jax.vmap(_sample_one)(logits, samplers, positions)
         return jnp.where(samplers.temperature > 0, chosen, best)
 
-    return lax.cond(jnp.any(samplers.temperature > 0), drawn, lambda: best)
+    chosen = lax.cond(jnp.any(samplers.temperature > 0), drawn, lambda: best)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, chosen)
 
 
 def _sample_one(logits, sampler, position):

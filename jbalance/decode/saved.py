@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import reprlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.cache._sight import clock_bytes
 from jbalance.decode._checks import CONTEXT, OWN, check_facts, check_part, shown
 from jbalance.decode._units import arrays_of, joined, put_together, taken_apart
 from jbalance.decode.context import devices_for, is_local, slots_of
-from jbalance.decode.model import Model
+from jbalance.decode.model import Model, budgets_of
 from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around, shared
@@ -45,7 +47,7 @@ _FIELDS = ("format", "kinds", "context_tokens", "requests", "files", "model", "n
 
 @in_32_bits
 def save(
-    folder: Path,
+    folder: str | Path,
     model: Model,
     state: State,
     *,
@@ -64,9 +66,13 @@ def save(
 
     Raises:
       ValueError: a folder that holds a state already, or is a file; devices that keep different
-        numbers of recent tokens, whose units could not be on one device.
+        numbers of recent tokens, whose units could not be on one device; notes that are no JSON.
     """
-    check_folder(folder)
+    folder = check_folder(folder)
+    checks.instance("model", model, Model)
+    checks.instance("state", state, State)
+    checks.function("barrier", barrier)
+    notes = _as_json({} if notes is None else notes)
     recent = sorted({x.recent_tokens for x in state.caches if x is not None})
     if len(recent) > 1:
         raise ValueError(
@@ -88,28 +94,53 @@ def save(
         names = [_file(d) for d in range(len(state.devices))]
         digests = {name: _digest((folder / name).read_bytes()) for name in names}
         manifest = _facts(state) | {"format": _FORMAT, "files": digests}
-        manifest |= {"model": _model_facts(model), "notes": notes or {}}
+        manifest |= {"model": _model_facts(model), "notes": notes}
         manifest["digests"] = {name: _digest(_canonical(x)) for name, x in manifest.items()}
         manifest["digest"] = _digest(_canonical(manifest))
         _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError if a state is there already: it is not written over."""
+def check_folder(folder: str | Path) -> Path:
+    """The folder; ValueError if a state is there already: it is not written over."""
+    folder = _path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file: give a folder")
     if (folder / MANIFEST).exists():
         raise ValueError(f"folder {str(folder)!r} holds a state already: give another one")
+    return folder
 
 
-def notes_of(folder: Path) -> dict[str, Any]:
+def _path(folder: str | Path) -> Path:
+    """ValueError for what is no path."""
+    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+        raise ValueError(f"folder is {reprlib.repr(folder)}: it must be the path of a folder")
+    return Path(folder)
+
+
+def _as_json(notes: Any) -> dict[str, Any]:
+    """The notes; ValueError, before anything is written, for what would not come back as it is."""
+    checks.mapping("notes", notes, "values by name, as JSON has them")
+    notes = dict(notes)
+    try:
+        back = json.loads(json.dumps(notes, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"notes is {reprlib.repr(notes)}: {error}") from None
+    if back != notes:
+        raise ValueError(
+            f"notes is {reprlib.repr(notes)}: JSON would give back {reprlib.repr(back)}; names must be "
+            f"text, and what holds several a list"
+        )
+    return back
+
+
+def notes_of(folder: str | Path) -> dict[str, Any]:
     """The notes of a saved state; ValueError if it is not there, not whole or altered."""
-    return _manifest(folder)["notes"]
+    return _manifest(_path(folder))["notes"]
 
 
 @in_32_bits
 def restore(
-    folder: Path,
+    folder: str | Path,
     model: Model,
     budgets_bytes: Sequence[int],
     *,
@@ -127,6 +158,9 @@ def restore(
       ValueError: a state that is not there, not whole, altered or of another model, or budgets that do
         not hold it, with what is missing.
     """
+    folder = _path(folder)
+    checks.instance("model", model, Model)
+    budgets = budgets_of(budgets_bytes)
     facts = _manifest(folder)
     if facts["model"] != _model_facts(model):
         raise ValueError(
@@ -137,16 +171,16 @@ def restore(
     heads = shape[0] * shape[1]
     timed = model.windows is not None
     check_facts(folder / MANIFEST, facts, model.head_dim, timed=timed)
-    devices = devices_for(devices, len(budgets_bytes))
+    devices = devices_for(devices, len(budgets))
     parts = []
     for name, digest in facts["files"].items():
         parts.append(_read(folder / name, digest))
         check_part(folder / name, parts[-1], facts, heads)
     whole = {kind: joined(parts, kind, folder) for kind in facts["kinds"]}
-    device_of = _place(whole, facts, shape, [int(b) for b in budgets_bytes], folder)
+    device_of = _place(whole, facts, shape, budgets, folder)
     caches: dict[str, list[KVCache | None]] = {kind: [] for kind in facts["kinds"]}
     for d, device in enumerate(devices):
-        left = int(budgets_bytes[d])
+        left = budgets[d]
         for kind in reversed(facts["kinds"]):  # the context first: the requests get what is left
             cache = None
             if is_local(device):

@@ -66,7 +66,9 @@ def fit_worth(
     if not given:
         raise ValueError("texts is empty: give some 50,000 tokens")
     least = NUM_QUERIES + NUM_FOLLOWING
-    runs = [_Run(model, token_ids(f"texts[{i}]", text, least)) for i, text in enumerate(given)]
+    runs = [
+        _Run(model, token_ids(f"texts[{i}]", text, model, least)) for i, text in enumerate(given)
+    ]
     worth: list[WorthWeights | None] = []
     for layer, spec in enumerate(model.attention):
         rows = [run.rows(layer, measured=spec.window is None) for run in runs]

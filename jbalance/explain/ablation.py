@@ -20,7 +20,7 @@ from jbalance._bits import in_32_bits
 from jbalance.cache._sight import NO_WINDOW
 from jbalance.cache._step import scaled
 from jbalance.decode import prefill
-from jbalance.decode.model import Functions, Model, check_model, token_ids
+from jbalance.decode.model import Functions, Model, check_model, check_numbers, token_ids
 
 _NONE = -1e30  # a logit whose weight is 0
 
@@ -68,11 +68,11 @@ def ablate(
 
     Raises:
       ValueError: nothing to take away, masks of other shapes or of different N, ids that are no whole
-        numbers, a continuation of one token.
+        numbers or outside of the vocabulary, a continuation of one token, a model that gives NaN.
     """
     check_model(model)
     context, continuation = (
-        token_ids(name, x, least)
+        token_ids(name, x, model, least)
         for name, x, least in (("context", context, 1), ("continuation", continuation, 2))
     )
     batch = checks.static_int("batch", batch, 1)
@@ -80,6 +80,7 @@ def ablate(
     held = [layer for _, layer in prefill.layers_of(model, context)]
     shown = functools.partial(_log_probs, model, held, context.size, continuation[:-1])
     full = shown(_batch(model, held, batch, [None] * len(kept)))[0]
+    check_numbers("for the continuation", full)
     effects = []
     for start in range(0, number, batch):
         rows = min(batch, number - start)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> jax.Array:
@@ -25,6 +25,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> jax.Array:
     """
     for name, a in (("x", x), ("y", y)):
         checks.rank(name, a, 1, "[U]")
+    _axes.unsplit(x=x, y=y)
     x, y = checks.finite("x", x), checks.finite("y", y)
     checks.same_length("y", y, "x", x)
     if np.shape(x)[0] < 2:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 
 LARGEST = 1e28  # radians per position
 
@@ -30,6 +30,7 @@ def check(frequencies: Any, head_dim: int) -> Any:
             f"the head dim is {head_dim}: rotary embeddings need an even one; "
             f"give frequencies=None where there are none"
         )
+    _axes.unsplit(frequencies=frequencies)
     checks.rank("frequencies", frequencies, 1, "[D/2]")
     if np.shape(frequencies) != (head_dim // 2,):
         raise ValueError(

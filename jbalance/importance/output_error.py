@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbalance import checks
+from jbalance import _axes, checks
 from jbalance.importance import _tokens
 
 
@@ -87,6 +87,7 @@ def output_error(
     """
     q, k, v = _tokens.tokens(q, k, v)
     _tokens.comparable(q=q, k=k, v=v)
+    _axes.unsplit(w=w)
     checks.rank("w", w, 2, "[K, S]")
     checks.finite("w", w)
     w = jnp.asarray(w, jnp.float32)

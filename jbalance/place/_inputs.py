@@ -27,6 +27,7 @@ def check_capacity(
     """Capacity [G] in float32; ValueError unless it is positive."""
     if capacity is None:
         return None
+    _axes.unsplit(**{name: capacity})
     checks.rank(name, capacity, 1, "[G]")
     checks.length(name, capacity, num_devices, "num_devices")
     return checks.positive(name, capacity)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jbalance import attention, checks
+from jbalance import _axes, attention, checks
 from jbalance.attention import Partial, TilePlan
 from jbalance.sharded._layout import Dims, axis_size, operands, padding, shapes, sizes_of, spread
 
@@ -109,6 +109,7 @@ def block_order(device_of: jax.Array, num_ranks: int) -> jax.Array:
     Raises:
       ValueError: a number of blocks that does not divide; ranks that do not have as many blocks each.
     """
+    _axes.unsplit(device_of=device_of)
     checks.rank("device_of", device_of, 1, "[I]")
     num_ranks = checks.static_int("num_ranks", num_ranks, 1)
     checks.non_empty("device_of", device_of)

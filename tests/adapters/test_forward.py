@@ -126,12 +126,13 @@ def _turned(x, angle):
 
 def test_a_linen_model_is_reached_and_rotated_here():
     model, spec = LinenModel(), AttentionSpec(2, 2, 8, (1.0, 0.5, 0.1, 0.0))
-    variables = model.init(jax.random.key(0), TOKENS)
+    tokens = TOKENS % 11  # its vocabulary
+    variables = model.init(jax.random.key(0), tokens)
     given = FUNCTIONS | {"layers": "blocks", "rotate": True}
     decoder = adapters.decoder(model.bind(variables), spec, **given)
     assert not isinstance(decoder.qkv, tuple), "equal layers share their programs"
     np.testing.assert_allclose(
-        adapters.forward(decoder, TOKENS), model.apply(variables, TOKENS), rtol=1e-4, atol=1e-4
+        adapters.forward(decoder, tokens), model.apply(variables, tokens), rtol=1e-4, atol=1e-4
     )
     with pytest.raises(ValueError, match=r"without variables: give model\.bind"):
         adapters.decoder(model, spec, **given)

@@ -279,9 +279,11 @@ def test_attention_needs_no_rotation_back(bits):
         (lambda x: cache.quantize(x.astype(jnp.int32), 4), ("x has dtype int32",)),
         (lambda x: cache.quantize(x.at[1, 2].set(jnp.nan), 4), ("x[(1, 2)] is nan",)),
         (lambda x: cache.quantize(x.at[0, 3].set(jnp.inf), 4), ("x[(0, 3)] is inf",)),
-        (lambda x: cache.quantize(x * 1e6, 4), ("x has values up to 1000000", "65504")),
+        (lambda x: cache.quantize(x * 1e5, 4), ("x has values up to 100000", "65504")),
+        (lambda x: cache.quantize(x * 3e38, 4), ("the largest |x| is 3.0", "524032")),
         (lambda x: _codec.codes_bytes(184, 4), ("head_dim is 184", "176 and 192")),
         (lambda x: _codec.codes_bytes(-8, 4), ("head_dim is -8",)),
+        (lambda x: _codec.codes_bytes(2**20, 4), ("head_dim is 1048576", "at most 4096")),
         (lambda x: _codec.codes_bytes(64, 16), ("bits is 16",)),
         (
             lambda x: cache.dequantize(cache.quantize(x, 4), 64, 3),

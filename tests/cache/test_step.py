@@ -356,20 +356,18 @@ def test_values_that_are_not_finite_are_refused_before_they_stay():
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])  # the last is more than bfloat16 holds
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])  # products of the last are not finite
 def test_a_traced_token_that_is_not_finite_is_as_if_it_had_not_been(name, value):
     """One in a prompt and one of a step, in one unit: neither stays, and the others attend as before."""
     rng, held = np.random.default_rng(0), create()
     new = dict(zip("qkv", drawn(rng, size=S), strict=True))
     prompt = {key: x.copy() for key, x in new.items()}
-    if value != 3.4e38:
-        prompt[name][0, 0, 9, 0, 3] = value
+    prompt[name][0, 0, 9, 0, 3] = value
     _, held = both.prefill(held, *prompt.values(), np.array([S, 0]), MANY)
     lost = int(name != "q")
-    at_once = lost * int(value != 3.4e38)
-    np.testing.assert_array_equal(held.arena.count[:UNITS].sum(axis=1), [S - at_once, S, S, S])
+    np.testing.assert_array_equal(held.arena.count[:UNITS].sum(axis=1), [S - lost, S, S, S])
     keys, values = ([list(x[0, 0])] for x in (new["k"], new["v"]))
-    gone = {9} if at_once else set()
+    gone = {9} if lost else set()
     for t in range(2 * R):
         token = dict(zip("qkv", drawn(rng), strict=True))
         given = {key: x.copy() for key, x in token.items()}
@@ -380,13 +378,13 @@ def test_a_traced_token_that_is_not_finite_is_as_if_it_had_not_been(name, value)
         values[0].append(rounded(token["v"])[0, 0])
         y, held = both.step(held, *given.values(), MANY, FIRST, ORDER)
         if t == 3:
-            assert not np.isfinite(y[0, 0, :G]).all() or value == 3.4e38
+            assert not np.isfinite(y[0, 0, :G]).all() or value == 3e38
             continue
         stay = [i for i in range(S + t + 1) if i not in gone]
         want, _ = attention(token["q"][0, 0], *(np.stack(x[0])[stay] for x in (keys, values)))
         np.testing.assert_allclose(y[0, 0, :G], want[:G], atol=0.04)
     assert held.recent_count[0] < R
     kept = held.arena.count[:UNITS].sum(axis=1) + int(held.recent_count[0])
-    np.testing.assert_array_equal(kept, S + 2 * R - np.array([lost + at_once, 0, 0, 0]))
+    np.testing.assert_array_equal(kept, S + 2 * R - np.array([2 * lost, 0, 0, 0]))
     for x in jax.tree.leaves(held):
         assert not np.issubdtype(x.dtype, np.floating) or np.isfinite(x).all()

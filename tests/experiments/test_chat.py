@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from experiments.chat import main
+from experiments.chat import main, said
 from experiments.models import chat_prompt, greedy, next_turn
 
 MODEL_TOKENS = 8
@@ -28,6 +28,11 @@ def test_bad_arguments_are_one_line(capsys, monkeypatch, arguments, names):
     assert names in error
     assert "Traceback" not in error
     assert out == ""
+
+
+def test_a_byte_order_mark_is_no_part_of_a_question(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffHello\n\ufeff\n Why?\n"))
+    assert list(said()) == ["Hello", "Why?"]
 
 
 @pytest.mark.usefixtures("loaded_once")

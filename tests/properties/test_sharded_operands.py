@@ -12,11 +12,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jbalance import allocate, attention, audit, cache, importance, place, rescale, shares, tasks
+from jbalance import (
+    allocate,
+    attention,
+    audit,
+    cache,
+    explain,
+    importance,
+    place,
+    rescale,
+    sharded,
+    shares,
+    tasks,
+)
 from jbalance.attention import Tiling
 from tests.support.examples import few
 
@@ -179,3 +192,54 @@ def test_where_operands_lie_changes_nothing_or_is_named(name, number, explicit, 
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_array_equal(x, y)
+
+
+SPLIT = {
+    "the order of units": (explain.rank_correlation, {"x": (8,), "y": (8,)}),
+    "frequencies": (
+        lambda x: importance.leverage(*[np.ones((8, 2, 8), np.float32)] * 3, frequencies=x),
+        {"frequencies": (4,)},
+    ),
+    "budgets": (
+        lambda x: allocate.whole(np.ones(3), x, device_of=np.array([0, 1, 1])),
+        {"budget": (2,)},
+    ),
+    "budgets of a ladder": (
+        lambda x: allocate.ladder(np.ones((3, 2)), np.array([1, 2]), x, np.array([0, 1, 1])),
+        {"budgets": (2,)},
+    ),
+    "capacities": (lambda x: place.pack(np.ones(3), 2, x), {"capacity": (2,)}),
+    "floors of groups": (
+        lambda x: shares.constrained(np.ones(3) / 3, group_of=np.array([0, 1, 1]), group_floor=x),
+        {"group_floor": (2,)},
+    ),
+    "curves": (lambda x: shares.priced(x, 9.0), {"curves": (2, importance.CURVE_BINS)}),
+    "documents": (
+        lambda x: attention.segments(x, np.ones((1, 8), int), TILING),
+        {"q_ids": (1, 8)},
+    ),
+    "parts of tasks": (
+        lambda x: attention.attend(*[np.ones((1, 8, 2, 8), np.float32)] * 3, PLAN, task_shares=x),
+        {"task_shares": (2, 8)},
+    ),
+    "ranks": (lambda x: sharded.block_order(x, 2), {"device_of": (4,)}),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_what_goes_beside_the_units_is_named_too(case):
+    """Before anything of it is computed; split over axes of type Auto it works."""
+    call, shapes = SPLIT[case]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    arrays = []
+    for name, shape in shapes.items():
+        axis = max(i for i, n in enumerate(shape) if n % 2 == 0)
+        spec = PartitionSpec(*("x" if i == axis else None for i in range(len(shape))))
+        whole = name in ("budget", "budgets", "q_ids", "device_of")
+        x = np.zeros(shape, np.int32 if whole else np.float32)
+        arrays.append(jax.device_put(x, NamedSharding(mesh, spec)))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=f"{next(iter(shapes))} is split over explicit mesh axes"),
+    ):
+        call(*arrays)

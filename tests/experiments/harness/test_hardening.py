@@ -20,6 +20,8 @@ def test_the_page_is_that_of_the_file(tmp_path, monkeypatch):
     [
         (lambda data: data.pop("defects"), "defects must be a list"),
         (lambda data: data["remains"].append({}), "remains must be a list"),
+        (lambda data: data["faults"][0].update(test="tests/x.py::test_y"), "no test tests/x.py"),
+        (lambda data: data["faults"][0].update(fault="Z1 x"), "'Z1 x' begins with none of A, B"),
         (lambda data: data["defects"][0].update(test="tests/x.py::test_x"), "no test tests/x.py"),
     ],
 )

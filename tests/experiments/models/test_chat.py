@@ -156,9 +156,15 @@ def test_a_directory_says_its_template_and_ends(directory):
     assert (chat.template, dict(chat.tokens)) == (INST, {"bos_token": "<s>", "eos_token": "<e>"})
     several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     assert about(directory, chat_template=several).template == "d"
-    (directory / "chat_template.jinja").write_text("{{ bos_token }}a:{{ messages[0].content }}")
-    chat = about(directory, chat_template=INST, bos_token=bos)
-    assert chat_prompt(chat, "b") == [0, 3, 6, 4]
+    template = "{{ bos_token }}a:{{ messages[0].content }}"
+    for mark in ("", "\ufeff"):  # a byte-order mark is no part of it
+        (directory / "chat_template.jinja").write_text(mark + template)
+        chat = about(directory, chat_template=INST, bos_token=bos)
+        assert chat.template == template
+        assert chat_prompt(chat, "b") == [0, 3, 6, 4]
+    (directory / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is no UTF-8 text"):
+        about(directory)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,11 @@ def changed(**changes):
         (changed(decoder__num_heads=np.array(2, np.int16)), r"heads \(4, 2\)"),
         (changed(decoder__alibi=np.array(1, np.int8)), "decoder/alibi is 1"),
         (changed(more__weight=np.ones(3)), "not read: more/weight"),
+        (changed(decoder__multi_query=np.array(1, np.int8)), "not read: decoder/multi_query"),
+        (
+            changed(encoder__conv2__bias=np.ones(WIDTH, np.int8)),
+            "encoder/conv2/bias has the type int8: without a scale it is no weight",
+        ),
         (
             changed(encoder__conv2__bias=np.ones(3, np.float32)),
             r"encoder/conv2/bias is \(3,\): it must be \(32,\)",

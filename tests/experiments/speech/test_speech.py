@@ -74,6 +74,13 @@ def test_recordings_are_resampled_and_what_cannot_be_read_is_named(tmp_path):
         audio.read_wav(wav_of(tmp_path / "b.wav", 8000, np.zeros(20), 2), "b.wav")
     with pytest.raises(ValueError, match=r"c\.wav is no WAV file"):
         audio.read_wav(b"RIFF", "c.wav")
+    whole = wav_of(tmp_path / "d.wav", 8000, np.arange(100))
+    longer = whole[:40] + (2**31 - 1).to_bytes(4, "little") + whole[44:]
+    for content, said in ((whole[:100], "56 are left"), (longer, "says 2147483647 bytes")):
+        with pytest.raises(ValueError, match=f"d.wav is no WAV file.*chunk b'data' at 36.*{said}"):
+            audio.read_wav(content, "d.wav")
+    with pytest.raises(ValueError, match=r"e\.wav holds no samples"):
+        audio.read_wav(wav_of(tmp_path / "e.wav", 8000, []), "e.wav")
     with pytest.raises(ValueError, match="at most 480000"):
         audio.log_mel(np.zeros(480_001))
 

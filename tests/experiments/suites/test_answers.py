@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.harness import runs, texts
+from experiments.harness import files, runs, texts
 from experiments.kv_budget import evaluate
 from experiments.suites import answers, page, prose, run, summary, tasks
 from experiments.suites.__main__ import main
 from experiments.suites.cases import Case, Question, Writer
 from tests.support.small_models import VOCAB, greedy_alone, make_model, make_sharp
+from tests.support.together import ROOT
 
 SIZE = 150
 
@@ -251,9 +252,41 @@ def test_bad_arguments_are_one_line(capsys, tmp_path, arguments, names):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda report: report["results"][0].update(task="vt"),
+            "its digest is not that of results",
+        ),
+        (lambda report: report.pop("digest"), "lacks 'digest'"),
+        (lambda report: report.pop("commands"), "lacks 'commands'"),
+        (lambda report: report.update(results={}), "lacks 'results'"),
+    ],
+)
+def test_altered_results_are_not_gone_on_from(capsys, tmp_path, change, message):
+    path = tmp_path / "out.json"
+    entry = {"model": "m", "task": "niah_single_1", "length": 1024, "arms": [], "cases": []}
+    files.write_signed(path, {"commands": [], "results": [entry]}, "results")
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    assert main(["--json", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert json.loads(path.read_text()) == report
+
+
 def test_a_file_of_something_else_is_named(capsys, tmp_path):
     path = tmp_path / "out.json"
     path.write_text("[]")
     assert main(["--json", str(path)]) == 2
-    assert "is no file of suites" in capsys.readouterr().err
+    assert "out.json holds a list: it must be an object" in capsys.readouterr().err
     assert path.read_text() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("suites", ["results"]), ("compiled", ["versions", "cases", "pods"])]
+)
+def test_the_kept_results_can_be_gone_on_from(name, fields):
+    path = ROOT / "docs/results" / f"{name}.json"
+    assert files.read_signed(path, **dict.fromkeys(fields, list if name == "suites" else dict))

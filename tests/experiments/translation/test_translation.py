@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.harness import optimisers
+from experiments.harness import files, optimisers
 from experiments.translation import data, decode, experiment, maps, memory, tiles, training
 from experiments.translation.__main__ import main
 from experiments.translation.data import END, FIRST_LANGUAGE, LANGUAGES, Pair, Sizes
@@ -76,6 +76,9 @@ def test_subwords_are_learned_and_undone():
     assert ids[-1] == END
     assert tokenizer.decode(ids[:-1].tolist()).strip() == "Save the document"
     assert (data.encode(tokenizer, "Save " * 90) != END).sum() == data.MOST_TOKENS - 1
+    ids = data.encode(tokenizer, "Save <end>")
+    assert ids.tolist().count(END) == 1  # the text's own is characters
+    assert tokenizer.decode(ids[:-1]).strip() == "Save <end>"
 
 
 def test_the_memory_takes_the_most_similar():
@@ -174,6 +177,10 @@ def test_a_run_that_was_not_trained_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "MODELS", tmp_path)
     with pytest.raises(ValueError, match=r"full-3\.npz is not there: train that arm first"):
         experiment.load("full", 3, None)
+    parameters = {"w": np.ones(2, np.float32)}
+    files.write_npz(tmp_path / "full-3.npz", {"0": np.array([1, np.nan], np.float32)})
+    with pytest.raises(ValueError, match=r"full-3\.npz: 0 holds numbers that are not finite"):
+        experiment.load("full", 3, parameters)
 
 
 @pytest.mark.slow
