@@ -259,6 +259,7 @@ def checked_windows(
     """Windows of all layers, None if none has one; ValueError for those that cannot be kept."""
     if windows is None:
         return None
+    windows = checks.items("windows", windows, "the window of each layer, or None")
     if len(windows) != num_layers:
         raise ValueError(f"windows has {len(windows)} entries for {num_layers} layers")
     for i, window in enumerate(windows):

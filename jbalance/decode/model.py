@@ -175,6 +175,13 @@ def token_ids(name: str, x: Any, model: Model, least: int = 1) -> np.ndarray:
     return np.asarray(in_vocabulary(name, checks.whole(name, x), model))
 
 
+def vocabulary_of(model: Model) -> int:
+    """V, of its logits."""
+    leaves, tree = jax.tree.flatten(model.params)
+    shapes = tuple((x.shape, x.dtype) for x in leaves)
+    return _vocabulary(model.functions(0), tree, shapes)
+
+
 @functools.lru_cache(maxsize=32)
 def _vocabulary(functions: Functions, tree: Any, shapes: tuple[Any, ...]) -> int:
     params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*x) for x in shapes])
@@ -192,10 +199,7 @@ def in_vocabulary(name: str, tokens: Any, model: Model) -> Any:
     JAX reads another row, or NaN, for an index beyond an array.
     """
     if checks.is_concrete(tokens) and np.size(tokens):
-        leaves, tree = jax.tree.flatten(model.params)
-        shapes = tuple((x.shape, x.dtype) for x in leaves)
-        number = _vocabulary(model.functions(0), tree, shapes)
-        checks.index_below(name, tokens, number)
+        checks.index_below(name, tokens, vocabulary_of(model))
     return tokens
 
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbalance import checks, place
+from jbalance import checks
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import TILE_BYTES, PageLayout, table_bytes, token_bytes
 from jbalance.cache._sight import NO_WINDOW, clock_bytes
+from jbalance.decode._placement import Evenness, evenness, place_units
 from jbalance.decode.model import budgets_of
 from jbalance.importance.token_worth import NUM_RECENT
 
@@ -104,14 +105,6 @@ class Room(NamedTuple):
 Rule = Callable[[Room], Levels]
 
 
-class Evenness(NamedTuple):
-    """How even the parts of several devices are."""
-
-    layer_time: float  # tokens that the fullest device of each layer reads, summed over the layers
-    layer_time_bound: float  # that no placement within the budgets beats
-    memory_over_even: float  # the fullest device's part of its budget over the mean part, less 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Levels of all tokens of a context, and the devices of its units."""
@@ -121,9 +114,7 @@ class Plan:
     price: np.ndarray | None  # [G] worth per byte, if the rule has prices
     evenness: Evenness | None  # of several devices
     windows: tuple[int | None, ...] | None = None  # of each layer, if any has one
-    priced_pages: np.ndarray | None = (
-        None  # [1] of all devices at one price, or [G] at one for each
-    )
+    priced_pages: np.ndarray | None = None  # [1] of all at one price, or [G] at one for each
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -250,7 +241,7 @@ def fit(
         checks.instance("reserve", reserve, Reserve)
     if page_bytes is not None:
         page_bytes = checks.static_int("page_bytes", page_bytes, 1)
-    windows = _windows(windows, shape[0])
+    windows = _cache.checked_windows(windows, shape[0])
     timed = windows is not None
     costs = _Costs.of(shape, head_dim, bits, int(budgets.sum()), reserve, page_bytes, timed)
     pool = costs.room(budgets.sum(keepdims=True), np.zeros(shape[0] * shape[1], np.int32))
@@ -276,18 +267,6 @@ def _shape(shape: Any) -> tuple[int, int, int]:
         raise ValueError(f"shape is {reprlib.repr(shape)}: it must be (L, K, S)")
     layers, heads, tokens = (checks.static_int(f"shape[{i}]", n, 1) for i, n in enumerate(given))
     return layers, heads, tokens
-
-
-def _windows(windows: Any, num_layers: int) -> tuple[int | None, ...] | None:
-    """Of each layer, or None; ValueError for others."""
-    if windows is None:
-        return None
-    given = checks.items("windows", windows, "the window of each layer, or None")
-    if len(given) != num_layers:
-        raise ValueError(f"windows has {len(given)} entries for {num_layers} layers")
-    return tuple(
-        None if x is None else checks.static_int(f"windows[{i}]", x, 1) for i, x in enumerate(given)
-    )
 
 
 class _Costs(NamedTuple):
@@ -339,12 +318,7 @@ class _Costs(NamedTuple):
         beside = units * self.unit_bytes + self.device_bytes
         try:
             return _pages.pages_within(
-                budget - beside,
-                units,
-                self.head_dim,
-                self.bits,
-                self.page_bytes,
-                timed=self.timed,
+                budget - beside, units, self.head_dim, self.bits, self.page_bytes, timed=self.timed
             )
         except ValueError as error:
             raise ValueError(
@@ -372,28 +346,3 @@ def _packed(
         pool = pool._replace(num_pages=np.minimum(room.num_pages.sum(), pool.num_pages - 1))
         chosen = rule(pool)
     return rule(room), room, room.num_pages
-
-
-def place_units(tokens: np.ndarray, size_bytes: np.ndarray, room_bytes: np.ndarray) -> np.ndarray:
-    """device_of [U] of units [L, K] by the tokens that attention reads of them and their bytes.
-
-    A device may end up with more than its room [G] where the units do not fit: callers look.
-    """
-    if room_bytes.size == 1:
-        return np.zeros(tokens.size, np.int32)
-    placed = place.over_layers(*(x.astype(np.float32) for x in (tokens, size_bytes, room_bytes)))
-    return np.asarray(placed.device_of).reshape(-1)
-
-
-def evenness(
-    tokens: np.ndarray, size_bytes: np.ndarray, device_of: np.ndarray, budgets: np.ndarray
-) -> Evenness | None:
-    """Of units [L, K] at device_of [U]; None of one device."""
-    if budgets.size == 1:
-        return None
-    time = np.zeros((len(tokens), budgets.size))
-    np.add.at(time, (np.arange(len(tokens))[:, None], device_of.reshape(tokens.shape)), tokens)
-    bound = place.over_layers_bound(*(x.astype(np.float32) for x in (tokens, size_bytes, budgets)))
-    held = np.bincount(device_of, size_bytes.reshape(-1), budgets.size)
-    over = (held / budgets).max() / (held.sum() / budgets.sum()) - 1
-    return Evenness(float(time.max(axis=1).sum()), float(bound), float(over))

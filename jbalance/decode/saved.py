@@ -9,40 +9,27 @@ is quantized again.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
-import os
-import reprlib
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.cache._sight import clock_bytes
+from jbalance.decode import _files
 from jbalance.decode._checks import CONTEXT, OWN, check_facts, check_part, shown
+from jbalance.decode._files import MANIFEST
+from jbalance.decode._placement import place_units
 from jbalance.decode._units import arrays_of, joined, put_together, taken_apart
 from jbalance.decode.context import devices_for, is_local, slots_of
 from jbalance.decode.model import Model, budgets_of
-from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
 from jbalance.decode.state import Requests, State, around, shared
-
-MANIFEST = "manifest.json"
-_FORMAT = 7
-_DAMAGED = (
-    *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError),
-    *(MemoryError, OverflowError, BadZipFile, zlib.error),
-)
-_FIELDS = ("format", "kinds", "context_tokens", "requests", "files", "model", "notes")
 
 
 @in_32_bits
@@ -72,7 +59,7 @@ def save(
     checks.instance("model", model, Model)
     checks.instance("state", state, State)
     checks.function("barrier", barrier)
-    notes = _as_json({} if notes is None else notes)
+    notes = _files.as_json({} if notes is None else notes)
     recent = sorted({x.recent_tokens for x in state.caches if x is not None})
     if len(recent) > 1:
         raise ValueError(
@@ -88,21 +75,16 @@ def save(
             for kind, cache in kinds.items():
                 if cache is not None:
                     arrays |= {f"{kind}.{k}": x for k, x in arrays_of(taken_apart(cache)).items()}
-            _write(folder / _file(d), _packed(arrays))
+            _files.write_arrays(folder / _files.file_of(d), arrays)
     barrier()
     if jax.process_index() == 0:
-        names = [_file(d) for d in range(len(state.devices))]
-        digests = {name: _digest((folder / name).read_bytes()) for name in names}
-        manifest = _facts(state) | {"format": _FORMAT, "files": digests}
-        manifest |= {"model": _model_facts(model), "notes": notes}
-        manifest["digests"] = {name: _digest(_canonical(x)) for name, x in manifest.items()}
-        manifest["digest"] = _digest(_canonical(manifest))
-        _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        fields = _facts(state) | {"model": _model_facts(model), "notes": notes}
+        _files.write_manifest(folder, fields, len(state.devices))
 
 
 def check_folder(folder: str | Path) -> Path:
     """The folder; ValueError if a state is there already: it is not written over."""
-    folder = _path(folder)
+    folder = _files.path_of(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file: give a folder")
     if (folder / MANIFEST).exists():
@@ -110,32 +92,9 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _path(folder: str | Path) -> Path:
-    """ValueError for what is no path."""
-    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
-        raise ValueError(f"folder is {reprlib.repr(folder)}: it must be the path of a folder")
-    return Path(folder)
-
-
-def _as_json(notes: Any) -> dict[str, Any]:
-    """The notes; ValueError, before anything is written, for what would not come back as it is."""
-    checks.mapping("notes", notes, "values by name, as JSON has them")
-    notes = dict(notes)
-    try:
-        back = json.loads(json.dumps(notes, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"notes is {reprlib.repr(notes)}: {error}") from None
-    if back != notes:
-        raise ValueError(
-            f"notes is {reprlib.repr(notes)}: JSON would give back {reprlib.repr(back)}; names must be "
-            f"text, and what holds several a list"
-        )
-    return back
-
-
 def notes_of(folder: str | Path) -> dict[str, Any]:
     """The notes of a saved state; ValueError if it is not there, not whole or altered."""
-    return _manifest(_path(folder))["notes"]
+    return _files.read_manifest(_files.path_of(folder))["notes"]
 
 
 @in_32_bits
@@ -158,10 +117,10 @@ def restore(
       ValueError: a state that is not there, not whole, altered or of another model, or budgets that do
         not hold it, with what is missing.
     """
-    folder = _path(folder)
+    folder = _files.path_of(folder)
     checks.instance("model", model, Model)
     budgets = budgets_of(budgets_bytes)
-    facts = _manifest(folder)
+    facts = _files.read_manifest(folder)
     if facts["model"] != _model_facts(model):
         raise ValueError(
             f"folder {str(folder)!r} is of another model: {shown(facts['model'])}, not "
@@ -174,7 +133,7 @@ def restore(
     devices = devices_for(devices, len(budgets))
     parts = []
     for name, digest in facts["files"].items():
-        parts.append(_read(folder / name, digest))
+        parts.append(_files.read_arrays(folder / name, digest))
         check_part(folder / name, parts[-1], facts, heads)
     whole = {kind: joined(parts, kind, folder) for kind in facts["kinds"]}
     device_of = _place(whole, facts, shape, budgets, folder)
@@ -256,7 +215,7 @@ def _model_facts(model: Model) -> dict[str, Any]:
     facts = {
         "num_layers": model.num_layers,
         "attention": [dataclasses.asdict(spec) for spec in model.attention],
-        "shapes": _digest(_canonical(shapes)),
+        "shapes": _files.digest_of(shapes),
     }
     return json.loads(json.dumps(facts))
 
@@ -293,90 +252,3 @@ def _place(whole, facts, shape, budgets, folder) -> np.ndarray:
                 f"devices have {sum(budgets)}"
             )
     return device_of
-
-
-def _packed(arrays: dict[str, np.ndarray]) -> bytes:
-    """As an .npz, bfloat16 as the 16 bits that it is."""
-    plain = {
-        f"{name}:bfloat16" if x.dtype == jnp.bfloat16 else name: x.view(np.uint16)
-        if x.dtype == jnp.bfloat16
-        else x
-        for name, x in arrays.items()
-    }
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **plain)
-    return file.getvalue()
-
-
-def _read(path: Path, digest: str) -> dict[str, np.ndarray]:
-    """A file of `_packed`, if it is what was written."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if _digest(content) != digest:
-        raise ValueError(f"{path} is not what was saved: its SHA-256 differs")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {
-                name.partition(":")[0]: arrays[name].view(jnp.bfloat16)
-                if ":" in name
-                else arrays[name]
-                for name in arrays
-            }
-    except _DAMAGED as error:
-        raise ValueError(f"{path} is no file of arrays: {error}") from None
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, if it is one and as it was written."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"folder {str(folder)!r} has no {MANIFEST}: nothing was saved there, or not all of it"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a manifest of format {_FORMAT}")
-    missing = [name for name in (*_FIELDS, "digests", "digest") if name not in manifest]
-    if missing:
-        raise ValueError(f"{path} lacks the field {missing[0]!r}")
-    digest, digests = manifest.pop("digest"), manifest["digests"]
-    for name in _FIELDS:
-        if not isinstance(digests, dict) or digests.get(name) != _digest(
-            _canonical(manifest[name])
-        ):
-            raise ValueError(f"{path} is not what was saved: the digest of {name!r} differs")
-    if digest != _digest(_canonical(manifest)):
-        raise ValueError(f"{path} is not what was saved: its digest differs")
-    return manifest
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
-
-
-def _file(device: int) -> str:
-    return f"device-{device}.npz"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none: under another name first, and on the disk before it gets its own."""
-    draft = path.with_name(path.name + ".part")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from None
-    finally:
-        draft.unlink(missing_ok=True)

@@ -13,10 +13,10 @@ from jbalance import allocate, checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache
 from jbalance.decode import devices as over
+from jbalance.decode._placement import place_units
 from jbalance.decode.context import Context, devices_for, is_local, slots_of
 from jbalance.decode.devices import Caches
 from jbalance.decode.model import Model, budgets_of, check_model
-from jbalance.decode.plan import place_units
 from jbalance.decode.sampling import Samplers
 from jbalance.importance.token_worth import NUM_RECENT, NUM_SINKS
 

@@ -22,7 +22,7 @@ from jax import lax
 from jbalance import checks
 from jbalance._bits import in_32_bits
 from jbalance.cache import _planes
-from jbalance.decode.model import Model, check_model
+from jbalance.decode.model import Model, check_model, vocabulary_of
 
 GROUP = 64  # weights that share a scale
 BITS = (3, 4, 5, 8, 16)
@@ -109,7 +109,7 @@ def quantize_weights(
     )
     if table_bits is None:
         return out
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     out = dataclasses.replace(
         out,
         params=quantized("model.params", model.params, table_bits, rows=True),
@@ -313,13 +313,6 @@ class _Logits:
 
 def _wrapped(functions: Any) -> Any:
     return tuple(map(_Decoded, functions)) if isinstance(functions, tuple) else _Decoded(functions)
-
-
-def _vocabulary(model: Model) -> int:
-    """V."""
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    x = jax.eval_shape(model.embed, model.params, token, token)
-    return jax.eval_shape(model.logits, model.params, x).shape[-1]
 
 
 def _check_parts(model: Model, small: Model, vocabulary: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jbalance import adapters, decode
-from jbalance.decode import Reserve, saved
+from jbalance.decode import Reserve, _files, saved
 from tests.decode.conftest import PROMPT
 from tests.support.small_models import small_llama
 
@@ -220,9 +220,9 @@ def test_a_full_disk_leaves_no_part_and_names_the_file(tmp_path, monkeypatch):
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saved.os, "fsync", full)
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot be written: No space left on device: '.*it\.npz'"):
-        saved._write(tmp_path / "it.npz", b"x")
+        _files._write(tmp_path / "it.npz", b"x")
     assert not list(tmp_path.iterdir())
 
 
