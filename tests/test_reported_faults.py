@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from jbalance import allocate, attention, cache
+from jbalance import allocate, attention
 from jbalance.attention import Tiling
-from jbalance.cache import _prefill, _step
 
 TILING = Tiling(8, 8, 4, 4)
 DOCUMENTS = np.array([[0] * 4 + [2**32] * 4])  # one document, were they read in 32 bits
@@ -25,15 +24,3 @@ def test_names_of_documents_past_32_bits_are_refused():
         attention.attend(x, x, x, attention.dense(TILING), segment_ids=(DOCUMENTS, DOCUMENTS))
     two = attention.to_mask(attention.segments(*[np.sign(DOCUMENTS)] * 2, TILING))
     np.testing.assert_array_equal(two[0, 0], np.eye(2, dtype=bool))
-
-
-@pytest.mark.slow  # compiles both
-def test_eager_calls_of_equal_shapes_compile_once():
-    held = cache.create(20_000, 1, 1, 8, recent_tokens=4)
-    programs = _prefill._prefilled, _step._stepped
-    before = [x._cache_size() for x in programs]
-    for seed in range(3):
-        k = np.random.default_rng(seed).normal(size=(1, 6, 1, 8)).astype(np.float32)
-        _, held = cache.prefill(held, 0, k, k, k, frequencies=None)
-        _, held = cache.step(held, 0, k[:, 0], k[:, 0], k[:, 0])
-    assert [x._cache_size() for x in programs] == [x + 1 for x in before]

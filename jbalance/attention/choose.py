@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -61,8 +62,16 @@ def choose(
     batch, heads = np.shape(score)[:2]
     valid = None if where is None else jnp.asarray(where)[:, None, None]
     num_heads = _number_of_heads(heads, valid, axis_name)
+    least = num_heads * int(_structure(tiling)[1].sum())
+    total = _budget(num_tiles, least, batch)
+    mask = _chosen(score, total, floor, num_heads, valid, tiling, axis_name)
+    return plans.from_mask(mask, tiling, capacity)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))  # once for all eager calls of equal shapes
+def _chosen(score, total, floor, num_heads, valid, tiling, axis_name):
+    """[B, H, I, J] bool: the tiles of `choose` for a budget [B]."""
     visible, always, previous = _structure(tiling)
-    total = _budget(num_tiles, num_heads * int(always.sum()), batch)
     quota = _quota(floor, total, num_heads, visible, always)
     candidate = visible & ~always
     if valid is not None:
@@ -73,9 +82,9 @@ def choose(
     mask = always | best
     given = search.psum(jnp.sum(mask, axis=(1, 2, 3), dtype=jnp.int32), axis_name)
     rest = jnp.maximum(total - given, 0)
-    flat = (batch, -1)
+    flat = (len(score), -1)
     taken = _largest(score.reshape(flat), (candidate & ~best).reshape(flat), rest, axis_name)
-    return plans.from_mask(mask | taken.reshape(mask.shape), tiling, capacity)
+    return mask | taken.reshape(mask.shape)
 
 
 def candidates(tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:

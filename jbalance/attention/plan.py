@@ -240,13 +240,18 @@ def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:
         raise ValueError(
             f"q_ids and k_ids have {sizes[0]} and {sizes[1]} tokens: not those of {tiling}"
         )
-    q_ids, k_ids = _in_blocks(q_ids, tiling.block_q), _in_blocks(k_ids, tiling.block_k)
+    mask = _share(_in_blocks(q_ids, tiling.block_q), _in_blocks(k_ids, tiling.block_k))
+    return from_mask((mask & tiling.visible())[:, None], tiling)
+
+
+@jax.jit  # once for all eager calls of equal shapes
+def _share(q_ids: jax.Array, k_ids: jax.Array) -> jax.Array:
+    """[B, I, J] bool: whether blocks of queries [B, I, q] and keys [B, J, k] have an id in common."""
 
     def row(q_ids):
         return jnp.any(q_ids[:, :, None, None] == k_ids[:, None], axis=(1, 3))
 
-    mask = jnp.moveaxis(jax.lax.map(row, jnp.moveaxis(q_ids, 1, 0)), 0, 1)
-    return from_mask((mask & tiling.visible())[:, None], tiling)
+    return jnp.moveaxis(jax.lax.map(row, jnp.moveaxis(q_ids, 1, 0)), 0, 1)
 
 
 def union(a: TilePlan, b: TilePlan) -> TilePlan:

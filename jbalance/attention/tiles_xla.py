@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
@@ -48,6 +49,7 @@ def backward(
     return sequential_vmap(functools.partial(_backward, rules))(operands, where, out, cotangent)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # once for all eager calls of equal shapes
 def _forward(rules, operands, where):
     problem = Problem(*padded(operands, where), rules)
     shape = problem.q_shape
@@ -84,6 +86,7 @@ def _forward(rules, operands, where):
     return Partial(*(x[:, : where.plan.num_queries] for x in (y, lse)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(rules, operands, where, out, cotangent):
     dtypes = [x.dtype for x in operands[:3]]
     num_queries, num_keys = where.plan.num_queries, where.plan.num_keys

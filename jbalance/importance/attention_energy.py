@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -45,16 +47,29 @@ def attention_energy(
     q, k, _ = _tokens.tokens(q, k, v)
     queries = checks.static_int("queries", queries, 1, q.shape[0])
     min_distance = checks.static_int("min_distance", min_distance)
-    key = jnp.arange(k.shape[0])
     given = k.shape[0] if num_tokens is None else num_tokens
     number = jnp.asarray(checks.one_int("num_tokens", given, 0, k.shape[0]))
     start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)
+    if start is None:
+        q = q[-queries:]
+    return _received(q, k, number, start, queries, min_distance)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))  # once for all eager calls of equal shapes
+def _received(
+    q: jax.Array,
+    k: jax.Array,
+    number: jax.Array,
+    start: jax.Array | None,
+    queries: int,
+    min_distance: int,
+) -> jax.Array:
+    """The squared attention [K, S] from the last queries of so many tokens."""
+    key = jnp.arange(k.shape[0])
 
     def step(w: jax.Array, attention: jax.Array, position: jax.Array) -> jax.Array:
         asked = (position >= number - queries) & (position < number)
         far = (position[:, None] - key >= min_distance) & asked[:, None]
         return w + _tokens.sum_queries(jnp.where(far, attention, 0.0) ** 2)
 
-    if start is None:
-        q = q[-queries:]
     return _tokens.fold_attention(step, q, k, start=start)

@@ -48,6 +48,12 @@ def cross_worth(
         if scale is None
         else checks.static_float("scale", scale, -checks.SCALE_MAX, checks.SCALE_MAX)
     )
+    return _received(q, k, number, factor)
+
+
+@jax.jit  # once for all eager calls of equal shapes
+def _received(q: jax.Array, k: jax.Array, number: jax.Array | int, factor: float) -> jax.Array:
+    """The root of the mean squared attention [K, S] of so many frames."""
     there = jnp.arange(k.shape[0]) < number
     size = min(_tokens.QUERY_BLOCK_TOKENS, q.shape[0])
     blocks = -(-q.shape[0] // size)

@@ -129,6 +129,7 @@ def imply(w: ArrayLike, known: Knowledge) -> jax.Array:
     return _raised(jnp.asarray(w), known.kept, known.then)
 
 
+@jax.jit  # once for all eager calls of equal shapes
 def _raised(w: jax.Array, kept: jax.Array, then: jax.Array) -> jax.Array:
     """w [..., U] with each side B raised to the best of its A, as often as chains are long."""
 

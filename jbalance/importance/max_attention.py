@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -35,9 +37,16 @@ def max_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, min_distance: int
     q, k, _ = _tokens.tokens(q, k, v)
     key = jnp.arange(k.shape[0])
     min_distance = checks.static_int("min_distance", min_distance, 0, k.shape[0] - 1)
+    return _tokens.keep_first(_largest(q, k, min_distance), key >= len(key) - min_distance)
+
+
+@functools.partial(jax.jit, static_argnames="min_distance")  # once for all eager calls
+def _largest(q: jax.Array, k: jax.Array, min_distance: int) -> jax.Array:
+    """The largest attention [K, S] from queries so far behind."""
+    key = jnp.arange(k.shape[0])
 
     def step(w, attention, position):
         far = position[:, None] - key >= min_distance
         return jnp.maximum(w, jnp.where(far, attention, 0.0).max(axis=(1, 2)))
 
-    return _tokens.keep_first(_tokens.fold_attention(step, q, k), key >= len(key) - min_distance)
+    return _tokens.fold_attention(step, q, k)

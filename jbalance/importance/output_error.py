@@ -7,6 +7,7 @@ what the layers above receive.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import reprlib
@@ -103,6 +104,12 @@ def output_error(
     if not counts or any(b <= a for a, b in itertools.pairwise(counts)):
         raise ValueError(f"counts must rise, got {counts}")
     num_local = checks.static_int("num_local", num_local)
+    return _errors(q, k, v, w, counts, num_local)
+
+
+@functools.partial(jax.jit, static_argnames=("counts", "num_local"))  # once for all eager calls
+def _errors(q, k, v, w, counts, num_local) -> jax.Array:
+    """`output_error` without its checks."""
     groups = jnp.moveaxis(_tokens.by_group(q, k.shape[1]), 0, 2)  # [K, G, T, D]
 
     def one_head(at):

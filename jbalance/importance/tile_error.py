@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,12 @@ def tile_error(
       ValueError: shapes that do not fit, or numbers outside their range.
     """
     q, k, v, rows = _tile_errors.checked(q, k, v, tiling, rows)
+    return _measured(q, k, v, tiling, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("tiling", "rows"))  # once for all eager calls
+def _measured(q: jax.Array, k: jax.Array, v: jax.Array, tiling: Tiling, rows: int) -> jax.Array:
+    """`tile_error` without its checks."""
     block_k = tiling.block_k
     together = max(1, min(_TILE_KEYS // block_k, tiling.shape[1]))
     keys = _Keys(_tile_errors.padded(k, block_k * together), together, block_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -40,6 +41,12 @@ def tile_sketch(
     Args, Returns, Raises: those of `tile_error`.
     """
     q, k, v, rows = _tile_errors.checked(q, k, v, tiling, rows)
+    return _measured(q, k, v, tiling, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("tiling", "rows"))  # once for all eager calls
+def _measured(q: jax.Array, k: jax.Array, v: jax.Array, tiling: Tiling, rows: int) -> jax.Array:
+    """`tile_sketch` without its checks."""
     sketch = _Sketch.of(k.astype(jnp.float32), tiling.block_k)
     return _tile_errors.errors(q, v, sketch, tiling, rows)
 

@@ -12,6 +12,7 @@ _MOST_PER_UNKNOWN = 4
 _PROXIMAL_STEPS = 4
 
 
+@jax.jit  # once for all eager calls of equal shapes
 def minimize(gram: jax.Array, q: jax.Array, ridge: float) -> jax.Array:
     """The minimizer x >= 0 of x G x / 2 + q · x for each row q, where G may be nearly singular.
 

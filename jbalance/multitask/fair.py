@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -65,6 +66,7 @@ def _least_length(gram, ridge):
     return _over_sum(jnp.where(jnp.any(zero > 0), zero, u * target))
 
 
+@functools.partial(jax.jit, static_argnames=("alpha", "ridge"))  # once for all eager calls
 def _alpha_fair(gram, alpha, ridge):
     """Newton's method on w G w / 2 - sum φ(w), φ' = w^(-1/α): convex, with one minimum.
 

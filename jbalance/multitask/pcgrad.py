@@ -30,6 +30,7 @@ def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
     return TaskWeighting(lambda tasks: key, of_finite(weigh), needs_gram=True)
 
 
+@jax.jit  # once for all eager calls
 def pcgrad_weights(gram: jax.Array, key: chex.PRNGKey) -> jax.Array:
     """Weights [K] of `pcgrad` for a Gramian [K, K]."""
     size = gram.shape[0]

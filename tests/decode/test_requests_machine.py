@@ -11,13 +11,13 @@ import functools
 import pathlib
 import tempfile
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jbalance import decode
+from tests.support.compilations import compilations
 from tests.support.examples import few
 from tests.support.window_models import VOCAB, dense_logits, model, specs
 
@@ -139,12 +139,6 @@ TestRoomy.settings = TestTight.settings = EXAMPLES
 def test_requests_that_come_and_go_compile_nothing_anew():
     """A process that compiles for each would end once the system has no room for programs."""
     state = decode.create(MODEL, [ROOMY], num_requests=2, recent_tokens=16)
-    compiled = []
-
-    def heard(event, duration_secs, **_):
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
 
     def come_and_go(state, size):
         sampling = decode.Sampling(0.5 * (size % 2), top_k=size, seed=size)
@@ -154,10 +148,7 @@ def test_requests_that_come_and_go_compile_nothing_anew():
         return decode.leave(decode.step(MODEL, state)[1], 1)
 
     state = come_and_go(come_and_go(state, 3), 4)
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
+    with compilations() as compiled:
         for size in range(5, 12):
             state = come_and_go(state, size)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
     assert not compiled
