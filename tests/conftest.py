@@ -34,7 +34,7 @@ from hypothesis import settings  # noqa: E402
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all processes of theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 LIBC = ctypes.CDLL(None)
-MOST_KIB = 2 << 20  # of a worker, before it forgets what was compiled
+MOST_BYTES = 2 << 30  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
 # `make test-all`; and hours of it: HYPOTHESIS_PROFILE=long, with the tests' names.
@@ -43,11 +43,20 @@ settings.register_profile("long", deadline=None, print_blob=True, max_examples=1
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jbalance"))
 
 
+def _resident_bytes() -> int:
+    """Of this process now; its peak where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return pages * resource.getpagesize()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled():
     """A worker would end up with gigabytes of programs that no later test calls."""
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_KIB:
+    if _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
         if hasattr(LIBC, "malloc_trim"):  # else glibc keeps what was freed
             LIBC.malloc_trim(0)

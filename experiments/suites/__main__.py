@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli, files
+from experiments.harness import cli, files, origin
 from experiments.models import options as models
 
 MODULE = "experiments.suites"
@@ -51,7 +51,7 @@ def _job(options: argparse.Namespace, command: str) -> None:
         with progress.bar("contexts", run.number_left(results, options.model, settings)) as bar:
 
             def step() -> None:
-                files.write_signed(path, report, "results")
+                files.write_signed(path, report | origin.of_results(), "results")
                 bar()
 
             run.run(found.model, found.spoken.tokenizer, options.model, settings, results, step)
