@@ -107,13 +107,12 @@ def fold_attention(
 
     Args:
       step: (w [K, S], attention [K, G, t, S], position of the queries [t]) -> new w [K, S].
-      q: [T, H, D] queries of neighboring tokens; k: [S, K, D].
+      q: [T, H, D] queries of neighboring tokens; k: [S, K, D]; `comparable` ones.
       start: [] int32 position of the first of them; None for S - T, the last T tokens.
 
     Returns:
       w [K, S] after the last block, from 0. The backward pass computes the blocks again.
     """
-    comparable(q=q, k=k)
     block = min(QUERY_BLOCK_TOKENS, q.shape[0])
     blocks = math.ceil(q.shape[0] / block)
     padding = blocks * block - q.shape[0]

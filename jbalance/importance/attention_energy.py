@@ -52,6 +52,7 @@ def attention_energy(
     start = None if num_tokens is None else jnp.maximum(number - q.shape[0], 0)
     if start is None:
         q = q[-queries:]
+    _tokens.comparable(q=q, k=k)
     return _received(q, k, number, start, queries, min_distance)
 
 

@@ -29,6 +29,7 @@ def attention_mass(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> jax.Array:
     Reference: Zhang et al., H2O: Heavy-Hitter Oracle, arXiv 2306.14048.
     """
     q, k, _ = _tokens.tokens(q, k, v)
+    _tokens.comparable(q=q, k=k)
     total = _received(q, k)
     seen_by = jnp.minimum(q.shape[0], k.shape[0] - jnp.arange(k.shape[0]))
     return total / seen_by

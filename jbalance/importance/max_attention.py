@@ -37,6 +37,7 @@ def max_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, min_distance: int
     q, k, _ = _tokens.tokens(q, k, v)
     key = jnp.arange(k.shape[0])
     min_distance = checks.static_int("min_distance", min_distance, 0, k.shape[0] - 1)
+    _tokens.comparable(q=q, k=k)
     return _tokens.keep_first(_largest(q, k, min_distance), key >= len(key) - min_distance)
 
 

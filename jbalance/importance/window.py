@@ -53,7 +53,9 @@ def window(
         raise ValueError(f"kernel is {kernel}: it must be odd, say {kernel + 1}")
     if window == k.shape[0]:
         return jnp.full(k.shape[1::-1], 1.0 / window)
-    total = _received(q[-window:], k)
+    q = q[-window:]
+    _tokens.comparable(q=q, k=k)
+    total = _received(q, k)
     recent = jnp.arange(k.shape[0]) >= k.shape[0] - window
     pooled = _pool(jnp.where(recent, 0.0, total / window), kernel, pooling)
     return _tokens.keep_first(pooled, recent)
