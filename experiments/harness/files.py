@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_signed(path: Path, value: dict[str, Any], *names: str) -> None:
-    """`write_json` of an object that a later run goes on from, with the digest of these fields."""
-    value["digest"] = digest_of([value[name] for name in names])
+    """`write_json` of an object that a later run goes on from; it gets the digest of these fields."""
+    value["digest"] = _digest_of_fields(value, names)
     write_json(path, value)
 
 
@@ -103,12 +103,22 @@ def read_signed(path: Path, **kinds: type) -> dict[str, Any]:
     for name, kind in {**kinds, "digest": str}.items():
         if not isinstance(value.get(name), kind):
             raise ValueError(f"{path} lacks {name!r}: it was not written by this command")
-    if value["digest"] != digest_of([value[name] for name in kinds]):
+    if not is_signed(value, *kinds):
         raise ValueError(
             f"{path} is not what was written: its digest is not that of {', '.join(kinds)}; remove it "
             f"to run all again"
         )
     return value
+
+
+def is_signed(value: dict[str, Any], *names: str) -> bool:
+    """Whether an object has the digest that `write_signed` gave it for these fields."""
+    return value["digest"] == _digest_of_fields(value, names)
+
+
+def _digest_of_fields(value: dict[str, Any], names: Sequence[str]) -> str:
+    """Of what was run and found; what is said about it may change."""
+    return digest_of([value.get(name) for name in names])
 
 
 def json_writer(path: str | Path | None) -> Callable[[Any], None]:

@@ -14,7 +14,6 @@ HEAD = """# Hardening
 Written by `python -m experiments.harness hardening` from `docs/results/hardening.json`; do not edit.
 What was tried to break jbalance, what broke, the test that would notice again, and what is left.
 """
-# Heading, key of the file, fields and the titles of their columns.
 _TESTED = ("defects", "faults")
 # Of faults, by the letter that each begins with.
 _KINDS = {
@@ -26,6 +25,7 @@ _KINDS = {
     "F": "Arguments that are none",
     "G": "Random and hostile input",
 }
+# Heading, key of the file, fields and the titles of their columns.
 _TABLES = (
     ("What was tried", "campaigns", {"what": "", "tried": "tried", "found": "found"}),
     (

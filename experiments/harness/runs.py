@@ -21,6 +21,7 @@ _KINDS: Mapping[str, type] = {
     **dict.fromkeys(("notes", "compare", "drawn"), list),
     **dict.fromkeys(("settings", "baselines", "pictures"), dict),
 }
+_SIGNED = ("settings", "runs")
 _LARGEST = sys.float_info.max
 RunOne = Callable[[str, int, Callable[[], None]], Mapping[str, Any]]
 
@@ -54,7 +55,7 @@ def run_all(
     """
     with files.locked(out):
         report = _begun(out, about)
-        _write(out, report)  # what is said about the runs may be new
+        files.write_signed(out, report, *_SIGNED)  # what is said about the runs may be new
         done = {(run["arm"], run["seed"]) for run in report["runs"]}
         for seed in seeds:
             for arm in arms:
@@ -62,19 +63,8 @@ def run_all(
                     with progress.bar(f"{arm}, seed {seed}", steps) as advance:
                         figures = one(arm, seed, advance)
                     report["runs"].append({"arm": arm, "seed": seed, **figures})
-                    _write(out, report)
+                    files.write_signed(out, report, *_SIGNED)
     return report
-
-
-def _write(out: Path, report: dict[str, Any]) -> None:
-    """With the digest by which `read` knows that nothing was altered."""
-    report["digest"] = _digest(report)
-    files.write_json(out, report)
-
-
-def _digest(report: Mapping[str, Any]) -> str:
-    """Of what was run and found; what is said about it may change."""
-    return files.digest_of([report.get("settings"), report["runs"]])
 
 
 def _begun(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +131,7 @@ def _checked(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     for pair in report.get("compare", []):
         if not (isinstance(pair, list) and [type(x) for x in pair] == [str, str]):
             raise ValueError(f"{path}: compare holds {pair!r}: it must be pairs of arms")
-    if report["digest"] != _digest(report):
+    if not files.is_signed(report, *_SIGNED):
         raise ValueError(
             f"{path} is not what was written: its digest is not that of its settings and runs; "
             f"remove it to run them again"

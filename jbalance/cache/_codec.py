@@ -99,10 +99,7 @@ def quantize(x: jax.Array, bits: int) -> Codes:
     x = checks.floats("x", x, tuple(range(1, 9)), "[..., D]")
     bits = _check(np.shape(x)[-1], bits, "x's last axis")
     x = checks.finite("x", x)
-    largest = NORM_MAX * math.sqrt(
-        np.shape(x)[-1]
-    )  # a longer vector has no norm here at any precision
-    checks.largest_finite("x", x, largest)
+    checks.largest_finite("x", x, _most(np.shape(x)[-1]))
     codes = _quantize(jnp.asarray(x), bits)
     if checks.is_concrete(codes.norm) and not np.all(np.asarray(codes.norm) < NORM_MAX):
         raise ValueError(
@@ -189,9 +186,14 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="bits")
 def _quantize(x, bits):
     """`quantize` without its checks."""
-    most = NORM_MAX * math.sqrt(x.shape[-1])
+    most = _most(x.shape[-1])
     codes, norm = nearest(rotate(jnp.clip(x, -most, most)), bits)
     return Codes(pack_bits(codes, bits), norm.astype(jnp.float16))
+
+
+def _most(head_dim: int) -> float:
+    """Of an entry of a vector: with a larger one it has no norm here, at any precision."""
+    return NORM_MAX * math.sqrt(head_dim)
 
 
 def usable(k: jax.Array, v: jax.Array) -> jax.Array:

@@ -130,6 +130,13 @@ def fold_attention(
     return jax.lax.scan(one_block, zero, by_block)[0]
 
 
+@jax.jit  # once for all eager calls of equal shapes
+def received(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Sum over the queries [T, H, D] of the mean attention of the group's heads, [K, S]."""
+    group = q.shape[1] // k.shape[1]
+    return fold_attention(lambda w, attention, _: w + sum_queries(attention) / group, q, k)
+
+
 def _attention(q: jax.Array, k: jax.Array, position: jax.Array) -> jax.Array:
     """Causal attention [K, G, t, S] of queries [t, K, G, D]; 0 for padding behind the keys."""
     logits = jnp.einsum("tkgd,skd->kgts", q, k) / math.sqrt(q.shape[-1])

@@ -30,17 +30,6 @@ def attention_mass(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> jax.Array:
     """
     q, k, _ = _tokens.tokens(q, k, v)
     _tokens.comparable(q=q, k=k)
-    total = _received(q, k)
+    total = _tokens.received(q, k)
     seen_by = jnp.minimum(q.shape[0], k.shape[0] - jnp.arange(k.shape[0]))
     return total / seen_by
-
-
-@jax.jit  # once for all eager calls of equal shapes
-def _received(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Sum over the queries of the mean attention of the group's heads, [K, S]."""
-    group = q.shape[1] // k.shape[1]
-
-    def step(w: jax.Array, attention: jax.Array, _: jax.Array) -> jax.Array:
-        return w + _tokens.sum_queries(attention) / group
-
-    return _tokens.fold_attention(step, q, k)

@@ -55,16 +55,10 @@ def window(
         return jnp.full(k.shape[1::-1], 1.0 / window)
     q = q[-window:]
     _tokens.comparable(q=q, k=k)
-    total = _received(q, k)
+    total = _tokens.received(q, k)
     recent = jnp.arange(k.shape[0]) >= k.shape[0] - window
     pooled = _pool(jnp.where(recent, 0.0, total / window), kernel, pooling)
     return _tokens.keep_first(pooled, recent)
-
-
-@jax.jit  # once for all eager calls of equal shapes
-def _received(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Sum over the queries of the mean attention of the group's heads, [K, S]."""
-    return _tokens.fold_attention(lambda w, a, _: w + a.mean(axis=1).sum(axis=1), q, k)
 
 
 def _pool(w: jax.Array, kernel: int, pooling: str) -> jax.Array:
