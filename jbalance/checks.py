@@ -2,7 +2,7 @@
 
 The checks of values return the array that is computed with: float32 or int32, converted on the host,
 before jit could wrap a 64-bit number. Shapes are checked always. Values are checked where they are
-concrete; a tracer has none, so under jit the functions report a `Status`, and `debug_check` states the
+concrete; a tracer has none, so under jit the functions report a `Status`, and `_debug_check` states the
 same conditions for `jax.experimental.checkify`: wrap the caller in `checkify.checkify` to turn them on.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
+from jbalance._debug_check import debug_check
 from jbalance._objects import choice, function, instance, items, mapping, random_key
 
 __all__ = ["choice", "function", "instance", "items", "mapping", "random_key"]
@@ -130,7 +130,7 @@ def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], messa
         if not _is_real(x.dtype):
             raise ValueError(f"{name} has dtype {x.dtype}: it must be numbers, {want}")
         x = jnp.asarray(x).astype(jnp.float32)
-        checkify.debug_check(~jnp.any(bad(jnp, x)), message)
+        debug_check(~jnp.any(bad(jnp, x)), message)
         return x
     given = _host(name, x, want)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -150,7 +150,7 @@ def _int32(name: str, x: Any, low: int, high: int, want: str) -> Any:
     if not (kind.kind == "O" or jnp.issubdtype(kind, jnp.integer)):
         raise ValueError(f"{name} has dtype {kind}: it must be {want}")
     if not is_concrete(x):
-        checkify.debug_check(jnp.all((x >= low) & (x <= high)), f"{name} must be {want}")
+        debug_check(jnp.all((x >= low) & (x <= high)), f"{name} must be {want}")
         return jnp.asarray(x).astype(jnp.int32)
     given = _host(name, x, want)
     _where(name, given, np.asarray((given < low) | (given > high), bool), want)
@@ -245,7 +245,7 @@ def whole(name: str, x: Any) -> Any:
 def not_above(name: str, x: Any, other_name: str, other: Any) -> None:
     """ValueError where `x` > `other`, entry by entry, if both are concrete."""
     if not is_concrete(x, other):
-        checkify.debug_check(jnp.all(x <= other), f"{name} must not exceed {other_name}")
+        debug_check(jnp.all(x <= other), f"{name} must not exceed {other_name}")
         return
     x, other = np.broadcast_arrays(np.asarray(x), np.asarray(other))
     bad = x > other
@@ -336,12 +336,16 @@ def floating(name: str, x: Any) -> None:
         )
 
 
+@jax.jit
+def _largest_magnitude(x):
+    """[]; NaN where any entry is, which XLA's maximum for CPUs loses in some thousand entries."""
+    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(jnp.abs(x)))
+
+
 def largest_finite(name: str, x: Any, most: float = FLOAT32_MAX) -> None:
     """`finite` of a large array, up to `most`: only its largest magnitude leaves the device."""
     if np.size(x):
-        x = jnp.asarray(x)
-        largest = jnp.max(jnp.abs(x))  # which XLA for CPUs takes over NaN in some thousand entries
-        largest = jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, largest)
+        largest = _largest_magnitude(jnp.asarray(x))
         finite(f"the largest |{name}|", largest)
         if most < FLOAT32_MAX:
             in_range(f"the largest |{name}|", largest, 0, most)

@@ -13,6 +13,7 @@ ROOT = Path(jbalance.__file__).parent
 # Above are those that import nothing from below. A stage that is not listed fails here: list it.
 ORDER = [
     "_objects",
+    "_debug_check",
     "checks",
     "_axes",
     "_fallback",

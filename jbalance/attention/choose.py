@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import checkify
 
 from jbalance import _axes, checks
 from jbalance import _search as search
 from jbalance._bits import in_32_bits
+from jbalance._debug_check import debug_check
 from jbalance.attention import plan as plans
 from jbalance.attention.plan import TilePlan
 from jbalance.tiling import Tiling
@@ -145,9 +145,7 @@ def _budget(num_tiles, least, batch):
             f"query blocks and heads take {least}"
         )
     total = jnp.broadcast_to(jnp.asarray(num_tiles, jnp.int32), (batch,))
-    checkify.debug_check(
-        jnp.all(total >= least), f"num_tiles is below the {least} that are always there"
-    )
+    debug_check(jnp.all(total >= least), f"num_tiles is below the {least} that are always there")
     return total
 
 

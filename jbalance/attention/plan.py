@@ -7,13 +7,14 @@ same capacity run in one compiled program; which tiles they name is data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from jbalance import _axes, checks
+from jbalance._debug_check import debug_check
 from jbalance.tiling import Tiling
 
 
@@ -94,9 +95,8 @@ def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> T
     capacity = min(capacity, tiling.shape[1])
     if checks.is_concrete(mask):
         _check_tiles(np.asarray(mask), tiling, capacity)
-    found = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-    dropped = jnp.maximum(found - capacity, 0)
-    checkify.debug_check(jnp.all(dropped == 0), f"mask needs longer lists than capacity {capacity}")
+    found, dropped = _counted(mask, capacity)
+    debug_check(jnp.all(dropped == 0), f"mask needs longer lists than capacity {capacity}")
     return TilePlan(
         _listed(mask, dropped, capacity),
         found - dropped,
@@ -106,6 +106,13 @@ def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> T
         block_k=tiling.block_k,
         dropped=dropped,
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _counted(mask, capacity):
+    """How many tiles each list of `mask` has [...], and how many of them are too many."""
+    found = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    return found, jnp.maximum(found - capacity, 0)
 
 
 def _check_tiles(mask, tiling, capacity):

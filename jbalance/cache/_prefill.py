@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import checkify
 
 from jbalance import _axes, attention, checks
 from jbalance._bits import in_32_bits
+from jbalance._debug_check import debug_check
 from jbalance.attention import Partial, TilePlan, Tiling, merge
 from jbalance.cache import _admit, _channels, _codec, _price
 from jbalance.cache._admit import Report
@@ -115,7 +115,7 @@ def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, sca
 
     rows = jnp.arange(requests), heads, own, k, v, queries
     cache, (y, shortfall) = lax.scan(one_request, cache, rows)
-    checkify.debug_check(jnp.all(shortfall == 0), "allowance_pages is below KVCache.floor_pages")
+    debug_check(jnp.all(shortfall == 0), "allowance_pages is below KVCache.floor_pages")
     return jax.vmap(lambda x: by_token(x, size))(y).astype(q.dtype), cache
 
 
