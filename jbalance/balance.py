@@ -6,6 +6,7 @@ jit-compiled step: new importance, budgets and feedback are data, so it is trace
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,17 +104,27 @@ def balancer(
         w = checks.non_negative("w", w)
         checks.same_length("w", w, "state.average", state.average)
         w = jnp.asarray(w, jnp.float32)
-        step = state.step + 1
-        # What is no importance makes this step invalid, but not those to come: it counts as before.
-        valid = (w >= 0) & jnp.isfinite(w)
-        before = state.average / jnp.where(state.step > 0, 1 - jnp.float32(decay) ** state.step, 1)
-        average = decay * state.average + (1 - decay) * jnp.where(valid, w, before)
-        known = jnp.where(valid, average / (1 - jnp.float32(decay) ** step), w)
+        known, state = _averaged(w, state, decay)
         known, alpha = shares_of.run(known, budget, feedback)
         allocation = whole(alpha, budget, floor, cap, device_of, axis_name=axis_name)
-        return Balance(known, alpha, allocation), BalanceState(average, step)
+        return Balance(known, alpha, allocation), state
 
     return Balancer(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="decay")
+def _averaged(w: jax.Array, state: BalanceState, decay: float) -> tuple[jax.Array, BalanceState]:
+    """The bias-corrected moving average with `w`, and the state after it.
+
+    One program for all steps: without jit a power of a known number is one of its own for each.
+    """
+    step = state.step + 1
+    # What is no importance makes this step invalid, but not those to come: it counts as before.
+    valid = (w >= 0) & jnp.isfinite(w)
+    before = state.average / jnp.where(state.step > 0, 1 - jnp.float32(decay) ** state.step, 1)
+    average = decay * state.average + (1 - decay) * jnp.where(valid, w, before)
+    known = jnp.where(valid, average / (1 - jnp.float32(decay) ** step), w)
+    return known, BalanceState(average, step)
 
 
 class _Rule(NamedTuple):

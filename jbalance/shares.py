@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +47,13 @@ def proportional(
     """
     _check(w)
     w = jnp.asarray(checks.non_negative("w", w))
+    if where is not None:
+        where = jnp.asarray(checks.booleans("where", where, w.shape, "[U]"))
+    return _proportional(w, where, axis_name)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _proportional(w, where, axis_name):
     w = _only(where, jnp.where((w >= 0) & jnp.isfinite(w), w, jnp.nan), 0.0)
     w, _ = search.normalize(w, _max(lax.stop_gradient(w), axis_name))
     w = _only(where, w, 0.0)
@@ -216,6 +224,12 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     curves = checks.non_negative("curves", curves)
     checks.rank("amount", amount, 0, "[]")
     amount = checks.non_negative("amount", amount)
+    return proportional(_taken(curves, amount, axis_name), axis_name=axis_name)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _taken(curves, amount, axis_name):
+    """[U]: how many each owner takes at the price at which all together take `amount`."""
     # [U, M]: how many are worth at least each bin's lower end.
     above = jnp.cumsum(jnp.asarray(curves, jnp.float32)[:, ::-1], axis=1)[:, ::-1]
     above = jnp.pad(above, ((0, 0), (0, 1)))
@@ -225,8 +239,7 @@ def priced(curves: ArrayLike, amount: ArrayLike, *, axis_name: str | None = None
     in_bin = total[price_bin] - total[price_bin + 1]
     part = (amount - total[price_bin + 1]) / jnp.where(in_bin > 0, in_bin, 1)
     part = jnp.clip(part, 0, 1)
-    taken = above[:, price_bin + 1] + part * (above[:, price_bin] - above[:, price_bin + 1])
-    return proportional(taken, axis_name=axis_name)
+    return above[:, price_bin + 1] + part * (above[:, price_bin] - above[:, price_bin + 1])
 
 
 def _uniform_like(

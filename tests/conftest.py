@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -34,13 +35,20 @@ from hypothesis import settings  # noqa: E402
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all processes of theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 LIBC = ctypes.CDLL(None)
-MOST_BYTES = 2 << 30  # of a worker, before it forgets what was compiled
+MOST_BYTES = 3 << 30  # of a worker, before it forgets what was compiled
 
 settings.register_profile("jbalance", deadline=None, derandomize=True, max_examples=50)
 # `make test-all`; and hours of it: HYPOTHESIS_PROFILE=long, with the tests' names.
 settings.register_profile("more", deadline=None, print_blob=True, max_examples=300)
 settings.register_profile("long", deadline=None, print_blob=True, max_examples=100_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jbalance"))
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes so many tuples that a tenth of a worker's time went into looking for cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def _resident_bytes() -> int:

@@ -17,6 +17,7 @@ others being on other devices: `slots` says which.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -277,24 +278,31 @@ def around(
     windows: Sequence[int | None] | None = None,
 ) -> KVCache:
     """An empty cache with this arena; R = 0 for one that is only read."""
-    units, head_dim = arena.count.shape[0], arena.head_dim
     return KVCache(
         arena=arena,
-        centroids=_centroids.create(units, head_dim),
-        key_mean=jnp.zeros((units, head_dim), jnp.bfloat16),
-        key_channels=jnp.zeros((units, head_dim), jnp.int8),
-        value_scale=jnp.zeros((units, head_dim), jnp.int8),
-        recent_keys=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
-        recent_values=jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
-        recent_energy=jnp.zeros((units, recent_tokens), jnp.float32),
-        recent_start=jnp.zeros(num_requests, jnp.int32),
-        recent_count=jnp.zeros(num_requests, jnp.int32),
         slots=jnp.array(slots, jnp.int32),
-        layers_done=jnp.zeros((), jnp.int32),
         clock=None
         if windows is None
         else create_clock(windows, slots, num_requests, recent_tokens),
+        **_nothing(arena.count.shape[0], arena.head_dim, num_requests, recent_tokens),
     )
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _nothing(units, head_dim, num_requests, recent_tokens):
+    """The fields of a cache that are zero at first, by one program."""
+    return {
+        "centroids": _centroids.create(units, head_dim),
+        "key_mean": jnp.zeros((units, head_dim), jnp.bfloat16),
+        "key_channels": jnp.zeros((units, head_dim), jnp.int8),
+        "value_scale": jnp.zeros((units, head_dim), jnp.int8),
+        "recent_keys": jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
+        "recent_values": jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
+        "recent_energy": jnp.zeros((units, recent_tokens), jnp.float32),
+        "recent_start": jnp.zeros(num_requests, jnp.int32),
+        "recent_count": jnp.zeros(num_requests, jnp.int32),
+        "layers_done": jnp.zeros((), jnp.int32),
+    }
 
 
 def unit_bytes(head_dim: int, recent_tokens: int) -> int:

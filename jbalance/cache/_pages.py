@@ -9,6 +9,7 @@ whose is data, so that allocations change without compiling anew.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -158,6 +159,7 @@ def create(
     return empty(num_pages, num_units, head_dim, bits, page_bytes, timed=timed)
 
 
+@functools.partial(jax.jit, static_argnums=range(5), static_argnames="timed")
 def empty(
     num_pages: int,
     num_units: int,
@@ -203,23 +205,30 @@ def reallocate(arena: Arena, pages: jax.Array) -> tuple[Arena, jax.Array]:
             f"pages is {jnp.result_type(pages)} of shape {np.shape(pages)}: it must be integers of "
             f"shape [U, M] = {arena.count.shape}"
         )
-    most = arena.num_pages + 1  # clipped here, sums stay in int32
-    want = jnp.clip(jnp.asarray(pages), -most, most).astype(jnp.int32).reshape(-1)
-    below = -jnp.sum(jnp.minimum(want, 0))
-    shortfall = jnp.maximum(jnp.sum(jnp.maximum(want, 0)) - arena.num_pages, 0) + below
-    offset = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(want, dtype=jnp.int32)])
-    room = want.reshape(arena.count.shape) * np.array(arena.page_tokens, np.int32)
-    count = jnp.minimum(arena.count, room)
-    order = _reorder(arena.order, arena.offset, offset)
-    order, offset, count = (
-        jnp.where(shortfall == 0, new, old)
-        for new, old in ((order, arena.order), (offset, arena.offset), (count, arena.count))
+    tables, shortfall = _reallocated(
+        (arena.order, arena.offset, arena.count), pages, tuple(arena.page_tokens)
     )
+    order, offset, count = tables
     return dataclasses.replace(arena, order=order, offset=offset, count=count), shortfall
 
 
-@jax.jit
-def _reorder(order, old, new):
+@functools.partial(jax.jit, static_argnums=2)
+def _reallocated(tables, pages, page_tokens):
+    """The tables of an arena whose groups have so many pages, or as before, and the shortfall."""
+    order, offset, count = tables
+    most = order.shape[0] + 1  # clipped here, sums stay in int32
+    want = jnp.clip(jnp.asarray(pages), -most, most).astype(jnp.int32).reshape(-1)
+    below = -jnp.sum(jnp.minimum(want, 0))
+    shortfall = jnp.maximum(jnp.sum(jnp.maximum(want, 0)) - order.shape[0], 0) + below
+    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(want, dtype=jnp.int32)])
+    room = want.reshape(count.shape) * np.array(page_tokens, np.int32)
+    after = _reordered(order, offset, begins), begins, jnp.minimum(count, room)
+    return jax.tree.map(
+        lambda new, old: jnp.where(shortfall == 0, new, old), after, tables
+    ), shortfall
+
+
+def _reordered(order, old, new):
     """`order` under new offsets: pages that stay first in their groups, others fill what is left."""
     place = jnp.arange(order.shape[0], dtype=jnp.int32)
     kept = jnp.append(jnp.minimum(jnp.diff(old), jnp.diff(new)), 0)  # of the free pages none

@@ -65,6 +65,7 @@ def encode_worth(w: jax.Array) -> jax.Array:
     return code.astype(jnp.uint8)
 
 
+@jax.jit
 def decode_worth(code: jax.Array) -> jax.Array:
     """The worth of a code [...] uint8, float32; infinite for `PROTECTED`."""
     w = jnp.exp2((code.astype(jnp.float32) - _OF_ONE) / _PER_OCTAVE)
@@ -117,6 +118,7 @@ def error(head_dim: int, bits: int) -> float:
     return _ERROR[bits] * (1 + keys) / 2
 
 
+@jax.jit
 def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:
     """The level that each token reaches: an index into the levels, or M for evicted.
 
@@ -161,6 +163,11 @@ def price_of(
             f"histogram has shape {np.shape(histogram)}: "
             f"it must be [U, M, {NUM_CODES}] with M = {len(offsets)}"
         )
+    return _price_of(histogram, offsets, page_tokens, allowance_pages)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _price_of(histogram, offsets, page_tokens, allowance_pages):
     prices = every_price(offsets)
     need = pages_at(histogram, offsets, page_tokens)
     total = jnp.sum(need, axis=0)
@@ -196,6 +203,7 @@ def pages_at(
     return sum(-(-count // size) for count, size in zip(counts, page_tokens, strict=True))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def filled(
     histogram: jax.Array, price: jax.Array, offsets: tuple[int, ...], page_tokens: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:

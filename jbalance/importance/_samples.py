@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -67,12 +68,19 @@ def per_class(values: jax.Array, y: jax.Array, num_classes: int) -> jax.Array:
 def histogram(x: Any, y: jax.Array, *, bins: int, num_classes: int) -> jax.Array:
     """Samples by feature, bin of equal width and class, [N, bins, C] float32."""
     bins = checks.static_int("bins", bins, 1)
-    index = jnp.minimum(jnp.floor(unit_interval(x) * bins).astype(jnp.int32), bins - 1)
-    feature = jnp.arange(x.shape[1])
-    counts = jnp.zeros((x.shape[1], bins, num_classes), jnp.float32)
+    return _counted(unit_interval(x), y, bins, num_classes)
+
+
+@functools.partial(jax.jit, static_argnames=("bins", "num_classes"))
+def _counted(unit, y, bins, num_classes):
+    """`histogram` of features within 0..1."""
+    index = jnp.minimum(jnp.floor(unit * bins).astype(jnp.int32), bins - 1)
+    feature = jnp.arange(unit.shape[1])
+    counts = jnp.zeros((unit.shape[1], bins, num_classes), jnp.float32)
     return counts.at[feature, index, y[:, None]].add(1.0, mode="drop")
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def entropy_nats(counts: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
     """-Σ p log p of counts along `axis`, with 0 log 0 = 0; 0 where all counts are 0."""
     total = counts.sum(axis=axis, keepdims=True)
@@ -80,6 +88,7 @@ def entropy_nats(counts: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Arr
     return -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)), axis=axis)
 
 
+@jax.jit
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """numerator / denominator within 0..1, and 0 where the denominator is 0."""
     safe = jnp.where(denominator > 0, denominator, 1.0)

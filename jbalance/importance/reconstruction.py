@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -86,8 +87,17 @@ def reconstruction(
     if start is not None:
         start = checks.one_int("start", start, 0, checks.INT32_MAX)
     if frequencies is not None:
+        frequencies = jnp.asarray(frequencies, jnp.float32)
+    return _reconstruction(q, k, frequencies, number, shift, start, reach, samples, num_sinks)
+
+
+@functools.partial(jax.jit, static_argnames=("reach", "samples", "num_sinks"))
+def _reconstruction(q, k, frequencies, number, shift, start, reach, samples, num_sinks):
+    """`reconstruction` of arguments that are checked, by one program."""
+    size = k.shape[0]
+    if frequencies is not None:
         ahead = jnp.asarray(number if shift is None else shift, jnp.float32)
-        q = _rotary.turn(q, ahead * jnp.asarray(frequencies, jnp.float32))
+        q = _rotary.turn(q, ahead * frequencies)
     heads = jnp.moveaxis(_tokens.by_group(q / math.sqrt(q.shape[-1]), k.shape[1]), 0, 2)
     keys = jnp.moveaxis(k, 1, 0)  # [K, S, D]; heads are [K, G, T, D]
     first = jnp.int32(0 if start is None else start)

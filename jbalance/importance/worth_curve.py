@@ -36,9 +36,14 @@ def worth_curve(value: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     checks.non_empty("value", value)
     value = checks.non_negative("value", value)
     value = jnp.asarray(value, jnp.float32)
-    counts = jnp.ones(value.shape[-1:])
     if where is not None:
-        counts = jnp.asarray(checks.booleans("where", where, value.shape[-1:], "[N]"), jnp.float32)
+        where = jnp.asarray(checks.booleans("where", where, value.shape[-1:], "[N]"))
+    return _curve(value, where)
+
+
+@jax.jit
+def _curve(value, where):
+    counts = jnp.ones(value.shape[-1:]) if where is None else where.astype(jnp.float32)
     bins = lax.bitcast_convert_type(value, jnp.int32) >> _SHIFT
     counts = jnp.broadcast_to(counts / np.prod(value.shape[:-1]), value.shape)
     return jnp.zeros(CURVE_BINS, jnp.float32).at[bins].add(counts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import jbalance
 from tests.support.calls import CALLS
 from tests.support.compilations import compilations
 from tests.support.more_calls import MORE_CALLS
@@ -31,3 +33,13 @@ def test_a_function(name):
 @pytest.mark.parametrize("name", sorted(ALL_CALLS.keys() - ONCE_A_MODEL))
 def test_every_function(name):
     check(name)
+
+
+def test_later_steps_of_a_balancer():
+    """Whose state counts the steps: a power of a known number would be a program of its own."""
+    balancer = jbalance.balance.balancer()
+    state, w = balancer.init(4), jnp.arange(4.0)
+    for step in range(4):
+        with compilations() as compiled:
+            _, state = balancer.update(w, state, 8)
+        assert step < 2 or not compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -83,9 +84,15 @@ REPORTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Each of the reports as it is written, once: a second of pictures."""
+    return functools.cache(lambda case: written(REPORTS[case](), tmp_path_factory.mktemp("report")))
+
+
 @pytest.mark.parametrize("case", REPORTS)
-def test_page_and_json_stand_alone(case, tmp_path):
-    page, text, strict = written(REPORTS[case](), tmp_path)
+def test_page_and_json_stand_alone(case, pages):
+    page, text, strict = pages(case)
     names = {tag for tag, _ in page.tags}
     assert names.isdisjoint({"script", "link", "iframe", "img", "a", "object", "base"})
     for _, attrs in page.tags:
@@ -100,8 +107,8 @@ def test_page_and_json_stand_alone(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", REPORTS)
-def test_pictures_have_a_text_and_their_own_ids(case, tmp_path):
-    page, text, _ = written(REPORTS[case](), tmp_path)
+def test_pictures_have_a_text_and_their_own_ids(case, pages):
+    page, text, _ = pages(case)
     pictures = page.all("svg")
     has_prices = case not in {"only the full cache", "one device, one policy, one head"}
     assert len(pictures) == (6 if has_prices else 5) == text.count("<figcaption>")
@@ -112,8 +119,8 @@ def test_pictures_have_a_text_and_their_own_ids(case, tmp_path):
     assert wanted <= set(ids)
 
 
-def test_pictures_take_every_colour_from_the_page(tmp_path):
-    _, text, _ = written(made_up_report(8, MANY), tmp_path)
+def test_pictures_take_every_colour_from_the_page(pages):
+    _, text, _ = pages("eight devices, twenty policies")
     for picture in re.findall("<svg.*?</svg>", text, re.S):
         assert not re.search(r"(fill|stroke): (#|rgb)", picture)
     used = set(re.findall(r"var\(--(\w+)\)", text))
@@ -121,9 +128,9 @@ def test_pictures_take_every_colour_from_the_page(tmp_path):
         assert used <= set(re.findall(r"--(\w+):", scheme))
 
 
-def test_page_says_what_was_run_and_found(tmp_path):
+def test_page_says_what_was_run_and_found(pages):
     report = made_up_report()
-    page, text, _ = written(report, tmp_path)
+    page, text, _ = pages("as a run")
     for row in report["policies"]:
         assert row["policy"] in page.text
         assert row["answer_text"].strip() in page.text
@@ -164,15 +171,15 @@ def test_evenness_of_the_heads_is_measured(tmp_path):
     assert "hold 0.0 % of the tokens; Gini coefficient 0.75" in words
 
 
-def test_hostile_text_is_text(tmp_path):
-    page, text, _ = written(hostile_report(), tmp_path)
+def test_hostile_text_is_text(pages):
+    page, text, _ = pages("hostile text")
     assert "<script>alert('x')</script>" in page.text
     assert "<script" not in text
     assert len(text) < 400_000
 
 
-def test_without_a_pass_key_nothing_is_said_of_one(tmp_path):
-    page, *_ = written(made_up_report(passkey=False), tmp_path)
+def test_without_a_pass_key_nothing_is_said_of_one(pages):
+    page, *_ = pages("no pass key")
     assert "was planted" not in page.text
     assert "marked band" not in page.text
 
@@ -189,8 +196,8 @@ def test_json_keeps_the_figures_and_is_stable(tmp_path):
         assert (tmp_path / name).read_bytes() == want
 
 
-def test_json_has_null_where_a_figure_is_not_finite(tmp_path):
-    _, _, strict = written(not_finite_report(), tmp_path)
+def test_json_has_null_where_a_figure_is_not_finite(pages):
+    _, _, strict = pages("not finite")
     assert strict["policies"][1]["kl"] is None
     assert strict["importance"]["mean"][7] is None
 
