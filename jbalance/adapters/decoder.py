@@ -246,6 +246,12 @@ def _is_in(path, name) -> bool:
     return getattr(first, "key", getattr(first, "name", None)) == name
 
 
+@jax.jit
+def _layer_of(stacked, index):
+    """The arrays of one layer of a stack, all by one program."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+
+
 def _layers(held, name) -> list[tuple[Any, Any]]:
     """What is static of each layer, and its arrays."""
     if isinstance(held, linen.Module):
@@ -263,7 +269,7 @@ def _layers(held, name) -> list[tuple[Any, Any]]:
             )
         static, state = nnx.split(held)
         number = sizes.pop()[0]
-        return [(static, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(number)]
+        return [(static, _layer_of(state, i)) for i in range(number)]
     parts = [_split(layer) for layer in checks.items(f"model.{name}", held, "layers")]
     if not parts:
         raise ValueError(f"model.{name} is empty")

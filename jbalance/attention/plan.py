@@ -131,7 +131,7 @@ def _listed(mask, dropped, capacity):
     """Blocks [..., C] where `mask` holds, without the first `dropped`."""
     if checks.is_concrete(mask):
         first = np.argsort(~np.asarray(mask), axis=-1, kind="stable")
-        return jnp.asarray(first[..., :capacity], jnp.int32)
+        return jnp.asarray(first[..., :capacity].astype(np.int32))
     place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 - dropped[..., None]
     place = jnp.where(mask & (place >= 0), place, capacity).reshape(-1, mask.shape[-1])
     lists = jnp.zeros((place.shape[0], capacity), jnp.int32)
@@ -192,6 +192,11 @@ def _check_ascending(lists, count):
 def to_mask(plan: TilePlan) -> jax.Array:
     """[B|1, H|1, I, J] bool, the tiles of the plan."""
     checks.instance("plan", plan, TilePlan)
+    return _to_mask(plan)
+
+
+@jax.jit
+def _to_mask(plan):
     listed = jnp.arange(plan.capacity) < plan.count[..., None]
     same = plan.blocks[..., None] == jnp.arange(plan.num_key_blocks)
     return jnp.any(same & listed[..., None], axis=-2)
@@ -200,7 +205,7 @@ def to_mask(plan: TilePlan) -> jax.Array:
 def dense(tiling: Tiling) -> TilePlan:
     """All visible tiles: dense attention, causal or full."""
     checks.instance("tiling", tiling, Tiling)
-    return from_mask(jnp.asarray(tiling.visible())[None, None], tiling)
+    return from_mask(tiling.visible()[None, None], tiling)
 
 
 def window(size: int, tiling: Tiling, num_sinks: int = 0) -> TilePlan:
@@ -222,7 +227,7 @@ def window(size: int, tiling: Tiling, num_sinks: int = 0) -> TilePlan:
     if not tiling.causal:
         near &= blocks.first_key < blocks.last_query + size
     mask = (near | (blocks.first_key < num_sinks)) & tiling.visible()
-    return from_mask(jnp.asarray(mask)[None, None], tiling)
+    return from_mask(mask[None, None], tiling)
 
 
 def segments(q_ids: jax.Array, k_ids: jax.Array, tiling: Tiling) -> TilePlan:

@@ -138,6 +138,11 @@ def dequantize(codes: Codes, head_dim: int, bits: int) -> jax.Array:
             f"codes.norm has shape {codes.norm.shape}: it must be {codes.packed.shape[:-1]}, "
             f"one for each vector of codes.packed"
         )
+    return _dequantized(codes, head_dim, bits)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dequantized(codes, head_dim, bits):
     level = _value(integer_levels(codes.packed, bits), head_dim, bits)
     return unrotate(level * codes.norm.astype(jnp.float32)[..., None])
 

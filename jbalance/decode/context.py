@@ -192,7 +192,7 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
         room.page_bytes,
         timed=room.timed,
     )
-    arena, missing = _pages.reallocate(arena, jnp.asarray(need, jnp.int32))
+    arena, missing = _pages.reallocate(arena, jnp.asarray(need.astype(np.int32)))
     if missing:
         raise RuntimeError(f"device {device} lacks {missing} pages for what was planned")
     cache = _cache.around(arena, slots, 1, 0, windows=plan.windows)

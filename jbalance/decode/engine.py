@@ -154,16 +154,21 @@ def _prefill(model, state, request, prompt, capacity, known, on_layer):
 
 def _chosen(state, caches, request, logits, position) -> State:
     """The state after a request's prompt: its first token, from the logits [V] behind it."""
-    one = jax.tree.map(lambda x: x[request : request + 1], state.samplers)
-    token = sample(logits[None], one, jnp.array([position], jnp.int32))[0]
+    tables = state.tokens, state.positions
+    token, (tokens, positions) = _first_token(state.samplers, logits, position, request, tables)
     if int(token) < 0:
         check_numbers("after the prompt", logits)
-    return dataclasses.replace(
-        state,
-        caches=caches,
-        tokens=state.tokens.at[request].set(token),
-        positions=state.positions.at[request].set(position),
-    )
+    return dataclasses.replace(state, caches=caches, tokens=tokens, positions=positions)
+
+
+@jax.jit
+def _first_token(samplers, logits, position, request, tables):
+    """The token that one request begins with, and the tables of tokens and positions with its own."""
+    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, request, 1), samplers)
+    position = jnp.asarray(position, jnp.int32)
+    token = sample(logits[None], one, position[None])[0]
+    tokens, positions = tables
+    return token, (tokens.at[request].set(token), positions.at[request].set(position))
 
 
 @in_32_bits

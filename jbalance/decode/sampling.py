@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -46,17 +47,23 @@ class Samplers(NamedTuple):
     @classmethod
     def greedy(cls, num_requests: int) -> Samplers:
         """Of requests that have not said otherwise."""
-        zeros = jnp.zeros(num_requests, jnp.int32)
-        return cls(zeros.astype(jnp.float32), zeros, jnp.ones(num_requests), zeros + 0)
+        return _greedy(num_requests)
 
     def replaced(self, request: int, one: Sampling) -> Samplers:
         """With one request's."""
-        return Samplers(
-            *(
-                x.at[request].set(getattr(one, name))
-                for name, x in zip(self._fields, self, strict=True)
-            )
-        )
+        return _replaced(self, request, Samplers(*(getattr(one, name) for name in self._fields)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _greedy(num_requests):
+    whole = jnp.zeros(num_requests, jnp.int32)
+    return Samplers(jnp.zeros(num_requests), whole, jnp.ones(num_requests), whole)
+
+
+@jax.jit
+def _replaced(samplers, request, one):
+    """All tables by one program: without jit a prompt waits for each."""
+    return jax.tree.map(lambda x, own: x.at[request].set(own), samplers, one)
 
 
 @jax.jit  # or each prompt's first token compiles a program of its own, which stays

@@ -13,6 +13,10 @@ from jbalance import cache
 from jbalance.cache import _codec
 from jbalance.cache._rotation import rotate, rotation, unrotate
 
+pack_bits, integer_levels = (
+    jax.jit(f, static_argnums=1) for f in (_codec.pack_bits, _codec.integer_levels)
+)
+
 BITS = [1, 2, 3, 4, 8]
 SOME_BITS = [3, 8, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 2, 4))]
 D = 64
@@ -143,7 +147,7 @@ def test_bytes_are_exact(bits, head_dim):
 def test_packing_loses_nothing(bits, groups, data):
     size = 8 * groups
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=size, max_size=size))
-    packed = _codec.pack_bits(jnp.asarray(codes), bits)
+    packed = pack_bits(jnp.asarray(codes), bits)
     assert packed.dtype == jnp.uint8
     assert packed.shape == (size * bits // 8,)
     np.testing.assert_array_equal(unpacked(packed, bits), codes)
@@ -154,35 +158,33 @@ def test_every_byte_is_a_code(bits):
     # Unpacking and packing give the bytes back, so no two patterns mean the same.
     packed = np.random.default_rng(0).integers(0, 256, (50, D * bits // 8)).astype(np.uint8)
     codes = jnp.asarray(unpacked(packed, bits))
-    np.testing.assert_array_equal(_codec.pack_bits(codes, bits), packed)
+    np.testing.assert_array_equal(pack_bits(codes, bits), packed)
 
 
 def test_layout_is_the_documented_one():
     # Stored caches depend on it: code i at bit 4 (i div 4) of byte i mod 4; 3 bits: two planes.
-    np.testing.assert_array_equal(_codec.pack_bits(jnp.arange(8), 4), [0x40, 0x51, 0x62, 0x73])
+    np.testing.assert_array_equal(pack_bits(jnp.arange(8), 4), [0x40, 0x51, 0x62, 0x73])
     codes = np.array([5, 2, 7, 0, 1, 6, 3, 4])
     low, high = codes & 3, codes >> 2
     want = [
         *(sum(low[2 * i + j] << (2 * i) for i in range(4)) for j in range(2)),
         sum(high[i] << i for i in range(8)),
     ]
-    np.testing.assert_array_equal(_codec.pack_bits(jnp.asarray(codes), 3), want)
+    np.testing.assert_array_equal(pack_bits(jnp.asarray(codes), 3), want)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_tokens_may_lie_coordinate_by_coordinate(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (7, D))
-    packed = _codec.pack_bits(jnp.asarray(codes), bits)
-    by_coordinate = _codec.integer_levels(packed.T.reshape(-1), bits).reshape(D, 7)
-    np.testing.assert_array_equal(by_coordinate, _codec.integer_levels(packed, bits).T)
+    packed = pack_bits(jnp.asarray(codes), bits)
+    by_coordinate = integer_levels(packed.T.reshape(-1), bits).reshape(D, 7)
+    np.testing.assert_array_equal(by_coordinate, integer_levels(packed, bits).T)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_integer_levels_are_the_levels(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (50, D))
-    whole = np.asarray(
-        _codec.integer_levels(_codec.pack_bits(jnp.asarray(codes), bits), bits), float
-    )
+    whole = np.asarray(integer_levels(pack_bits(jnp.asarray(codes), bits), bits), float)
     value = (whole + 0.5 * (bits == 8)) * _codec.step(D, bits)
     np.testing.assert_allclose(value, _codec.levels(D, bits)[codes], rtol=1e-6)
 
@@ -260,7 +262,7 @@ def test_rotation_is_orthonormal_and_flat(head_dim):
 def test_attention_needs_no_rotation_back(bits):
     x, q = gaussian(50, D), gaussian(3, D, seed=1)
     codes = cache.quantize(x, bits)
-    whole = _codec.integer_levels(codes.packed, bits) + 0.5 * (bits == 8)
+    whole = integer_levels(codes.packed, bits) + 0.5 * (bits == 8)
     stored = whole * _codec.step(D, bits) * codes.norm.astype(jnp.float32)[:, None]
     np.testing.assert_allclose(
         rotate(q) @ stored.T, q @ cache.dequantize(codes, D, bits).T, atol=1e-4

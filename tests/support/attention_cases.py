@@ -85,7 +85,7 @@ def problem(case: Case, seed: int, dtype: Any = jnp.float32) -> tuple[dict, dict
     batch, queries, keys, heads = case.batch, case.queries, case.keys, case.heads
 
     def normal(*shape, dtype=jnp.float32):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
 
     floats = {
         "q": normal(batch, queries, heads, case.head_dim, dtype=dtype),
