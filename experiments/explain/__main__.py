@@ -38,9 +38,10 @@ def _study(smoke: bool) -> study.Study:
             "correlations of these with the sum of a scorer's w over what is hidden; six contexts of "
             "three texts. "
             "Which tokens the very next words need, the last queries know best (`window`, and with it "
-            "`combined`). But heads and layers, among which bytes are divided, are ordered best by "
-            "`sketch`, by which `ladder` keeps tokens, and `repetition`, which ask for the worth to any "
-            "later question in one currency: attention mass sums to nearly the same in every head. "
+            "`combined`), and `worth` no worse by more than the interval. But heads and layers, among which bytes are divided, are ordered best by "
+            "scorers that ask for the worth to any later question in one currency: `worth`, by which "
+            "`ladder` keeps tokens, `repetition` and `sketch`; attention mass sums to nearly the same in "
+            "every head. "
             "Where it does not help: six parts of a text are few to order, and their correlations vary "
             "by some tenths between contexts."
         ),
@@ -50,7 +51,8 @@ def _study(smoke: bool) -> study.Study:
             "parts": experiment.PARTS,
         },
         "compare": [
-            ["sketch", other] for other in ("repetition", "attention_mass", "window", "random")
+            ["worth", other]
+            for other in ("repetition", "sketch", "attention_mass", "window", "random")
         ],
     }
 

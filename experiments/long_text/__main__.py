@@ -43,7 +43,7 @@ def _study(smoke: bool) -> study.Study:
             "have, `proportional` as the source prints it, `ladder` at one price. Nats a token of what "
             "the text says of the term, its first 24 tokens, and ROUGE-L of the greedy answers with it. "
             "At a quarter of the bytes `ladder` answers as the whole cache does; at a tenth it has lost "
-            "a few hundredths of what reading the text brings, where those that evict answer almost as "
+            "four thousandths of what reading the text brings, where those that evict answer almost as "
             "if they had not read it. Where it does not help: the model's own answers are short of "
             "the text even with everything, ROUGE-L 0.4, and 48 questions say little of differences of "
             "some hundredths."

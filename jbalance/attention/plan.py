@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jbalance import _axes, checks
 from jbalance._debug_check import debug_check
@@ -68,7 +69,7 @@ class TilePlan:
         return self.num_tiles / max(1, self.count.size * self.num_key_blocks)
 
 
-def from_mask(mask: jax.Array, tiling: Tiling, capacity: int | None = None) -> TilePlan:
+def from_mask(mask: ArrayLike, tiling: Tiling, capacity: int | None = None) -> TilePlan:
     """The plan of the tiles where `mask` holds.
 
     Args:
