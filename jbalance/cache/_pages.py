@@ -205,10 +205,8 @@ def reallocate(arena: Arena, pages: jax.Array) -> tuple[Arena, jax.Array]:
             f"pages is {jnp.result_type(pages)} of shape {np.shape(pages)}: it must be integers of "
             f"shape [U, M] = {arena.count.shape}"
         )
-    tables, shortfall = _reallocated(
-        (arena.order, arena.offset, arena.count), pages, tuple(arena.page_tokens)
-    )
-    order, offset, count = tables
+    tables = arena.order, arena.offset, arena.count
+    (order, offset, count), shortfall = _reallocated(tables, pages, arena.page_tokens)
     return dataclasses.replace(arena, order=order, offset=offset, count=count), shortfall
 
 

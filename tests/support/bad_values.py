@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jbalance
 from jbalance.types import Status
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-LIBRARY = ROOT / "jbalance"
+LIBRARY = pathlib.Path(jbalance.__file__).resolve().parent  # of a wheel not beside this file
 NAN, INF = float("nan"), float("inf")
 LONGEST = 2000  # characters of a message
 
