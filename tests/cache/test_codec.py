@@ -228,7 +228,8 @@ def test_zero_tiny_and_empty(bits):
     x = np.stack([np.zeros(D), np.full(D, 1e-30), gaussian(D)]).astype(np.float32)
     out = np.asarray(coded(x, bits))
     np.testing.assert_array_equal(out[:2], 0)
-    np.testing.assert_array_equal(out[2], np.asarray(coded(x[2:], bits))[0])
+    alone = np.asarray(coded(x[2:], bits))[0]  # by a program of another shape, which may round
+    np.testing.assert_allclose(out[2], alone, rtol=0, atol=1e-6)
     assert coded(np.zeros((0, D), np.float32), bits).shape == (0, D)
 
 
