@@ -121,7 +121,7 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], message: str) -> Any:
+def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any]) -> Any:
     """Numbers in float32, whatever their type was on the host: checked now, or by checkify.
 
     Inside jit NumPy's 64-bit integers would wrap, and other byte orders be misread.
@@ -130,7 +130,7 @@ def _float32(name: str, x: Any, want: str, bad: Callable[[Any, Any], Any], messa
         if not _is_real(x.dtype):
             raise ValueError(f"{name} has dtype {x.dtype}: it must be numbers, {want}")
         x = jnp.asarray(x).astype(jnp.float32)
-        debug_check(~jnp.any(bad(jnp, x)), message)
+        debug_check(~jnp.any(bad(jnp, x)), f"{name} must be {want}")
         return x
     given = _host(name, x, want)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -175,7 +175,7 @@ def host_numbers(name: str, x: Any) -> np.ndarray:
 
 def finite(name: str, x: Any) -> Any:
     """`x` in float32; ValueError if it holds NaN, infinity or more than float32 can."""
-    return _float32(name, x, "finite", lambda np_, x: ~np_.isfinite(x), f"{name} must be finite")
+    return _float32(name, x, "finite", lambda np_, x: ~np_.isfinite(x))
 
 
 def non_negative(name: str, x: Any) -> Any:
@@ -185,7 +185,6 @@ def non_negative(name: str, x: Any) -> Any:
         x,
         "finite and >= 0",
         lambda np_, x: ~(np_.isfinite(x) & (x >= 0)),
-        f"{name} must be finite and >= 0",
     )
 
 
@@ -199,7 +198,6 @@ def positive(name: str, x: Any) -> Any:
         x,
         "finite and > 0",
         lambda np_, x: ~(np_.isfinite(x) & (x >= FLOAT32_TINY)),
-        f"{name} must be finite and > 0",
     )
 
 
@@ -210,7 +208,6 @@ def in_range(name: str, x: Any, low: float, high: float) -> Any:
         x,
         f"in [{low}, {high}]",
         lambda np_, x: ~((x >= low) & (x <= high)),
-        f"{name} must be in [{low}, {high}]",
     )
 
 
