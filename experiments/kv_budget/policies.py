@@ -18,6 +18,7 @@ from experiments.kv_budget.measure import Measured
 from jbalance import allocate, checks, shares
 from jbalance.cache import _cache
 from jbalance.cache._layout import token_bytes
+from jbalance.cache._sight import MOST_WINDOW
 from jbalance.decode import plan as planning
 from jbalance.decode.context import Context, first_prompt_codes, write
 from jbalance.decode.plan import Levels, Plan, Reserve, Room
@@ -197,8 +198,9 @@ def _beside_windows(policy, measured, budgets_bytes, windows) -> Plan:
     if not whole.size:
         raise ValueError("all layers have windows: there is nothing to choose beyond them")
     part = jax.tree.map(lambda x: x[whole], measured)
-    plan = _plan(policy, part, [budget], None, (None,) * whole.size)
     layers, heads, size = next(iter(measured.w.values())).shape
+    # As in windows that hold all tokens: their pages then have room for positions, as the others' have.
+    plan = _plan(policy, part, [budget], None, (min(size + 1, MOST_WINDOW),) * whole.size)
     level = np.full((layers, heads, size), len(plan.bits), np.int8)
     level[whole] = plan.level
     for i, window in enumerate(windows):

@@ -48,7 +48,12 @@ def fixed_arrays(config: TransformerConfig) -> dict[str, np.ndarray]:
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param[Array]:
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+    return nnx.Param(_drawn(rngs.params(), shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:

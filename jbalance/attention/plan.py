@@ -7,7 +7,6 @@ same capacity run in one compiled program; which tiles they name is data.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,29 +90,24 @@ def from_mask(mask: ArrayLike, tiling: Tiling, capacity: int | None = None) -> T
             f"mask has shape {mask.shape} and dtype {mask.dtype}: for {tiling} it must be bool and its "
             f"last axes {tiling.shape}"
         )
-    mask = jnp.asarray(mask)
     capacity = tiling.shape[1] if capacity is None else checks.static_int("capacity", capacity)
     capacity = min(capacity, tiling.shape[1])
     if checks.is_concrete(mask):
-        _check_tiles(np.asarray(mask), tiling, capacity)
-    found, dropped = _counted(mask, capacity)
-    debug_check(jnp.all(dropped == 0), f"mask needs longer lists than capacity {capacity}")
+        mask = np.asarray(mask)
+        _check_tiles(mask, tiling, capacity)
+        blocks, count, dropped = (jnp.asarray(x) for x in _host_lists(mask, capacity))
+    else:
+        blocks, count, dropped = _traced_lists(mask, capacity)
+        debug_check(jnp.all(dropped == 0), f"mask needs longer lists than capacity {capacity}")
     return TilePlan(
-        _listed(mask, dropped, capacity),
-        found - dropped,
+        blocks,
+        count,
         num_queries=tiling.num_queries,
         num_keys=tiling.num_keys,
         block_q=tiling.block_q,
         block_k=tiling.block_k,
         dropped=dropped,
     )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _counted(mask, capacity):
-    """How many tiles each list of `mask` has [...], and how many of them are too many."""
-    found = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-    return found, jnp.maximum(found - capacity, 0)
 
 
 def _check_tiles(mask, tiling, capacity):
@@ -128,18 +122,24 @@ def _check_tiles(mask, tiling, capacity):
         )
 
 
-def _listed(mask, dropped, capacity):
-    """Blocks [..., C] where `mask` holds, without the first `dropped`."""
-    if checks.is_concrete(mask):
-        first = np.argsort(~np.asarray(mask), axis=-1, kind="stable")
-        return jnp.asarray(first[..., :capacity].astype(np.int32))
+def _host_lists(mask, capacity):
+    """Blocks [..., C] where a NumPy `mask` holds, how many [...], and zeros: all of them fit."""
+    first = np.argsort(~mask, axis=-1, kind="stable")[..., :capacity]
+    count = mask.sum(-1, dtype=np.int32)
+    return first.astype(np.int32), count, np.zeros_like(count)
+
+
+def _traced_lists(mask, capacity):
+    """The last blocks [..., C] where `mask` holds, how many [...], and how many were too many [...]."""
+    found = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    dropped = jnp.maximum(found - capacity, 0)
     place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 - dropped[..., None]
     place = jnp.where(mask & (place >= 0), place, capacity).reshape(-1, mask.shape[-1])
     lists = jnp.zeros((place.shape[0], capacity), jnp.int32)
     lists = lists.at[jnp.arange(place.shape[0])[:, None], place].set(
         jnp.arange(mask.shape[-1], dtype=jnp.int32), mode="drop"
     )
-    return lists.reshape(*mask.shape[:-1], capacity)
+    return lists.reshape(*mask.shape[:-1], capacity), found - dropped, dropped
 
 
 def in_order(plan: TilePlan) -> TilePlan:

@@ -42,8 +42,12 @@ def make_context() -> np.ndarray:
 
 
 def make_sharp() -> Transformer:
-    """`make_model` with larger weights, so that its most likely tokens differ."""
-    model = make_model()
+    """`make_model`, sharpened."""
+    return sharpened(make_model())
+
+
+def sharpened(model: Transformer) -> Transformer:
+    """The model with larger weights, so that its most likely tokens differ."""
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda x: 12 * x if x.ndim > 2 else x, state))
     return model

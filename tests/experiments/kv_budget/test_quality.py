@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.kv_budget import data, evaluate, score
+from tests.support.small_models import SIZE, VOCAB, sharpened, small_llama
 
 BAR = 0.95  # of the best of the others
 
@@ -28,6 +29,19 @@ def cases_of(smollm2, per_text, accept=lambda case: True):
         continuation_tokens=128,
         accept=accept,
     )
+
+
+def test_a_model_with_windows_is_scored_beyond_them():
+    """What is kept whole changes nothing, and the budget is that of the layers without a window."""
+    windows, rng = (16, None, 24, None), np.random.default_rng(0)
+    model = sharpened(small_llama(num_layers=4, windows=windows, max_positions=256))
+    cases = {"lm_ctx": rng.integers(0, VOCAB, (1, SIZE)), "lm_cont": rng.integers(0, VOCAB, (1, 9))}
+    results = score.score(model, cases, ["full", "ladder", "uniform-bits"], [0.3])["results"]
+    whole, *budgeted = [row["cases"][0] for row in results]
+    assert abs(whole["kl"]) < 1e-6
+    for row in budgeted:
+        assert 1e-6 < row["kl"] < 1
+        assert 0.7 * row["budget_bytes"] < row["cache_bytes"] <= row["budget_bytes"]
 
 
 @pytest.mark.slow
