@@ -98,7 +98,7 @@ _NOTES = [
     "vm-delete) were left out after the full transcripts had been seen.",
     "Whisper's retries at a higher temperature are off, so that a transcript that repeats itself",
     "counts with all its words, and one that ends at once with none: at 0 dB full memories repeat",
-    "themselves too, and at 5 % two of nine clean windows of the ladder do. Step times are of",
+    "themselves too, and at 5 % one clean window of the ladder does. Step times are of",
     "four windows at once, over those of dense attention at float32.",
 ]
 _INTERVALS = (
