@@ -38,16 +38,18 @@ def _study(smoke: bool) -> study.Study:
             "`counters` are virtual token counters; `proportional` weighs them by importance "
             "(urgency, sentiment, history) as the source prints it; `bounded` keeps the shares "
             f"within {data.FLOOR:g} and {data.CAP:g} times an even one; `lent` lets a customer "
-            "without a place take one back from who has two or more; `stuffed`: the flood "
-            "writes urgent words only. `gap / bound`: service gap of two who wait, over the "
+            "without a place take one back from who has two or more; `halves`: nobody has more "
+            "than half of the places, though the others are free; `stuffed`: the flood writes "
+            "urgent words only. `gap / bound`: service gap of two who wait, over the "
             "bound of plain or weighted counters. `as the model`: whether the model serves the "
             f"first {sizes.replayed} steps in the counted order; with room for all, no answer "
             "beside a flood may change. "
             "Where it does not help: importance changes next to nothing while light customers "
             "ask for less than their shares, and as printed it hands a stuffed flood the "
             "service. A flood keeps all places taken, and nobody steps during a prompt: light "
-            "customers wait longer than without it, more than 1.2 times as long at p99 in the "
-            "mean of every arm. Lending comes nearest, and pays with tokens that are lost. "
+            "customers wait longer than without it, more than 1.2 times as long at p99 in every "
+            "arm that leaves no place free. Lending pays with tokens that are lost, and "
+            "`halves`, which no longer serves all who wait, with free places besides. "
             "The round robin is nearly as fair, since all prompts are of like length."
         ),
         "settings": {
@@ -68,6 +70,7 @@ def _study(smoke: bool) -> study.Study:
             ["bounded", "counters"],
             ["bounded", "proportional"],
             ["bounded, lent", "bounded"],
+            ["bounded, lent, halves", "bounded, lent"],
             ["proportional, stuffed", "proportional"],
             ["bounded, stuffed", "bounded"],
         ],

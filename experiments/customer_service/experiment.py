@@ -30,6 +30,7 @@ class Arm(NamedTuple):
       policy: who is next.
       shares_of: importance [C] -> shares of the service [C]; None for even ones.
       takes_back: whether places are lent.
+      most: places that one customer may have at once; None for all.
       stuffed: whether the flood's texts are stuffed with what the scorers look for.
       by_model: whether the model serves the first steps too.
     """
@@ -37,6 +38,7 @@ class Arm(NamedTuple):
     policy: Policy
     shares_of: Callable[[np.ndarray], np.ndarray] | None = None
     takes_back: bool = False
+    most: int | None = None
     stuffed: bool = False
     by_model: bool = False
 
@@ -48,6 +50,9 @@ ARMS = {
     "proportional": Arm(schedule.least_counter, data.proportional),
     "bounded": Arm(schedule.least_counter, data.bounded, by_model=True),
     "bounded, lent": Arm(schedule.least_counter, data.bounded, takes_back=True, by_model=True),
+    "bounded, lent, halves": Arm(
+        schedule.least_counter, data.bounded, takes_back=True, most=PLACES // 2, by_model=True
+    ),
     "proportional, stuffed": Arm(schedule.least_counter, data.proportional, stuffed=True),
     "bounded, stuffed": Arm(schedule.least_counter, data.bounded, stuffed=True),
 }
@@ -117,6 +122,7 @@ def _served(
         horizon=horizon,
         weights=weights,
         takes_back=arm.takes_back,
+        most=arm.most,
     )
 
 

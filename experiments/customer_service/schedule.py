@@ -144,6 +144,7 @@ def serve(
     horizon: int,
     weights: np.ndarray,
     takes_back: bool = False,
+    most: int | None = None,
 ) -> Served:
     """Run requests through places until `horizon`, or until all are done.
 
@@ -157,23 +158,25 @@ def serve(
       takes_back: whether places are lent: a customer who has none, and was given less, takes one
         from a customer who has two or more. The request that joined last begins anew later, and
         what it was given is lost but stays counted.
+      most: places that one customer may have at once, though others stay free; None for all.
 
     Raises:
       ValueError: a customer without a weight, requests out of order, or one that asks for nothing.
     """
     places = checks.static_int("places", places, 1)
+    most = places if most is None else checks.static_int("most", most, 1, places)
     weights = np.asarray(checks.positive("weights", weights), float)
     _check(requests, len(weights))
     run = _Run(requests, weights, places)
     while run.clock < horizon:
         run.arrive()
-        waits = run.waiting() > 0
-        if waits.any():
-            following = policy(run.desk(), waits)
+        allowed = (run.waiting() > 0) & (run.held() < most)
+        if allowed.any():
+            following = policy(run.desk(), allowed)
             if takes_back and run.free_place() is None:
                 run.take_back(following, executor)
         place = run.free_place()
-        if place is not None and waits.any():
+        if place is not None and allowed.any():
             run.join(place, following, executor)
         elif run.in_place:
             run.step(executor)
@@ -220,6 +223,11 @@ class _Run:
     def waiting(self) -> np.ndarray:
         return np.array([len(queue) for queue in self.queues])
 
+    def held(self) -> np.ndarray:
+        """[C] places of each customer."""
+        own = [self.requests[i].customer for i in self.in_place.values()]
+        return np.bincount(own, minlength=len(self.weights))
+
     def arrive(self) -> None:
         """Requests that are there by now; a customer who returns has stored no credit."""
         while self.arrived < len(self.requests):
@@ -247,12 +255,12 @@ class _Run:
 
     def take_back(self, customer: int, executor: Executor) -> None:
         """The latest place of who has most of them, for a customer who has none."""
-        own = {place: self.requests[i].customer for place, i in self.in_place.items()}
-        held = np.bincount(list(own.values()), minlength=len(self.weights))
+        held = self.held()
         lender = int(np.argmax(held))
         if held[customer] or held[lender] < 2 or self.counter[lender] <= self.counter[customer]:
             return
-        place = [place for place, other in own.items() if other == lender][-1]
+        own = [p for p, i in self.in_place.items() if self.requests[i].customer == lender]
+        place = own[-1]
         index = self.in_place[place]
         self.tokens -= len(self.requests[index].prompt) + int(self.answered[index])
         self.joined[index] = self.first_token[index] = -1

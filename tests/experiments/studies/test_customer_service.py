@@ -200,6 +200,25 @@ def test_a_lent_place_is_taken_back_from_who_has_two():
     assert found.order == [0, 1]  # its only place is not taken
 
 
+def test_nobody_has_more_places_than_the_most():
+    """A flood of one customer leaves the other places free, and who comes has one at once."""
+    requests = [request(0, 0, new=30) for _ in range(9)] + [request(1, 10)]
+    found = schedule.serve(
+        requests,
+        schedule.least_counter,
+        schedule.Counting(),
+        places=4,
+        horizon=10**6,
+        weights=np.ones(2),
+        most=2,
+    )
+    assert found.joined[9] <= 11
+    others = found.clock > found.first_token[9] + 3
+    assert set(found.free[others]) <= {0, 2, 3}  # 0 where one joined, 3 when the last is alone
+    assert figures.idle_steps(found) > 0
+    assert found.tokens == sum(len(r.prompt) + r.new_tokens for r in requests)
+
+
 def test_bad_requests_are_named():
     with pytest.raises(ValueError, match=r"requests\[0\].customer is 2: there are 2 weights"):
         served([request(2, 0)], "counters", [1, 1], 1)
