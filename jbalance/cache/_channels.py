@@ -139,9 +139,11 @@ def measured(
     weight = jnp.where(counted, w, 0)
     keys, values = (jnp.einsum("ns,nsd->nd", weight, x) for x in (square, jnp.square(v)))
     asked = jnp.ones_like(keys) if energy is None else energy
-    known = jnp.all((keys > 0) & (asked > 0) & jnp.isfinite(asked), axis=1, keepdims=True)
-    keys, asked = (jnp.log2(jnp.where(known, x, 1)) for x in (keys, asked))
-    rank = jnp.argsort(jnp.argsort(-(keys + asked), axis=1, stable=True), axis=1)
+    # A channel that is silent (a norm's scale of zero makes one) comes last and has the median's scale.
+    known = (keys > 0) & (asked > 0) & jnp.isfinite(asked)
+    keys, asked = (jnp.where(known, jnp.log2(jnp.where(known, x, 1)), jnp.nan) for x in (keys, asked))
+    order = jnp.argsort(jnp.where(known, -(keys + asked), jnp.inf), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
     first = known & (rank < k.shape[-1] // 2)
     best = jnp.zeros_like(keys) if energy is None else (asked - keys) / 4
     even = jnp.where(values > 0, -jnp.log2(jnp.where(values > 0, values, 1)) / 2, jnp.nan)

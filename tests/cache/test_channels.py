@@ -49,6 +49,20 @@ def test_loud_channels_do_not_drown_the_others(drawn, scale, bits):
     assert np.mean(scaled_values / of_value**2) < 1.2 * np.mean(values)
 
 
+@pytest.mark.parametrize("silent", ["keys", "queries", "both"])
+def test_silent_channels_leave_the_others_what_they_were(drawn, silent):
+    """Gemma 3 270M has some: norms of keys with scales of zero."""
+    k, v, q = drawn
+    some = np.ones(D, np.float32)
+    some[[5, 33, 34]] = 0
+    of_keys, of_queries = (some if silent in (name, "both") else 1 for name in ("keys", "queries"))
+    measure = jax.jit(errors, static_argnums=3)
+    logits, values = measure(k, v, q, 3)
+    found_logits, found_values = measure(k * of_keys, v, q * of_queries, 3)
+    assert found_logits < 1.05 * logits
+    np.testing.assert_allclose(found_values, values, rtol=0.1)
+
+
 def test_quiet_channels_are_scaled_up_by_16_at_most(drawn):
     """A later token may be loud there: its errors are then 16 times as large, not 2^12 times."""
     k, v, q = drawn
