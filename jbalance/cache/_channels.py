@@ -141,7 +141,9 @@ def measured(
     asked = jnp.ones_like(keys) if energy is None else energy
     # A channel that is silent (a norm's scale of zero makes one) comes last and has the median's scale.
     known = (keys > 0) & (asked > 0) & jnp.isfinite(asked)
-    keys, asked = (jnp.where(known, jnp.log2(jnp.where(known, x, 1)), jnp.nan) for x in (keys, asked))
+    keys, asked = (
+        jnp.where(known, jnp.log2(jnp.where(known, x, 1)), jnp.nan) for x in (keys, asked)
+    )
     order = jnp.argsort(jnp.where(known, -(keys + asked), jnp.inf), axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)
     first = known & (rank < k.shape[-1] // 2)
