@@ -144,8 +144,7 @@ def measured(
     keys, asked = (
         jnp.where(known, jnp.log2(jnp.where(known, x, 1)), jnp.nan) for x in (keys, asked)
     )
-    order = jnp.argsort(jnp.where(known, -(keys + asked), jnp.inf), axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)
+    rank = jnp.argsort(jnp.argsort(-(keys + asked), axis=1, stable=True), axis=1)  # NaN comes last
     first = known & (rank < k.shape[-1] // 2)
     best = jnp.zeros_like(keys) if energy is None else (asked - keys) / 4
     even = jnp.where(values > 0, -jnp.log2(jnp.where(values > 0, values, 1)) / 2, jnp.nan)

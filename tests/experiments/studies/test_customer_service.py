@@ -84,7 +84,7 @@ class Recorder(schedule.Counting):
         return largest
 
 
-def served(requests, policy, weights, places, horizon=10**6, takes_back=False):
+def served(requests, policy, weights, places, horizon=10**6, takes_back=False, most=None):
     recorder = Recorder(requests, len(weights), places)
     found = schedule.serve(
         requests,
@@ -94,6 +94,7 @@ def served(requests, policy, weights, places, horizon=10**6, takes_back=False):
         horizon=horizon,
         weights=np.asarray(weights, float),
         takes_back=takes_back,
+        most=most,
     )
     return found, recorder
 
@@ -203,15 +204,7 @@ def test_a_lent_place_is_taken_back_from_who_has_two():
 def test_nobody_has_more_places_than_the_most():
     """A flood of one customer leaves the other places free, and who comes has one at once."""
     requests = [request(0, 0, new=30) for _ in range(9)] + [request(1, 10)]
-    found = schedule.serve(
-        requests,
-        schedule.least_counter,
-        schedule.Counting(),
-        places=4,
-        horizon=10**6,
-        weights=np.ones(2),
-        most=2,
-    )
+    found, _ = served(requests, "counters", [1, 1], 4, most=2)
     assert found.joined[9] <= 11
     others = found.clock > found.first_token[9] + 3
     assert set(found.free[others]) <= {0, 2, 3}  # 0 where one joined, 3 when the last is alone
