@@ -33,6 +33,7 @@ from experiments.models.worth import decoder_of
 from jbalance import cache, importance
 from jbalance.cache import KVCache, _codec, _prefill, _settle
 from jbalance.cache._attend import attend_pages
+from jbalance.cache._cache import bits_of
 from jbalance.cache._pages import Arena
 from jbalance.importance.predicted_worth import predicted_worth
 from jbalance.importance.token_worth import NUM_QUERIES, later_energy
@@ -308,7 +309,7 @@ def _flush_seconds(context: Context, held: KVCache) -> tuple[float, int]:
 
     def tokens(start: int) -> tuple[jax.Array, ...]:
         index = np.arange(start, start + recent) % size
-        k, v = (jnp.moveaxis(x[index], 1, 0).astype(jnp.bfloat16) for x in (context.k, context.v))
+        k, v = (bits_of(jnp.moveaxis(x[index], 1, 0)) for x in (context.k, context.v))
         return k, v, jnp.square(context.w[:, index]) * recent
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jbalance import checks
 from jbalance._bits import in_32_bits
@@ -52,8 +53,8 @@ class KVCache:
     key_mean: jax.Array  # [U, D] bfloat16, subtracted from the keys in both
     key_channels: jax.Array  # [U, D] int8, `_channels.Basis` of both
     value_scale: jax.Array  # [U, D] int8, the same
-    recent_keys: jax.Array  # [U, R, D] bfloat16
-    recent_values: jax.Array  # [U, R, D] bfloat16
+    recent_keys: jax.Array  # [U, R, D] uint16, `bits_of`
+    recent_values: jax.Array  # [U, R, D] uint16, the same
     # [U, R] float32, attention² by later queries of the group, summed; -1: not finite, not there
     recent_energy: jax.Array
     recent_start: jax.Array  # [B] int32, place of the oldest token
@@ -296,13 +297,26 @@ def _nothing(units, head_dim, num_requests, recent_tokens):
         "key_mean": jnp.zeros((units, head_dim), jnp.bfloat16),
         "key_channels": jnp.zeros((units, head_dim), jnp.int8),
         "value_scale": jnp.zeros((units, head_dim), jnp.int8),
-        "recent_keys": jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
-        "recent_values": jnp.zeros((units, recent_tokens, head_dim), jnp.bfloat16),
+        "recent_keys": jnp.zeros((units, recent_tokens, head_dim), jnp.uint16),
+        "recent_values": jnp.zeros((units, recent_tokens, head_dim), jnp.uint16),
         "recent_energy": jnp.zeros((units, recent_tokens), jnp.float32),
         "recent_start": jnp.zeros(num_requests, jnp.int32),
         "recent_count": jnp.zeros(num_requests, jnp.int32),
         "layers_done": jnp.zeros((), jnp.int32),
     }
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """x in bfloat16, as the 16 bits that a recent buffer holds: uint16, the same shape.
+
+    A CPU puts a few rows into bfloat16 by converting the whole buffer to float32 and back.
+    """
+    return lax.bitcast_convert_type(jnp.asarray(x).astype(jnp.bfloat16), jnp.uint16)
+
+
+def of_bits(bits: jax.Array) -> jax.Array:
+    """The bfloat16 numbers of `bits_of`."""
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def unit_bytes(head_dim: int, recent_tokens: int) -> int:

@@ -94,11 +94,14 @@ def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, sca
     heads = jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(queries)
     own = Partial(*(jax.vmap(lambda x: by_kv_head(x, cache.num_kv_heads))(x) for x in own))
 
-    def one_request(cache, row):
-        request, heads, own, k, v, q = row
+    def read(row):
+        request, heads, own = row
         y = _with_held(cache, request, layer, heads, own)
         known = cache.units(request, layer) < cache.key_mean.shape[0]
-        y = jnp.where(known[:, None, None], y, 0)
+        return jnp.where(known[:, None, None], y, 0)
+
+    def enter(cache, row):
+        request, k, v, q = row
         w = token_worth(q, k, v, frequencies=frequencies, num_tokens=lengths[request])
         cache, report = admit(
             cache,
@@ -111,10 +114,14 @@ def _prefilled(cache, layer, q, k, v, frequencies, lengths, allowance_pages, sca
             num_tokens=lengths[request],
             energy=_channels.query_energy(q, cache.num_kv_heads, lengths[request]),
         )
-        return cache, (y, report.shortfall)
+        return cache, report.shortfall
 
-    rows = jnp.arange(requests), heads, own, k, v, queries
-    cache, (y, shortfall) = lax.scan(one_request, cache, rows)
+    request = jnp.arange(requests)
+    y = lax.map(read, (request, heads, own))
+    # No y is above infinity. XLA, which does not see that, reads for all requests before any tokens
+    # enter, where it would copy the arena to read from later.
+    request = jnp.where(y[:, 0, 0, 0] > jnp.inf, -1, request)
+    cache, shortfall = lax.scan(enter, cache, (request, k, v, queries))
     debug_check(jnp.all(shortfall == 0), "allowance_pages is below KVCache.floor_pages")
     return jax.vmap(lambda x: by_token(x, size))(y).astype(q.dtype), cache
 

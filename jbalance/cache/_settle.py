@@ -12,7 +12,7 @@ from jax import lax
 from jbalance import checks
 from jbalance.cache import _admit, _centroids, _channels, _price
 from jbalance.cache._admit import Report
-from jbalance.cache._cache import KVCache
+from jbalance.cache._cache import KVCache, of_bits
 from jbalance.cache._sight import NO_WINDOW
 from jbalance.importance.token_worth import decoded_worth
 
@@ -84,8 +84,8 @@ def _flush(cache, request, allowance_pages):
     there = energy >= 0
     w = decoded_worth(jnp.maximum(energy, 0), cache.recent_count[request] - 1 - age)
     units = first + np.arange(n)
-    k = jnp.where(there[..., None], k[:, place].astype(jnp.float32), jnp.nan)
-    v = v[:, place].astype(jnp.float32)
+    k, v = (of_bits(x[:, place]).astype(jnp.float32) for x in (k, v))
+    k = jnp.where(there[..., None], k, jnp.nan)
     basis = _channels.entered(cache, units, k, v, w, half)
     cache = _channels.with_units(cache, units, basis)
     k, v = basis.stored(k, v)  # NaN where there is no token, which `admit` leaves out

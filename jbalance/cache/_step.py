@@ -15,7 +15,7 @@ from jbalance._bits import in_32_bits
 from jbalance.attention import EMPTY, Partial, merge
 from jbalance.cache import _centroids, _channels, _codec
 from jbalance.cache._attend import attend_pages
-from jbalance.cache._cache import KVCache
+from jbalance.cache._cache import KVCache, bits_of, of_bits
 from jbalance.cache._settle import advanced, checked_allowance, settle
 from jbalance.cache._sight import FULL, Limits, Sight, capped
 
@@ -116,9 +116,7 @@ def attend_token(
     keys, values, energy = (x.at[units].get(mode="clip") for x in buffers)
     place = (cache.recent_start + cache.recent_count) % cache.recent_tokens
     keys, values = (
-        jax.vmap(lambda x, new, at: x.at[:, at].set(new.astype(x.dtype)))(
-            x, jnp.asarray(new), place
-        )
+        jax.vmap(lambda x, new, at: x.at[:, at].set(bits_of(new)))(x, new, place)
         for x, new in ((keys, k), (values, v))
     )
     size = q.shape[2]  # queries that share a key, of one token
@@ -132,18 +130,18 @@ def attend_token(
     )[:, :, 0]
     seen = before | (np.arange(cache.recent_tokens) == place[:, None])[:, None]
     y, attention = jax.vmap(_attend_recent, (0, 0, 0, 0, 0, None))(
-        q, keys, values, seen[:, :, None], held, limits
+        q, of_bits(keys), of_bits(values), seen[:, :, None], held, limits
     )
     gained = jnp.sum(jnp.square(attention), axis=2)
     gained = jnp.where(before & active[:, None, None] & jnp.isfinite(gained), gained, 0)
     known = units < cache.key_mean.shape[0]
     y = jnp.where(known[:, :, None, None], y, 0)
-    # Read before anything is written, or XLA keeps a copy of all buffers to read from later.
-    y, gained, cache = lax.optimization_barrier((y, gained, cache))
+    # What is written is taken from what was read. XLA, which does not see that it is the token, then
+    # reads before it writes, where it would copy all buffers to read from later.
+    k, v = (jax.vmap(lambda x, at: x[:, at])(x, place) for x in (keys, values))
+    finite = _codec.usable(of_bits(k), of_bits(v))
     at = units, place[:, None]
     energy = cache.recent_energy.at[units].add(gained, mode="drop")
-    k, v = (jnp.asarray(x).astype(cache.recent_keys.dtype) for x in (k, v))
-    finite = _codec.usable(k, v)
     cache = dataclasses.replace(
         cache,
         recent_keys=_put(cache.recent_keys, at, jnp.where(finite[..., None], k, 0)),
@@ -243,7 +241,7 @@ def recent_attention(
     keys, values, energy = (x.at[units].get(mode="clip") for x in buffers)
     here = (units < cache.key_mean.shape[0])[:, None, None]
     seen = here & _recent_seen(cache, request, energy, position, limits)
-    return _dense(q, keys, values, seen, limits)[0]
+    return _dense(q, of_bits(keys), of_bits(values), seen, limits)[0]
 
 
 def _attend_recent(q, keys, values, valid, held, limits):

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance.cache import KVCache, _cache, _centroids
+from jbalance.cache._cache import bits_of, of_bits
 from jbalance.cache._layout import page_shape, table_bytes
 from jbalance.cache._pages import Arena
 from jbalance.cache._sight import clock_bytes, create_clock
 
-_CACHE_ROWS = (
-    *("key_mean", "key_channels", "value_scale"),
-    *("recent_keys", "recent_values", "recent_energy"),
-)
+_RECENT_ROWS = ("recent_keys", "recent_values")  # which a cache holds as bits
+_CACHE_ROWS = ("key_mean", "key_channels", "value_scale", *_RECENT_ROWS, "recent_energy")
 _UNIT_ROWS = (*_CACHE_ROWS, "count", "pages")
 _REQUEST_ROWS = ("recent_start", "recent_count")
 _CLOCK_ROWS = ("next", "recent")  # of a model with windows, whose layers say what they are
@@ -70,6 +69,7 @@ def taken_apart(cache: KVCache) -> Units:
             f"clock_{name}": jnp.repeat(getattr(cache.clock, name), per_unit, axis=0)
             for name in _CLOCK_ROWS
         }
+    rows |= {name: of_bits(rows[name]) for name in _RECENT_ROWS}
     used = np.asarray(arena.order)[: int(arena.offset[-1])]
     return Units(units, {k: np.asarray(x) for k, x in rows.items()}, np.asarray(arena.flat)[used])
 
@@ -82,7 +82,7 @@ def put_together(
     windows: tuple[int | None, ...] | None,
 ) -> KVCache:
     """A device's cache: a context's with its own pages, the requests' with all that a budget holds."""
-    rows: dict[str, Any] = part.rows
+    rows: dict[str, Any] = part.rows | {x: bits_of(part.rows[x]) for x in _RECENT_ROWS}
     used = len(part.data)
     requests = len(part.units) // (int(slots.max()) + 1)
     bits, page_bytes = tuple(facts["bits"]), facts["page_bytes"]

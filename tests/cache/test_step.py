@@ -2,17 +2,20 @@
 other requests; over the heads of several devices and over a context."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jbalance import cache
-from jbalance.cache import _cache, _requests, _settle
+from jbalance.cache import _cache, _requests, _settle, _step
 from tests.support.small_cache import (
     ALL,
     BITS,
     BUDGET,
+    FREQUENCIES,
     MANY,
     ORDER,
     B,
@@ -183,6 +186,38 @@ def test_two_thousand_tokens_in_constant_bytes():
             assert (held.recent_count < R).all()
     assert held.nbytes == size
     assert (held.held_pages > total // 2 - 8).all()
+
+
+@pytest.mark.parametrize("layers_of", ["one", "loop"])
+def test_a_step_writes_in_place(layers_of):
+    """Neither arena nor recent buffers are copied, nor held in another type meanwhile."""
+    held = create(32_000_000, num_layers=64, recent_tokens=512)
+    buffers = held.arena.data.nbytes, held.recent_keys.nbytes
+    token = [jax.ShapeDtypeStruct((B, n, D), jnp.float32) for n in (K * G, K, K)]
+
+    def one(held, layer, q, k, v):
+        return _step.attend_token(held, layer, q, k, v, ALL)
+
+    def loop(held, layer, q, k, v):
+        def body(held, layer):
+            y, held = one(held, layer, q, k, v)
+            return held, y
+
+        held, y = jax.lax.scan(body, held, jnp.arange(64))
+        return y, held
+
+    step = jax.jit(one if layers_of == "one" else loop, donate_argnums=0)
+    memory = step.lower(held, jnp.int32(0), *token).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < min(buffers) / 4
+
+
+def test_a_prompt_writes_in_place():
+    """Its request's tokens are read, if there are any, and the arena is not copied for that."""
+    held = create(32_000_000, num_layers=64)
+    prompt = [jax.ShapeDtypeStruct((B, S, n, D), jnp.float32) for n in (K * G, K, K)]
+    enter = jax.jit(functools.partial(cache.prefill, frequencies=FREQUENCIES), donate_argnums=0)
+    memory = enter.lower(held, jnp.int32(0), *prompt).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < held.arena.data.nbytes / 4
 
 
 def run(held, calls, present, floors, num_tokens=60, of_others=1.0):

@@ -142,7 +142,8 @@ def of_parts(held, layer, q, k, v):
             tuple(np.repeat(x, many, axis=0) for x in (left.keys, left.values))
         ]
         parts = [given_back(held, unit, k, v) for k, v in parts]
-        parts += [(held.recent_keys[unit, :there], held.recent_values[unit, :there])]
+        recent = (held.recent_keys[unit, :there], held.recent_values[unit, :there])
+        parts += [tuple(np.asarray(x).view(jnp.bfloat16) for x in recent)]
         parts += [(rounded(k[head])[None], rounded(v[head])[None])]
         keys, values = (np.concatenate([np.asarray(x[i], float) for x in parts]) for i in range(2))
         own = q[head * G : (head + 1) * G].astype(float)
