@@ -150,7 +150,9 @@ class TransformerLayer(nnx.Module):
             raise ValueError(
                 f"attention must return y [B, T, H, D] = {list(expected)}, got {list(y.shape)}"
             )
-        attended = jnp.einsum("bthd,hde->bte", y.astype(x.dtype), self.output[...])
+        # One axis of H D to sum over: for two XLA would transpose the weights at every call.
+        output = self.output[...].reshape(-1, c.embed_dim)
+        attended = y.reshape(*x.shape[:2], -1).astype(x.dtype) @ output
         if c.post_norms:
             attended = self._norm(attended, self.post_attention_norm)
         x = x + attended
