@@ -191,10 +191,9 @@ def _study(smoke: bool) -> study.Study:
             "`proportional` gives layers shares by their worth, `ladder` has one price a parameter. The "
             "accuracy is that of the exported program, whose arrays are smaller. What is worth keeping "
             "lies in the first layers: `ladder` takes six of eight heads from there and leaves the last "
-            "layers one or none. Where it does not help: `proportional` is as good at half of the "
-            "heads; attention is a third of what this model computes, so half of its heads saves that "
-            "part only; and after one more pass a model with a quarter of the heads loses less than two "
-            "hundredths."
+            "layers one or none. Where it does not help: `proportional` is as good; attention is a "
+            "third of what this model computes, so half of its heads saves that part only; and after "
+            "one more pass a model with a quarter of the heads loses two hundredths."
         ),
         "settings": {
             "sizes": sizes._asdict(),
