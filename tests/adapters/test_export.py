@@ -79,7 +79,7 @@ def test_a_step_of_decoding_is_exported_with_its_cache(tmp_path):
     x = jax.random.normal(jax.random.key(0), (1, 49, 16))
     model = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
     cache = NnxCache(model, 60_000)
-    nnx.jit(lambda model, cache, x: model(x))(model, cache, x[:, :48])
+    nnx.jit(lambda model, cache, x: model(x, is_causal=True))(model, cache, x[:, :48])
     graph, state = nnx.split((model, cache))
     leaves, tree = jax.tree.flatten(state)
 

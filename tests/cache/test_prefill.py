@@ -169,7 +169,7 @@ def test_below_the_floor_is_an_error_under_checkify():
 
     checked = jax.jit(checkify.checkify(admitted))
     error, _ = checked(np.full(B, held.floor_pages - 1))
-    with pytest.raises(checkify.JaxRuntimeError, match="allowance_pages must be in"):
+    with pytest.raises(checkify.JaxRuntimeError, match="allowance_pages must be whole numbers in"):
         error.throw()
     error, _ = checked(np.full(B, held.floor_pages))
     error.throw()
