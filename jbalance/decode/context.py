@@ -184,8 +184,9 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
     if not mine.size:  # a table of one unit that no head has
         need = np.zeros((1, len(plan.bits)), int)
     room = plan.room
+    # A context does not grow: of a budget that holds more, nothing is taken.
     arena = _pages.empty(
-        room.num_pages[device],
+        min(int(room.num_pages[device]), _in_steps(int(need.sum()))),
         len(need),
         room.head_dim,
         plan.bits,
@@ -200,6 +201,12 @@ def _empty(plan: Plan, device: int, where: jax.Device) -> KVCache:
         behind = jnp.full(1, plan.level.shape[2], jnp.int32)
         cache = dataclasses.replace(cache, clock=dataclasses.replace(cache.clock, next=behind))
     return jax.device_put(cache, where)
+
+
+def _in_steps(pages: int) -> int:
+    """No fewer than so many, of eight numbers an octave: contexts of about one size share programs."""
+    step = 2 ** max(0, pages.bit_length() - 4)
+    return max(1, -(-pages // step) * step)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="centroids")

@@ -60,14 +60,10 @@ def codes(size=200):
     return out
 
 
-@pytest.mark.parametrize("budgets", [[20_000], [16_000, 8_000], [12_000, 6_000, 4_000, 4_000]])
-@pytest.mark.parametrize("reserve", [None, Reserve(1, 8)])
-def test_every_devices_bytes_are_kept(budgets, reserve):
-    scale = 1 if reserve is None else 3
-    budgets = [scale * b for b in budgets]
-    plan = decode.fit(ladder(codes()), SHAPE, 8, budgets, reserve=reserve)
+def layers():
+    """Of each layer the keys and values of 200 tokens."""
     rng = np.random.default_rng(1)
-    layers = [
+    return [
         prefill.LayerTokens(
             *rng.normal(size=(2, 200, 3, 8)).astype(np.float32),
             np.ones((3, 200), np.float32),
@@ -75,7 +71,22 @@ def test_every_devices_bytes_are_kept(budgets, reserve):
         )
         for _ in range(4)
     ]
-    held = context.write(plan, codes().reshape(SHAPE), layers)
+
+
+def test_what_a_budget_holds_besides_is_not_taken():
+    plan = decode.fit(ladder(codes()), SHAPE, 8, [2**36])
+    held = context.write(plan, codes().reshape(SHAPE), layers())
+    assert int(held.caches[0].arena.count[:, 0].sum()) == 4 * 3 * 200
+    assert held.nbytes[0] < 2**20
+
+
+@pytest.mark.parametrize("budgets", [[20_000], [16_000, 8_000], [12_000, 6_000, 4_000, 4_000]])
+@pytest.mark.parametrize("reserve", [None, Reserve(1, 8)])
+def test_every_devices_bytes_are_kept(budgets, reserve):
+    scale = 1 if reserve is None else 3
+    budgets = [scale * b for b in budgets]
+    plan = decode.fit(ladder(codes()), SHAPE, 8, budgets, reserve=reserve)
+    held = context.write(plan, codes().reshape(SHAPE), layers())
     for d, (cache, budget) in enumerate(zip(held.caches, budgets, strict=True)):
         beside = 0
         if reserve is not None:
