@@ -120,8 +120,10 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 	$(BIN)/python -m experiments.benchmarks.adapters --json out/bench_adapters.json
 
-# Every study with its arms and seeds, some two hours on two cores; what a file holds is not run again.
-experiments: $(STUDIES:%=study-%) study-text_classification study-translation
+# Every study with its arms and seeds, two at a time, some two hours and a half on two cores; what a file
+# holds is not run again.
+experiments: venv
+	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=study-%) study-text_classification study-translation
 
 study-%: venv
 	$(BIN)/python -m experiments.$* --json out/experiments/$*.json
