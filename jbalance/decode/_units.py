@@ -69,7 +69,7 @@ def taken_apart(cache: KVCache) -> Units:
             f"clock_{name}": jnp.repeat(getattr(cache.clock, name), per_unit, axis=0)
             for name in _CLOCK_ROWS
         }
-    rows |= {name: of_bits(rows[name]) for name in _RECENT_ROWS}
+    rows |= {name: of_bits(getattr(cache, name)) for name in _RECENT_ROWS}
     used = np.asarray(arena.order)[: int(arena.offset[-1])]
     return Units(units, {k: np.asarray(x) for k, x in rows.items()}, np.asarray(arena.flat)[used])
 
@@ -82,7 +82,8 @@ def put_together(
     windows: tuple[int | None, ...] | None,
 ) -> KVCache:
     """A device's cache: a context's with its own pages, the requests' with all that a budget holds."""
-    rows: dict[str, Any] = part.rows | {x: bits_of(part.rows[x]) for x in _RECENT_ROWS}
+    recents = {name: bits_of(jnp.asarray(part.rows[name])) for name in _RECENT_ROWS}
+    rows: dict[str, Any] = part.rows | recents
     used = len(part.data)
     requests = len(part.units) // (int(slots.max()) + 1)
     bits, page_bytes = tuple(facts["bits"]), facts["page_bytes"]
