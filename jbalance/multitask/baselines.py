@@ -46,11 +46,7 @@ def random(key: chex.PRNGKey) -> TaskWeighting:
         weights = jax.nn.softmax(jax.random.normal(subkey, state.like.shape, jnp.float32))
         return weights, state._replace(key=key)
 
-    def init(tasks: int) -> RandomState:
-        own = jnp.copy(key)  # a step may take the state's buffer
-        return RandomState(own, jnp.zeros(tasks, jnp.float32))
-
-    return TaskWeighting(init, weigh)
+    return TaskWeighting(lambda tasks: RandomState(key, jnp.zeros(tasks, jnp.float32)), weigh)
 
 
 class DwaState(NamedTuple):
@@ -79,9 +75,8 @@ def dwa(temperature: float = 2.0) -> TaskWeighting:
     temperature = checks.static_float("temperature", temperature, checks.FLOAT32_TINY)
 
     def init(tasks: int) -> DwaState:
-        # Arrays of their own: a step may be given the state's buffers, and none twice.
-        last, before = (jnp.ones(tasks, jnp.float32) for _ in range(2))
-        return DwaState(last, before, jnp.zeros((), jnp.int32))
+        ones = jnp.ones(tasks, jnp.float32)
+        return DwaState(ones, ones, jnp.zeros((), jnp.int32))
 
     def weigh(stats: TaskStats, state: DwaState) -> tuple[jax.Array, DwaState]:
         from_zero = jnp.where(state.last > 0, _LARGEST, 1.0)

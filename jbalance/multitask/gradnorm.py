@@ -40,9 +40,8 @@ def gradnorm(asymmetry: float = 1.5, learning_rate: float = 0.025) -> TaskWeight
     learning_rate = checks.static_float("learning_rate", learning_rate, checks.FLOAT32_TINY)
 
     def init(tasks: int) -> GradNormState:
-        # Arrays of their own: a step may be given the state's buffers, and none twice.
-        weights, first = (jnp.ones(tasks, jnp.float32) for _ in range(2))
-        return GradNormState(weights, first, jnp.zeros((), jnp.int32))
+        ones = jnp.ones(tasks, jnp.float32)
+        return GradNormState(ones, ones, jnp.zeros((), jnp.int32))
 
     def weigh(stats: TaskStats, state: GradNormState) -> tuple[jax.Array, GradNormState]:
         losses = not_negative(stats.losses)

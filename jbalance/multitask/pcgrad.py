@@ -27,8 +27,7 @@ def pcgrad(key: chex.PRNGKey) -> TaskWeighting:
         state, subkey = jax.random.split(state)
         return pcgrad_weights(stats.gram, subkey), state
 
-    # A step may take the state's buffer.
-    return TaskWeighting(lambda tasks: jnp.copy(key), of_finite(weigh), needs_gram=True)
+    return TaskWeighting(lambda tasks: key, of_finite(weigh), needs_gram=True)
 
 
 @jax.jit  # once for all eager calls

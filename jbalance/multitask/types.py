@@ -96,7 +96,10 @@ def aggregator(
 
     def init(params: chex.ArrayTree) -> AggregatorState:
         del params
-        return AggregatorState(jnp.zeros(tasks, jnp.float32), weighting.init(tasks))
+        # Copies: a step that is given the state takes its buffers, of which a weighting may have one
+        # twice, or share it with its caller.
+        own = jax.tree.map(jnp.copy, weighting.init(tasks))
+        return AggregatorState(jnp.zeros(tasks, jnp.float32), own)
 
     def update(
         task_grads: chex.ArrayTree,
