@@ -119,8 +119,10 @@ bench: venv
 	$(BIN)/python -m experiments.benchmarks.placement --json out/bench_placement.json
 	$(BIN)/python -m experiments.benchmarks.sharded --json out/bench_sharded.json
 	$(BIN)/python -m experiments.benchmarks.adapters --json out/bench_adapters.json
+	$(BIN)/python -m experiments.benchmarks.decode --all-cores --json out/bench_decode.json
+	$(BIN)/python -m experiments.benchmarks.serving --json out/bench_serving.json
 
-# Every study with its arms and seeds, two at a time, some two hours and a half on two cores; what a file
+# Every study with its arms and seeds, two at a time: four and a half hours of one core; what a file
 # holds is not run again.
 experiments: venv
 	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=study-%) study-text_classification study-translation
@@ -130,10 +132,17 @@ study-%: venv
 
 # A small size of each, to see whether it runs.
 experiments-smoke: venv
-	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=smoke-%)
+	$(MAKE) --no-print-directory --jobs 2 $(STUDIES:%=smoke-%) smoke-text_classification smoke-translation
 
 smoke-%: venv
 	$(BIN)/python -m experiments.$* --smoke --seeds 0 --json out/smoke/$*.json
+
+smoke-text_classification: venv
+	$(BIN)/python -m experiments.text_classification --seeds 0 --arms "transformer, proportional/features, softmax" --json out/smoke/text_classification.json
+
+# A method of each kind: half of the tiles, and weights of the tasks that have a state.
+smoke-translation: venv
+	$(BIN)/python -m experiments.translation --seeds 0 --base-steps 2 --steps 2 --arms "ladder/full, dwa" --json out/smoke/translation.json
 
 # The site, with warnings as errors, into out/site.
 docs: venv $(VENV)/.docs

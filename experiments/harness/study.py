@@ -82,6 +82,8 @@ def main(
         for arm in arms:
             checks.choice("--arms", arm, dict.fromkeys(study.arms))
         command = f"python -m experiments.{name}" + (" --smoke" if options.smoke else "")
+        if tuple(seeds) != SEEDS:
+            command += f" --seeds {options.seeds}"
         notes = textwrap.wrap(study.about["notes"], 100)
         about = {**study.about, "notes": notes, "command": command}
         if study.pictures:

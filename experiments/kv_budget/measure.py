@@ -39,6 +39,7 @@ class Measured(NamedTuple):
     error: dict[str, jax.Array]  # by scorer, [L, K, M] output error of keeping counts[m] tokens
     energy: jax.Array  # [L, K, D] of the queries, by channel
     known: Knowledge | None = None  # the user's rules about the tokens
+    learned: np.ndarray | None = None  # [L] bool, whether the layer's worth is; None for none
 
 
 def counts(num_tokens: int) -> tuple[int, ...]:
@@ -87,7 +88,9 @@ def prefill(model: Transformer, tokens: np.ndarray, names: tuple[str, ...]) -> M
         return _layers(decoder_of(model), tokens)
     measured = _prefill(*parts, jnp.asarray(tokens), tuple(sorted(others)), counts(len(tokens)))
     if WORTH in names:
-        measured.w[WORTH] = _layers(decoder_of(model), tokens).w[WORTH]
+        own = _layers(decoder_of(model), tokens)
+        measured.w[WORTH] = own.w[WORTH]
+        measured = measured._replace(learned=own.learned)
     if REPETITION in names:
         energy = measured.w[SKETCH] ** 2 + _repeated(parts, tokens, measured)
         measured.w[REPETITION] = jnp.sqrt(energy)
@@ -100,7 +103,9 @@ def _layers(decoder: decode.Model, tokens: np.ndarray) -> Measured:
     whole: LayerTokens = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     k, v, w = whole.k[:, : len(tokens)], whole.v[:, : len(tokens)], whole.w[..., : len(tokens)]
     assert whole.energy is not None
-    return Measured(k, v, {WORTH: w}, {}, whole.energy)
+    worth = [None] * len(layers) if decoder.worth is None else decoder.worth
+    learned = np.array([x is not None for x in worth])
+    return Measured(k, v, {WORTH: w}, {}, whole.energy, learned=learned)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "names", "counts"))

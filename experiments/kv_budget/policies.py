@@ -36,6 +36,7 @@ class Scores:
     w: np.ndarray  # [U, S] importance
     error: np.ndarray | None  # [U, M] what keeping `measure.counts` tokens costs in output error
     known: Knowledge | None = None  # rules, which ladders of single tokens honor
+    certain: bool = False  # whether w is learned or measured, which ladders of single tokens ask
 
 
 Rule = Callable[[Scores, Room], Levels]
@@ -114,7 +115,7 @@ def _least_level(counts: np.ndarray, average: float) -> int:
 
 def ladder(scores: Scores, room: Room) -> Levels:
     """One price over all tokens: what it allows each, from nothing to the highest precision."""
-    return planning.ladder(codes_of(scores.w, scores.known))(room)
+    return planning.ladder(codes_of(scores.w, scores.known), certain=scores.certain)(room)
 
 
 def uniform_bits(scores: Scores, room: Room) -> Levels:
@@ -239,6 +240,8 @@ def _plan(policy, measured, budgets_bytes, reserve, windows) -> Plan:
         np.asarray(w).reshape(units, tokens),
         None if error is None else np.asarray(error).reshape(units, -1),
         measured.known,
+        policy.scorer == measure.REPETITION
+        or (policy.scorer == measure.WORTH and bool(np.all(measured.learned))),
     )
     head_dim = measured.k.shape[-1]
     wide = token_bytes(head_dim, 16, timed=timed) * WIDE_PAGE_TOKENS

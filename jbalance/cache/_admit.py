@@ -57,6 +57,7 @@ def admit(
     allowance_pages: jax.Array | int,
     *,
     num_tokens: jax.Array | None = None,
+    certain: bool = False,
     time: jax.Array | None = None,
     ages: Ages | None = None,
 ) -> tuple[Arena, Centroids, Report]:
@@ -78,6 +79,7 @@ def admit(
       code: [N, S] uint8, `_price.encode_worth` or `_price.PROTECTED`.
       allowance_pages: [] int32, for all n units together.
       num_tokens: [N] int32, how many of the S there are; None for all.
+      certain: whether the price knows of `_price.plenty`; static.
       time: [N, S] int32 positions of the tokens, of a timed arena.
       ages: of these units, of a timed arena: tokens that have left their unit's window go.
 
@@ -91,7 +93,7 @@ def admit(
     _check(arena, centroids, first_unit, num_units, units, k, v, code, num_tokens)
     if arena.timed != (time is not None) or arena.timed != (ages is not None):
         raise ValueError("time and ages are of a timed arena: give both of them for one, else none")
-    offsets = _price.steps(arena.head_dim, arena.bits)
+    steps = _price.steps(arena.head_dim, arena.bits)
     first_unit = jnp.asarray(first_unit, jnp.int32)
     new, dropped = _candidates(first_unit, num_units, units, k, v, code, num_tokens)
     new = _in_window(new, time, ages)
@@ -100,7 +102,13 @@ def admit(
     entering = _entering(new, num_units)
     free = arena.num_pages - arena.offset[-1]
     limit = jnp.minimum(allowance_pages, free + jnp.sum(owner.mine, dtype=jnp.int32))
-    found = _price.price_of(histogram.at[:, 0].add(entering), offsets, arena.page_tokens, limit)
+    weighed = histogram.at[:, 0].add(entering)
+    own = first_unit + np.arange(num_units)
+    plenty = jnp.int32(0)
+    if certain:
+        tokens = jnp.sum(weighed) + jnp.sum(centroids.count[own])
+        plenty = _price.plenty(arena.page_tokens, limit, tokens)
+    found = _price.price_of(weighed, steps, arena.page_tokens, limit, plenty)
     fate = _fate(histogram, entering, found.least)
     if ages is not None:
         unit = jnp.where(gone, owner.unit, num_units)
@@ -111,7 +119,6 @@ def admit(
     moves = (fate.changed | (growth != 0)) & done
     walked = moves | (jnp.any(entering > 0, axis=1) & done)
     plan, group, rank = _plan(arena, owner, least, gone, found, growth, moves, walked, ages)
-    own = first_unit + np.arange(num_units)
     work = _move.move(arena, plan, group, new, first_unit, _centroids.load(centroids, own))
     after = _tables(arena, work, plan, rank, found, first_unit)
     held = jnp.sum(histogram)

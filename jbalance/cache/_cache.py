@@ -62,6 +62,8 @@ class KVCache:
     slots: jax.Array  # [L, K] int32, which of a request's n units a head is; -1 if not here
     layers_done: jax.Array  # [] int32, layers that have attended for the current token
     clock: Clock | None = None  # of a model whose layers have windows
+    # Whether the worth of its prompts is learned (`_price`), not sketched.
+    certain: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def num_requests(self) -> int:

@@ -88,8 +88,8 @@ def _write_request(cache, request, k, v, w, number):
     unit = jnp.where(cache.slots >= 0, cache.slots, n)[..., None]
     histogram = jnp.zeros((n, len(bits), _price.NUM_CODES), jnp.int32)
     histogram = histogram.at[unit, 0, code].add(there, mode="drop")
-    offsets = _price.steps(cache.head_dim, bits)
-    found = _price.price_of(histogram, offsets, cache.arena.page_tokens, cache.even_pages)
+    steps = _price.steps(cache.head_dim, bits)
+    found = _price.price_of(histogram, steps, cache.arena.page_tokens, cache.even_pages)
     pages = lax.dynamic_update_slice(cache.arena.pages, found.pages, (request * n, 0))
     arena, _ = _pages.reallocate(cache.arena, pages)  # even shares are always there
     least = found.least.at[unit[..., 0]].get(mode="clip")

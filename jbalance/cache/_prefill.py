@@ -273,6 +273,7 @@ def admit(
         prompt_codes(w, number, fresh, known),
         allowance_pages,
         num_tokens=jnp.broadcast_to(number, (heads,)),
+        certain=cache.certain,
         time=time,
         ages=ages,
     )

@@ -6,6 +6,11 @@ price over all units decides: a step is taken iff its gain per byte reaches the 
 are counted in twelfths of an octave, so that a level's slope is a whole offset: a token of code c takes
 the step to level m iff c >= price + offset_m. Pages are whole, so each unit then lets in the next best
 tokens for which the pages that it pays for have room.
+
+Worth adds up where tokens are evicted, whose loss has one direction; errors of codes have none, and add
+up in squares. So the fewer tokens leave, the more the finest levels gain beside: by the part of all
+tokens that the pages would hold there (`plenty`). That is for worth that is certain, learned or
+measured: tokens that a sketch of it lets go by mistake cost more than finer codes for others bring.
 """
 
 from __future__ import annotations
@@ -29,6 +34,9 @@ _PER_OCTAVE, _OF_ONE = 12, 200  # code of worth 1
 # Of a vector with the same bits for all coordinates; of keys in two halves the logits have less.
 _ERROR = {1: 0.561, 2: 0.125, 3: 0.0304, 4: 0.00724, 8: 3.43e-5, 16: 0.0}
 _HALVES = 0.4
+_FINE_BITS = 8  # of levels that plenty is for
+_SCARCE = 1 / 5  # of the tokens would fit there, and plenty begins
+_PLENTY_STEP = 3  # whole quarters of an octave: what is asked of a plan changes rarely
 
 
 class Price(NamedTuple):
@@ -72,22 +80,32 @@ def decode_worth(code: jax.Array) -> jax.Array:
     return jnp.where(code == PROTECTED, jnp.inf, w)
 
 
+class Steps(NamedTuple):
+    """By how much the code must exceed the price for each level: static, in twelfths of an octave."""
+
+    offsets: tuple[int, ...]  # [M] non-increasing, 0 for the lowest
+    least: tuple[int, ...]  # [M] to which plenty lowers them, at most to the next level's
+
+    def at(self, plenty: jax.Array | int) -> jax.Array:
+        """[M] int32 offsets at this much of it."""
+        return jnp.maximum(
+            np.array(self.offsets, np.int32) - plenty, np.array(self.least, np.int32)
+        )
+
+
 @functools.lru_cache
-def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
-    """By how much the code must exceed the price for each level; 0 for the lowest.
+def steps(head_dim: int, bits: tuple[int, ...]) -> Steps:
+    """The `Steps` of levels.
 
     A level that is not on the concave envelope of value over bytes has the offset of the next level
     above it: who reaches it passes it.
 
     >>> steps(64, (8, 4, 3))
-    (71, 35, 0)
+    Steps(offsets=(71, 35, 0), least=(35, 35, 0))
 
     Args:
       head_dim: D.
       bits: of each level, descending.
-
-    Returns:
-      [M] whole twelfths of an octave, non-increasing.
 
     Raises:
       ValueError: bits that are not of `pages.create` or do not descend.
@@ -104,7 +122,32 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> tuple[int, ...]:
         slope, best = max(((value[m] - at_value) / (size[m] - at_bytes), -m) for m in range(level))
         slopes += [slope] * (level + best)
         at_bytes, at_value, level = size[-best], value[-best], -best
-    return tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
+    offsets = tuple(round(_PER_OCTAVE * math.log2(slopes[0] / slope)) for slope in slopes[::-1])
+    coarse = [x for x, b in zip(offsets, bits, strict=True) if b < _FINE_BITS]
+    least = coarse[0] if coarse else 0
+    return Steps(offsets, tuple(min(x, least) for x in offsets))
+
+
+def plenty(
+    page_tokens: tuple[int, ...], pages: jax.Array | int, tokens: jax.Array | int
+) -> jax.Array:
+    """[] int32, how far the offsets of the finest levels fall where pages are plenty for the tokens.
+
+    By an octave for each octave of the part that would fit there, above `_SCARCE`: that is, their steps'
+    gain is taken times 5 times that part.
+
+    >>> plenty((3, 5, 7), 40, 240)
+    Array(18, dtype=int32)
+
+    Args:
+      page_tokens: [M] tokens per page.
+      pages: [] int, of all units together.
+      tokens: [] int, that there have been in these units, evicted ones too.
+    """
+    part = jnp.asarray(pages, jnp.float32) * page_tokens[0] / jnp.maximum(tokens, 1)
+    octaves = jnp.log2(jnp.maximum(part / _SCARCE, 1))
+    steps = jnp.minimum(jnp.round(octaves * (_PER_OCTAVE / _PLENTY_STEP)), PROTECTED)
+    return _PLENTY_STEP * steps.astype(jnp.int32)
 
 
 def values(head_dim: int, bits: tuple[int, ...]) -> list[float]:
@@ -135,9 +178,10 @@ def levels_of(code: jax.Array, least: jax.Array) -> jax.Array:
 
 def price_of(
     histogram: jax.Array,
-    offsets: tuple[int, ...],
+    steps: Steps,
     page_tokens: tuple[int, ...],
     allowance_pages: jax.Array,
+    plenty: jax.Array | int = 0,
 ) -> Price:
     """The lowest price at which all tokens fit, every group in whole pages of its own.
 
@@ -148,9 +192,10 @@ def price_of(
 
     Args:
       histogram: [U, M, 256] int, tokens of each unit, level and code; new ones count at level 0.
-      offsets: [M] of `steps`.
+      steps: of the levels; static.
       page_tokens: [M] tokens per page.
       allowance_pages: [] int, pages of all units together.
+      plenty: [] int32 of `plenty`.
 
     Returns:
       `Price`; with a shortfall it is the highest one, at which only protected tokens stay.
@@ -158,18 +203,19 @@ def price_of(
     Raises:
       ValueError: a histogram whose shape does not fit.
     """
-    if np.ndim(histogram) != 3 or np.shape(histogram)[1:] != (len(offsets), NUM_CODES):
+    levels = len(steps.offsets)
+    if np.ndim(histogram) != 3 or np.shape(histogram)[1:] != (levels, NUM_CODES):
         raise ValueError(
             f"histogram has shape {np.shape(histogram)}: "
-            f"it must be [U, M, {NUM_CODES}] with M = {len(offsets)}"
+            f"it must be [U, M, {NUM_CODES}] with M = {levels}"
         )
-    return _price_of(histogram, offsets, page_tokens, allowance_pages)
+    return _price_of(histogram, steps, page_tokens, allowance_pages, plenty)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _price_of(histogram, offsets, page_tokens, allowance_pages):
-    prices = every_price(offsets)
-    need = pages_at(histogram, offsets, page_tokens)
+def _price_of(histogram, steps, page_tokens, allowance_pages, plenty):
+    prices = every_price(steps)
+    need = pages_at(histogram, steps, page_tokens, plenty)
     total = jnp.sum(need, axis=0)
     fits = total <= allowance_pages
     at = jnp.where(jnp.any(fits), jnp.argmax(fits), len(prices) - 1)
@@ -178,7 +224,7 @@ def _price_of(histogram, offsets, page_tokens, allowance_pages):
     enough = total[below] - saved <= allowance_pages
     spared = jnp.any(fits) & (np.arange(len(enough)) > jnp.argmax(enough))
     price = (prices[0] + jnp.where(spared, below, at)).astype(jnp.int32)
-    least, tokens = filled(histogram, price, offsets, page_tokens)
+    least, tokens = filled(histogram, price, steps, page_tokens, plenty)
     return Price(
         price,
         least,
@@ -188,39 +234,46 @@ def _price_of(histogram, offsets, page_tokens, allowance_pages):
     )
 
 
-def every_price(offsets: tuple[int, ...]) -> np.ndarray:
+def every_price(steps: Steps) -> np.ndarray:
     """[n] that are looked at, rising: from what every token pays to what only protected ones do."""
-    return np.arange(LOWEST - max(offsets), PROTECTED + 1)
+    return np.arange(LOWEST - max(steps.offsets), PROTECTED + 1)
 
 
 def pages_at(
-    histogram: jax.Array, offsets: tuple[int, ...], page_tokens: tuple[int, ...]
+    histogram: jax.Array,
+    steps: Steps,
+    page_tokens: tuple[int, ...],
+    plenty: jax.Array | int = 0,
 ) -> jax.Array:
     """[U, n] pages that each unit pays for at `every_price`; the arguments are those of `price_of`."""
-    prices = every_price(offsets)
+    prices = every_price(steps)
     grid = np.broadcast_to(prices, (np.shape(histogram)[0], prices.size))
-    counts = _counts(_reaching(histogram), grid, offsets)
+    counts = _counts(_reaching(histogram), grid, steps.at(plenty))
     return sum(-(-count // size) for count, size in zip(counts, page_tokens, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def filled(
-    histogram: jax.Array, price: jax.Array, offsets: tuple[int, ...], page_tokens: tuple[int, ...]
+    histogram: jax.Array,
+    price: jax.Array,
+    steps: Steps,
+    page_tokens: tuple[int, ...],
+    plenty: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """The least codes [U, M] that leave the fewest slots of the pages that a price [U] pays for empty,
     and the tokens at each level."""
-    reaching = _reaching(histogram)
+    reaching, offsets = _reaching(histogram), steps.at(plenty)
     counts = jnp.concatenate(_counts(reaching, price[:, None], offsets), axis=1)
     slots = -(-counts // np.array(page_tokens, np.int32)) * np.array(page_tokens, np.int32)
     # Below where a lower level began, its own tokens stay there as well, and need slots.
     fits = [
-        (np.arange(NUM_CODES) >= threshold(price, offset)[:, None])
+        (np.arange(NUM_CODES) >= threshold(price, offsets[m])[:, None])
         | (reaching[:, m] - reaching[:, m - 1] <= slots[:, m, None])
-        for m, offset in enumerate(offsets)
+        for m in range(len(page_tokens))
     ]
     above = jnp.zeros_like(price)
     least, tokens = [], []
-    for level in range(len(offsets)):
+    for level in range(len(page_tokens)):
         number = reaching[:, level] - above[:, None]
         allowed = functools.reduce(
             jnp.logical_and, fits[level + 1 :], number <= slots[:, level, None]
@@ -249,7 +302,7 @@ def threshold(price: jax.Array, offset: jax.Array | int) -> jax.Array:
 def _counts(reaching, prices, offsets):
     """[U, n] tokens of each level at prices [U, n], from how many may reach each code [U, M, 256]."""
     reach = [
-        jnp.take_along_axis(reaching[:, m], threshold(prices, offset), axis=1)
-        for m, offset in enumerate(offsets)
+        jnp.take_along_axis(reaching[:, m], threshold(prices, offsets[m]), axis=1)
+        for m in range(reaching.shape[1])
     ]
     return [reach[0], *(low - high for high, low in itertools.pairwise(reach))]

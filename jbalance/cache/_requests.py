@@ -37,6 +37,7 @@ def shrink(
         none,
         jnp.zeros((0, 0), jnp.uint8),
         allowance_pages,
+        certain=cache.certain,
         time=time,
         ages=ages,
     )

@@ -104,6 +104,7 @@ def _flush(cache, request, allowance_pages):
         v,
         code,
         allowance_pages[request],
+        certain=cache.certain,
         time=time,
         ages=ages,
     )

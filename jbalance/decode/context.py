@@ -18,8 +18,15 @@ from jbalance._bits import in_32_bits
 from jbalance.cache import KVCache, _cache, _pages, _prefill
 from jbalance.cache._memory import absent, write_layer
 from jbalance.decode import prefill
-from jbalance.decode.model import Model, budgets_of, check_model, check_numbers, token_ids
-from jbalance.decode.plan import Plan, Reserve, fit, in_windows, ladder
+from jbalance.decode.model import (
+    Model,
+    budgets_of,
+    check_model,
+    check_numbers,
+    in_windows,
+    token_ids,
+)
+from jbalance.decode.plan import Plan, Reserve, fit, ladder
 from jbalance.decode.prefill import LayerTokens
 from jbalance.importance.knowledge import Knowledge, padded
 
@@ -107,7 +114,11 @@ def read(
         codes.append(np.asarray(code)[:, : len(tokens)])
     shape = (model.num_layers, model.num_kv_heads, len(tokens))
     plan = fit(
-        ladder(np.concatenate(codes), in_windows(model.windows, *shape[1:])),
+        ladder(
+            np.concatenate(codes),
+            in_windows(model.windows, *shape[1:]),
+            certain=model.learned,
+        ),
         shape,
         model.head_dim,
         budgets,

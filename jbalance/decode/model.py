@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbalance import checks
-from jbalance.cache._sight import MOST_WINDOW, Limits
+from jbalance.cache._sight import MOST_WINDOW, NO_WINDOW, Limits
 from jbalance.importance.predicted_worth import WorthWeights
 from jbalance.resources import kv_entry_bytes
 
@@ -139,6 +139,14 @@ class Model:
         return self.attention[0].head_dim
 
     @property
+    def learned(self) -> bool:
+        """Whether what tokens are worth is learned in all layers that see all of them (`fit_worth`)."""
+        worth = () if self.worth is None else self.worth
+        return bool(worth) and all(
+            w is not None for w, spec in zip(worth, self.attention, strict=True) if not spec.window
+        )
+
+    @property
     def windows(self) -> tuple[int | None, ...] | None:
         """Of each layer; None if no layer has one."""
         return windows_of(self.attention)
@@ -224,6 +232,17 @@ def windows_of(attention: Sequence[AttentionSpec]) -> tuple[int | None, ...] | N
     """Of each layer; None if no layer has one."""
     windows = tuple(spec.window for spec in attention)
     return None if all(w is None for w in windows) else windows
+
+
+def in_windows(
+    windows: tuple[int | None, ...] | None, num_kv_heads: int, num_tokens: int
+) -> np.ndarray | None:
+    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
+    if windows is None:
+        return None
+    age = num_tokens - np.arange(num_tokens)
+    seen = [age < (NO_WINDOW if w is None else w) for w in windows]
+    return np.repeat(np.stack(seen), num_kv_heads, axis=0)
 
 
 def check_model(model: Model) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jbalance import checks
 from jbalance.cache import _cache, _pages, _price
 from jbalance.cache._layout import TILE_BYTES, PageLayout, table_bytes, token_bytes
-from jbalance.cache._sight import NO_WINDOW, clock_bytes
+from jbalance.cache._sight import clock_bytes
 from jbalance.decode._placement import Evenness, evenness, place_units
 from jbalance.decode.model import budgets_of
 from jbalance.importance.token_worth import NUM_RECENT
@@ -76,6 +76,7 @@ class Levels(NamedTuple):
 
     level: np.ndarray  # [U, S] index into the bits; their number where evicted
     price: np.ndarray | None  # [G] worth per byte, if it has prices
+    certain: bool = False  # as `ladder` was told
 
 
 class Room(NamedTuple):
@@ -115,6 +116,7 @@ class Plan:
     evenness: Evenness | None  # of several devices
     windows: tuple[int | None, ...] | None = None  # of each layer, if any has one
     priced_pages: np.ndarray | None = None  # [1] of all at one price, or [G] at one for each
+    certain: bool = False  # as `ladder` was told
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -132,12 +134,14 @@ class Plan:
         return self.room.device_of.reshape(self.level.shape[:2])
 
 
-def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
+def ladder(codes: np.ndarray, seen: np.ndarray | None = None, *, certain: bool = False) -> Rule:
     """The rule of one price over all units of a device.
 
     Args:
       codes: [U, S] uint8 codes of worth, `_price.PROTECTED` for tokens that always stay.
       seen: [U, S] bool, tokens in their layer's window: no others are kept; None for all.
+      certain: whether the worth is learned (`Model.learned`) or measured, not sketched: where much is
+        kept, the finest level then has more tokens.
 
     Raises:
       ValueError: codes that are none; the rule raises it for a room of other units, or budgets that do
@@ -153,13 +157,15 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
                 f"codes has {len(codes)} rows: the context has {len(room.device_of)} units, a row [S] "
                 f"for each layer and key/value head"
             )
-        offsets = _price.steps(room.head_dim, room.bits)
+        steps = _price.steps(room.head_dim, room.bits)
         level = np.full(codes.shape, len(room.bits), np.int8)
         prices = np.zeros(room.num_pages.size)
         for d, num_pages in enumerate(room.num_pages):
             own = room.device_of == d
-            histogram = histogram_of(codes[own], seen[own], len(room.bits))
-            out = _price.price_of(jnp.asarray(histogram), offsets, room.page_tokens, num_pages)
+            histogram = jnp.asarray(histogram_of(codes[own], seen[own], len(room.bits)))
+            number = int(seen[own].sum())
+            plenty = _price.plenty(room.page_tokens, num_pages, number) if certain else 0
+            out = _price.price_of(histogram, steps, room.page_tokens, num_pages, plenty)
             if out.shortfall > 0:
                 raise ValueError(
                     f"budgets_bytes[{d}] leaves {num_pages} pages of {room.page_bytes} bytes: the "
@@ -169,7 +175,7 @@ def ladder(codes: np.ndarray, seen: np.ndarray | None = None) -> Rule:
             level[own] = np.where(seen[own], reached, len(room.bits))
             least = float(_price.decode_worth(jnp.max(out.price)))
             prices[d] = least / token_bytes(room.head_dim, room.bits[-1])
-        return Levels(level, prices)
+        return Levels(level, prices, certain)
 
     return rule
 
@@ -187,17 +193,6 @@ def histogram_of(codes: np.ndarray, seen: np.ndarray, num_levels: int) -> np.nda
     unit = np.broadcast_to(np.arange(len(codes))[:, None], codes.shape)
     np.add.at(histogram[:, 0], (unit[seen], codes[seen]), 1)
     return histogram
-
-
-def in_windows(
-    windows: tuple[int | None, ...] | None, num_kv_heads: int, num_tokens: int
-) -> np.ndarray | None:
-    """[L K, S]: the tokens in each layer's window behind the last; None if no layer has a window."""
-    if windows is None:
-        return None
-    age = num_tokens - np.arange(num_tokens)
-    seen = [age < (NO_WINDOW if w is None else w) for w in windows]
-    return np.repeat(np.stack(seen), num_kv_heads, axis=0)
 
 
 def fit(
@@ -257,7 +252,7 @@ def fit(
     tokens, size = costs.sizes(chosen.level, pool.pages_of(chosen.level))
     even = evenness(tokens, size, room.device_of, budgets)
     level = chosen.level.reshape(shape).astype(np.int8)
-    return Plan(level, room, chosen.price, even, windows, priced)
+    return Plan(level, room, chosen.price, even, windows, priced, chosen.certain)
 
 
 def _shape(shape: Any) -> tuple[int, int, int]:
@@ -342,7 +337,7 @@ def _packed(
         need = np.bincount(own, pages, budgets.size)
         if (need <= room.num_pages).all():
             price = None if chosen.price is None else chosen.price.repeat(budgets.size)
-            return Levels(chosen.level, price), room, pool.num_pages
+            return chosen._replace(price=price), room, pool.num_pages
         pool = pool._replace(num_pages=np.minimum(room.num_pages.sum(), pool.num_pages - 1))
         chosen = rule(pool)
     return rule(room), room, room.num_pages

@@ -148,6 +148,8 @@ def restore(
                 slots = slots_of(device_of.reshape(shape), d)
                 budget = left if kind == OWN else None
                 cache = put_together(part, facts["kinds"][kind], slots, budget, model.windows)
+                certain = model.learned and list(facts["kinds"]) == [OWN]
+                cache = dataclasses.replace(cache, certain=certain)
                 left -= cache.nbytes
                 cache = jax.device_put(jax.tree.map(_owned, cache), device)
             caches[kind].append(cache)

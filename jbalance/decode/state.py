@@ -120,6 +120,8 @@ def create(
             )
         except ValueError as error:
             raise ValueError(f"budgets_bytes[{d}]: {error}") from None
+        # Beside a context their prompts are pieces, which are sketched.
+        cache = dataclasses.replace(cache, certain=model.learned and context is None)
         caches.append(jax.device_put(cache, device))
     zeros = np.zeros(num_requests, np.int32)
     return around(

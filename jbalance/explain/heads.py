@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 from jbalance import checks
 from jbalance.cache import _price
 from jbalance.cache._layout import token_bytes
-from jbalance.decode.plan import Levels, Plan, Room, histogram_of, in_windows, ladder
+from jbalance.decode.model import in_windows
+from jbalance.decode.plan import Levels, Plan, Room, histogram_of, ladder
 from jbalance.explain.ladder import NONE
 from jbalance.resources import human_bytes
 from jbalance.types import Binding, container
@@ -70,12 +71,13 @@ def heads(plan: Plan, codes: ArrayLike) -> HeadReasons:
         "got_bytes": room.pages_of(level) * room.page_bytes,
         "binding": _binding(problem, level, bits, by_device=len(pools) == room.num_pages.size),
         "price": np.asarray(plan.price, np.float64)[room.device_of],
-        "marginal": _marginal(problem, level, room),
+        "marginal": np.zeros(units),
         "more_bytes": np.full(units, NONE),
     }
     for pages, own in pools:
-        more = _more_bytes(problem.codes[own], problem.seen[own], room, int(pages))
-        out["more_bytes"][own] = more
+        mine = problem._replace(codes=problem.codes[own], seen=problem.seen[own])
+        out["marginal"][own] = _marginal(mine, level[own], room, int(pages))
+        out["more_bytes"][own] = _more_bytes(mine, room, int(pages))
     out["more_bytes"][out["binding"] == Binding.CAP] = NONE
     shape = plan.level.shape[:2]
     return HeadReasons(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in out.items()})
@@ -134,6 +136,7 @@ class _Problem(NamedTuple):
 
     codes: np.ndarray  # [U, S] uint8
     seen: np.ndarray  # [U, S] bool
+    certain: bool  # `Plan.certain`
 
 
 def _problem(plan: Plan, codes: ArrayLike) -> tuple[list[tuple[int, np.ndarray]], _Problem]:
@@ -154,7 +157,8 @@ def _problem(plan: Plan, codes: ArrayLike) -> tuple[list[tuple[int, np.ndarray]]
         )
     given = given.reshape(-1, size)
     seen = in_windows(plan.windows, kv_heads, size)
-    problem = _Problem(given, np.ones(given.shape, bool) if seen is None else seen)
+    seen = np.ones(given.shape, bool) if seen is None else seen
+    problem = _Problem(given, seen, plan.certain)
     again = _again(plan, problem, plan.priced_pages).level
     if (again.reshape(plan.level.shape) != plan.level).any():
         raise ValueError("codes do not lead to plan.level: give those that the plan was made of")
@@ -174,7 +178,7 @@ def _again(plan: Plan, problem: _Problem, pages: np.ndarray) -> Levels:
     room = plan.room._replace(num_pages=pages)
     if pages.size == 1:
         room = room._replace(device_of=np.zeros_like(plan.room.device_of))
-    return ladder(problem.codes, problem.seen)(room)
+    return ladder(problem.codes, problem.seen, certain=problem.certain)(room)
 
 
 def _binding(problem: _Problem, level: np.ndarray, bits: tuple[int, ...], *, by_device: bool):
@@ -186,9 +190,17 @@ def _binding(problem: _Problem, level: np.ndarray, bits: tuple[int, ...], *, by_
     return out
 
 
-def _marginal(problem: _Problem, level: np.ndarray, room: Room) -> np.ndarray:
+def _plenty(problem: _Problem, room: Room, pages: int) -> int:
+    """Of these units with so many pages: `_price.plenty`, if the plan knows of it."""
+    if not problem.certain:
+        return 0
+    return int(_price.plenty(room.page_tokens, pages, int(problem.seen.sum())))
+
+
+def _marginal(problem: _Problem, level: np.ndarray, room: Room, pages: int) -> np.ndarray:
     """[U] worth per byte of each unit's best step that was not taken; 0 if there is none."""
-    offsets = np.asarray(_price.steps(room.head_dim, room.bits))
+    steps = _price.steps(room.head_dim, room.bits)
+    offsets = np.asarray(steps.at(_plenty(problem, room, pages)))
     lacks = problem.seen & (level > 0)
     key = np.where(lacks, problem.codes.astype(int) - offsets[np.maximum(level, 1) - 1], -(2**15))
     best = key.max(axis=1)
@@ -196,23 +208,63 @@ def _marginal(problem: _Problem, level: np.ndarray, room: Room) -> np.ndarray:
     return np.where(lacks.any(axis=1), worth / token_bytes(room.head_dim, room.bits[-1]), 0)
 
 
-def _more_bytes(codes: np.ndarray, seen: np.ndarray, room: Room, pages: int) -> np.ndarray:
+def _more_bytes(problem: _Problem, room: Room, pages: int) -> np.ndarray:
     """[U] bytes by which the pages of these units must grow for each of them to hold more; NONE.
 
-    As the pages grow the price falls, to the lowest that fits, and just before it does the last units
-    pay it already (`_price.price_of`): so a unit pays price j from total(j) on, or, as one of the last,
-    from total(j) less what the units before it save by still paying the next higher one.
+    As the pages grow they become plenty, in steps (`_price.plenty`): of each the pages are looked at
+    with which it lasts, and the rest only for units that are not done.
     """
-    offsets = _price.steps(room.head_dim, room.bits)
-    histogram = jnp.asarray(histogram_of(codes, seen, len(room.bits)))
-    now = _price.price_of(histogram, offsets, room.page_tokens, jnp.int32(pages))
+    steps = _price.steps(room.head_dim, room.bits)
+    histogram = jnp.asarray(histogram_of(problem.codes, problem.seen, len(room.bits)))
+    number = int(problem.seen.sum()) if problem.certain else None
+    size = np.array([token_bytes(room.head_dim, b, timed=room.timed) for b in room.bits])
+
+    def held(pages):
+        of = _held_at(histogram, jnp.asarray(pages), number, steps, room.page_tokens)
+        return np.asarray(of, np.int64) @ size
+
+    before = held(np.array([pages]))[0]
+    done = before == problem.seen.sum(axis=1) * size[0]  # no pages more would help
+    least = np.full(len(before), 2**62)
+    at, most = _plenty(problem, room, pages), max(np.subtract(steps.offsets, steps.least))
+    most = most if problem.certain else 0
+    begin = pages + 1
+    while not done.all() and begin < checks.INT32_MAX:
+        end = _end_of(problem, room, at, begin) if at < most else checks.INT32_MAX
+        found = _candidates(histogram, before, pages, steps, room, size, at)
+        found = np.maximum(np.concatenate([np.full((len(found), 1), begin), found], axis=1), begin)
+        gained = _first_gain(np.where(found < end, found, 2**62), lambda x: held(x) > before)
+        least = np.where(done, least, gained)
+        done |= gained < 2**62
+        begin = end
+        at = _plenty(problem, room, begin)
+    page = room.page_bytes + _PAGE_ENTRY_BYTES
+    return np.where(least < 2**62, (least - pages) * page, NONE)
+
+
+def _end_of(problem: _Problem, room: Room, plenty: int, begin: int) -> int:
+    """The least number of pages, above `begin`, with more of plenty than this."""
+    low, high = begin, begin + 1
+    while _plenty(problem, room, high) <= plenty:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _plenty(problem, room, middle) > plenty else (middle, high)
+    return high
+
+
+def _candidates(histogram, before, pages, steps, room: Room, size, plenty: int) -> np.ndarray:
+    """[U, n] pages at which units may begin to hold more than `before`; 2^62 for none.
+
+    At one plenty, as the pages grow the price falls, to the lowest that fits, and just before it does
+    the last units pay it already (`_price.price_of`): so a unit pays price j from total(j) on, or, as
+    one of the last, from total(j) less what the units before it save by still paying the next higher.
+    """
     need, tokens = (
-        np.asarray(x, np.int64) for x in _at_every_price(histogram, offsets, room.page_tokens)
+        np.asarray(x, np.int64)
+        for x in _at_every_price(histogram, jnp.int32(plenty), steps, room.page_tokens)
     )
-    size = [token_bytes(room.head_dim, b, timed=room.timed) for b in room.bits]
-    held = tokens @ np.asarray(size)  # [U, n]
-    at_now = np.asarray(now.price) - _price.every_price(offsets)[0]
-    gains = held > np.take_along_axis(held, at_now[:, None], axis=1)
+    gains = tokens @ size > before[:, None]  # [U, n]
     total = need.sum(axis=0)
     below = np.minimum.accumulate(
         np.concatenate([[2**62], total[:-1]])
@@ -228,16 +280,7 @@ def _more_bytes(codes: np.ndarray, seen: np.ndarray, room: Room, pages: int) -> 
     valid = gains[1:, :-1] & reached[1:] & (early < below[1:]) & (early > pages)
     first_unit = np.full((1, early.shape[1]), 2**62)
     candidates.append(np.concatenate([first_unit, np.where(valid, early, 2**62)]))
-    before = held[np.arange(len(held)), at_now]
-    least = _first_gain(
-        np.concatenate(candidates, axis=1),
-        lambda pages: (
-            np.asarray(_held_at(histogram, jnp.asarray(pages), offsets, room.page_tokens)) @ size
-            > before
-        ),
-    )
-    page = room.page_bytes + _PAGE_ENTRY_BYTES
-    return np.where(least < 2**62, (least - pages) * page, NONE)
+    return np.concatenate(candidates, axis=1)
 
 
 def _first_gain(candidates: np.ndarray, gains: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -256,26 +299,27 @@ def _first_gain(candidates: np.ndarray, gains: Callable[[np.ndarray], np.ndarray
         candidates[units[wrong], at[wrong]] = 2**62
 
 
-@functools.partial(jax.jit, static_argnames=("offsets", "page_tokens"))
-def _held_at(histogram, pages, offsets, page_tokens) -> jax.Array:
-    """[m, U, M] tokens that are held with so many pages [m]."""
+@functools.partial(jax.jit, static_argnames=("steps", "page_tokens"))
+def _held_at(histogram, pages, number, steps, page_tokens) -> jax.Array:
+    """[m, U, M] tokens that are held with so many pages [m], of a number that they may be plenty for."""
 
     def tokens(pages):
-        return _price.price_of(histogram, offsets, page_tokens, pages).tokens
+        plenty = 0 if number is None else _price.plenty(page_tokens, pages, number)
+        return _price.price_of(histogram, steps, page_tokens, pages, plenty).tokens
 
     return lax.map(tokens, pages.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("offsets", "page_tokens"))
-def _at_every_price(histogram, offsets, page_tokens) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("steps", "page_tokens"))
+def _at_every_price(histogram, plenty, steps, page_tokens) -> tuple[jax.Array, jax.Array]:
     """[U, n] pages that are paid for, and [U, n, M] tokens that are held."""
     units = histogram.shape[0]
 
     def tokens(price):
-        return _price.filled(histogram, jnp.full(units, price), offsets, page_tokens)[1]
+        return _price.filled(histogram, jnp.full(units, price), steps, page_tokens, plenty)[1]
 
-    held = lax.map(tokens, jnp.asarray(_price.every_price(offsets), jnp.int32))
-    return _price.pages_at(histogram, offsets, page_tokens), jnp.moveaxis(held, 0, 1)
+    held = lax.map(tokens, jnp.asarray(_price.every_price(steps), jnp.int32))
+    return _price.pages_at(histogram, steps, page_tokens, plenty), jnp.moveaxis(held, 0, 1)
 
 
 def _what_if(plan: Plan, codes: ArrayLike, at: tuple[int, int], more_bytes: int, there: str) -> str:

@@ -20,7 +20,7 @@ from tests.support.examples import few
 U, D, BITS, PAGE, SPAN, SIZE = 5, 16, (8, 4, 3), 256, 3, 20
 M = len(BITS)
 ROOM = 360  # tokens of a batch in the tests
-OFFSETS = _price.steps(D, BITS)
+STEPS = _price.steps(D, BITS)
 LAYOUTS = [PageLayout.within(PAGE, D, b) for b in BITS]
 SIZES = np.array([x.page_tokens for x in LAYOUTS])
 ALL = np.array([SIZE, SIZE])
@@ -29,7 +29,8 @@ ALL = np.array([SIZE, SIZE])
 @functools.partial(jax.jit, donate_argnums=0)
 def admit_into(at, rest, first, units, k, v, code, allowance, number):
     """One compilation for all tests: two rows, numbers given."""
-    return _admit.admit(at, rest, first, SPAN, units, k, v, code, allowance, num_tokens=number)
+    new = units, k, v, code, allowance
+    return _admit.admit(at, rest, first, SPAN, *new, num_tokens=number, certain=True)
 
 
 def admit(at, *args):
@@ -207,14 +208,27 @@ def test_who_stays_is_as_by_brute_force_and_what_stays_is_bit_for_bit(seed, allo
 
 
 def test_the_price_is_the_lowest_that_fits_but_for_the_first_units():
-    k, v, code = tokens(np.random.default_rng(0), 2)
-    _, report = admit(arena(), 0, np.arange(2), k, v, code, 7, ALL)
-    assert report.held_pages <= 7
-    assert set(np.diff(report.price)) <= {0, -1}
-    for price in range(1 - max(OFFSETS), int(report.price.max())):
-        level = np.asarray(_price.levels_of(code, price + np.array(OFFSETS)))
-        count = np.stack([(level == m).sum(axis=1) for m in range(M)], axis=1)
-        assert (-(-count // SIZES)).sum() > 7
+    """For the tokens that come and those that are held or have left, which decide what is plenty."""
+    rng, at, rest, there = np.random.default_rng(0), arena(), _centroids.create(U, D), 0
+    for _ in range(4):
+        k, v, code = tokens(rng, 2)
+        old = held(at)
+        at, rest, report = admit_into(at, rest, 0, np.arange(2), k, v, code, 7, ALL)
+        there += ALL.sum()
+        assert sum(at.count.sum(axis=1)) + rest.count.sum() == there
+        assert report.held_pages <= 7
+        assert set(np.diff(report.price)) <= {0, -1}
+        offsets = np.asarray(STEPS.at(_price.plenty(tuple(SIZES), 7, int(there))))
+        codes, levels = (
+            np.concatenate([[x[i] for x in old], y])
+            for i, y in ((2, code.reshape(-1)), (1, np.zeros(code.size, int)))
+        )
+        units = np.concatenate([[x.unit for x in old], np.repeat([0, 1], SIZE)])
+        for price in range(1 - max(STEPS.offsets), int(report.price.max())):
+            level = np.asarray(_price.levels_of(codes.astype(np.uint8), price + offsets))
+            level = np.maximum(level, levels)
+            count = [[((level == m) & (units == u)).sum() for m in range(M)] for u in range(2)]
+            assert (-(-np.array(count) // SIZES)).sum() > 7
 
 
 def test_a_page_in_which_nothing_changes_stays_where_it_is():

@@ -14,7 +14,7 @@ from jbalance.cache._layout import token_bytes
 from tests.support.examples import few
 
 BITS = (8, 4, 3)
-OFFSETS = _price.steps(64, BITS)
+STEPS = _price.steps(64, BITS)
 SIZES = (3, 5, 7)
 price_of = jax.jit(_price.price_of, static_argnums=(1, 2))
 
@@ -35,7 +35,7 @@ def test_the_range_saturates_short_of_protection():
 @pytest.mark.parametrize("bits", [(8, 4, 3), (16, 8, 4, 3, 2), (8, 2), (4,), (8, 4, 3, 2, 1)])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_each_token_has_the_level_of_most_value_less_price(bits, head_dim):
-    offsets = _price.steps(head_dim, bits)
+    offsets = _price.steps(head_dim, bits).offsets
     assert offsets[-1] == 0
     assert list(offsets) == sorted(offsets, reverse=True)
     size = np.array([token_bytes(head_dim, b) for b in bits] + [0])
@@ -57,9 +57,9 @@ def counted(levels, codes, least):
     return np.stack([(now == m).sum(axis=1) for m in range(3)], axis=1)
 
 
-def filled(levels, codes, price, count):
+def filled(levels, codes, offsets, price, count):
     """The least codes, lowered one by one while the slots of the pages of these counts have room."""
-    least = np.clip(np.array(price)[:, None] + OFFSETS, 0, 255)
+    least = np.clip(np.array(price)[:, None] + offsets, 0, 255)
     room = -(-count // SIZES) * SIZES
     for unit, level in itertools.product(range(2), range(3)):
         while least[unit, level] > 0:
@@ -71,15 +71,15 @@ def filled(levels, codes, price, count):
     return least
 
 
-def brute(levels, codes, allowance):
+def brute(levels, codes, offsets, allowance):
     """The lowest price that fits, by counting, and its counts."""
 
     def at(price):
-        least = np.clip(np.array(price)[:, None, None] + OFFSETS, 0, 255)
+        least = np.clip(np.array(price)[:, None, None] + offsets, 0, 255)
         count = counted(levels, codes, least)
         return (-(-count // SIZES)).sum() <= allowance, price, count
 
-    lowest, units = 1 - max(OFFSETS), len(levels)
+    lowest, units = 1 - max(STEPS.offsets), len(levels)
     whole = (at([p] * units) for p in range(lowest, 256))
     last = found = next((x for x in whole if x[0]), at([255] * units))
     if found[0] and found[1][0] > lowest:
@@ -91,8 +91,13 @@ def brute(levels, codes, allowance):
 
 
 @few(40)
-@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from([0.0, 0.1]))
-def test_the_price_is_that_of_brute_force(seed, allowance, protected):
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 40),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0, 9, 60]),
+)
+def test_the_price_is_that_of_brute_force(seed, allowance, protected, plenty):
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, 3, (2, 60))
     codes = rng.choice([rng.integers(1, 255), 100, 120, 140], (2, 60)).astype(np.uint8)
@@ -104,10 +109,11 @@ def test_the_price_is_that_of_brute_force(seed, allowance, protected):
     codes = np.where((codes == 255) & (levels > 0), 200, codes).astype(np.uint8)
     histogram = np.zeros((2, 3, 256), np.int32)
     np.add.at(histogram, (np.arange(2)[:, None], levels, codes), 1)
-    got = price_of(histogram, OFFSETS, SIZES, allowance)
-    price, count = brute(levels, codes, allowance)
+    offsets = np.array([max(71 - plenty, 35), 35, 0])
+    got = price_of(histogram, STEPS, SIZES, allowance, plenty)
+    price, count = brute(levels, codes, offsets, allowance)
     np.testing.assert_array_equal(got.price, price)
-    np.testing.assert_array_equal(got.least, filled(levels, codes, price, count))
+    np.testing.assert_array_equal(got.least, filled(levels, codes, offsets, price, count))
     np.testing.assert_array_equal(got.tokens, counted(levels, codes, got.least[:, None]))
     np.testing.assert_array_equal(got.pages, -(-np.asarray(got.tokens) // SIZES))
     assert (got.pages <= -(-count // SIZES)).all()
@@ -117,12 +123,33 @@ def test_the_price_is_that_of_brute_force(seed, allowance, protected):
 def test_slots_are_filled_and_a_shortfall_is_told():
     histogram = np.zeros((1, 3, 256), np.int32)
     histogram[0, 0, [100, 150, 200, 255]] = 1
-    assert price_of(histogram, OFFSETS, SIZES, 9).price == 1 - max(OFFSETS)
-    got = price_of(histogram, OFFSETS, SIZES, 1)
+    assert price_of(histogram, STEPS, SIZES, 9).price == 1 - max(STEPS.offsets)
+    got = price_of(histogram, STEPS, SIZES, 1)
     assert got.price == 201  # that of the protected token alone, whose page has two slots more
     np.testing.assert_array_equal(got.tokens, [[3, 0, 0]])
     np.testing.assert_array_equal(got.least, [[101, 101, 101]])
-    assert price_of(histogram, OFFSETS, SIZES, 0).shortfall == 1
+    assert price_of(histogram, STEPS, SIZES, 0).shortfall == 1
+
+
+def test_plenty_begins_where_a_fifth_of_the_tokens_fit_at_the_finest_level():
+    """An octave of it more is one by which the finest level's offset falls, in quarters."""
+    pages = np.array([0, 10, 16, 16 * 2**0.5, 16 * 2**1.5, 512])
+    got = [int(_price.plenty(SIZES, x, 240)) for x in pages]
+    assert got == [0, 0, 0, 6, 18, 60]
+    assert list(STEPS.at(6)) == [65, 35, 0]
+    assert list(STEPS.at(60)) == [35, 35, 0]
+    assert _price.steps(64, (8,)).least == (0,)
+    assert int(_price.plenty(SIZES, 5, 0)) >= 71  # no tokens yet
+
+
+def test_more_tokens_are_fine_where_memory_is_plenty():
+    histogram = np.zeros((1, 3, 256), np.int32)
+    histogram[0, 0, 60:200] = 1
+    scarce, ample = (
+        np.asarray(price_of(histogram, STEPS, SIZES, 25, x).tokens[0]) for x in (0, 18)
+    )
+    assert ample[0] > scarce[0]
+    assert ample.sum() < scarce.sum()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,7 @@ def test_slots_are_filled_and_a_shortfall_is_told():
         (lambda: _price.encode_worth(np.array([np.nan])), ("w[0] is nan",)),
         (lambda: _price.steps(64, (4, 8)), ("(4, 8)", "descend, (8, 4)")),
         (lambda: _price.steps(64, (5,)), ("(5,)", "16")),
-        (lambda: _price.price_of(jnp.zeros((2, 3, 9)), OFFSETS, SIZES, 1), ("(2, 3, 9)", "256")),
+        (lambda: _price.price_of(jnp.zeros((2, 3, 9)), STEPS, SIZES, 1), ("(2, 3, 9)", "256")),
     ],
 )
 def test_bad_input_is_named(call, names):

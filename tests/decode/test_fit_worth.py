@@ -77,6 +77,28 @@ def test_it_is_fitted_to_what_dense_attention_receives(decoder, given):
         )
 
 
+def test_what_is_learned_is_certain_for_the_price(decoder, given, tmp_path):
+    """Of contexts and of requests, those that were saved too, as by `ladder` and by no sketch."""
+    assert not decoder.learned
+    learned = dataclasses.replace(decoder, worth=given[1])
+    assert learned.learned
+    budget = [68_000]  # most tokens stay
+    context = decode.read(learned, TEXT[:200], budget, reserve=decode.Reserve(1, 16))
+    codes = context.codes.reshape(-1, 200)
+    shape, dim = context.plan.level.shape, learned.head_dim
+    for certain in (True, False):
+        rule = decode.ladder(codes, certain=certain)
+        plan = decode.fit(rule, shape, dim, budget, reserve=context.reserve)
+        assert (plan.level == context.plan.level).all() == certain
+    for model in (decoder, learned):
+        state = decode.create(model, budget)
+        decode.save(tmp_path / f"{model.learned}", model, state)
+        again = decode.restore(tmp_path / f"{model.learned}", model, budget)
+        beside = decode.create(model, budget, context=context)
+        found = [x.caches[0].certain for x in (state, again, beside)]
+        assert found == [model.learned, model.learned, False]
+
+
 def test_a_prompt_is_weighed_by_it(decoder, given):
     """In chunks and behind padding as all at once; each layer by its own weights."""
     learned = dataclasses.replace(decoder, worth=given[1])
