@@ -36,8 +36,9 @@ class Arm(NamedTuple):
     """How what there is gets divided.
 
     Attributes:
-      by: what importance is: "even", "volume" (training texts), "loss" (of the validation texts), or
-        "both" of these indicators, each by its largest.
+      by: what importance is: "even", "volume" (training texts), "loss" (of the validation texts),
+        "both" of these indicators, each by its largest, or "shift" (how far a task's tokens are from
+        those of all that are there).
       floor: least share of a task.
       rescaled: whether attention's logits have the bias of the tasks' shares.
       tuned: whether `tune` changes the floor and the rate between rounds.
@@ -60,6 +61,7 @@ ARMS = {
     "loss": Arm("loss"),
     "loss, rescaled": Arm("loss", rescaled=True),
     "both": Arm("both"),
+    "shift": Arm("shift"),
 }
 
 
@@ -98,7 +100,8 @@ def divided(state: State, arm: Arm, every: tuple[Task, ...], sizes: Sizes, floor
     kept = [x[len(x) // AGED :] for x in state.held]
     demand = np.where(active, number, 0)[None]
     used = np.array([[len(x) for x in kept]])
-    w = importance_of(arm.by, number, state.loss, active)
+    shift = shift_of(every, active)
+    w = importance_of(arm.by, (number, state.loss, shift), active)
     left = tasks.remaining(capacity, demand, np.minimum(used, demand))
     given = tasks.divide(
         w,
@@ -119,11 +122,29 @@ def divided(state: State, arm: Arm, every: tuple[Task, ...], sizes: Sizes, floor
     return dataclasses.replace(state, held=held, left=lefts, given=givens)
 
 
-def importance_of(by: str, number: np.ndarray, loss: np.ndarray, active: np.ndarray) -> jax.Array:
-    """w [N] of the tasks: the indicators of those that are there, weighted."""
-    indicators = np.stack([x * active / (x * active).max() for x in (number, loss)], axis=1)
-    weights = {"even": (0, 0), "volume": (1, 0), "loss": (0, 1), "both": (0.5, 0.5)}[by]
+def importance_of(by: str, measured: tuple[np.ndarray, ...], active: np.ndarray) -> jax.Array:
+    """w [N] of the tasks: volume, loss and shift [N] of those that are there, weighted."""
+    indicators = np.stack([x * active / (x * active).max() for x in measured], axis=1)
+    weights = {
+        "even": (0, 0, 0),
+        "volume": (1, 0, 0),
+        "loss": (0, 1, 0),
+        "both": (0.5, 0.5, 0),
+        "shift": (0, 0, 1),
+    }[by]
     return importance.weighted(indicators, np.array(weights, np.float32))
+
+
+def shift_of(every: tuple[Task, ...], active: np.ndarray) -> np.ndarray:
+    """[N]: how far the tokens of each task's texts are from those of all tasks that are there."""
+    counts = np.stack([_token_counts(task.train) for task in every])
+    together = (counts * active[:, None]).sum(axis=0)
+    return np.asarray(importance.distribution_shift(counts, np.tile(together, (len(every), 1))))
+
+
+def _token_counts(texts: Texts) -> np.ndarray:
+    """[VOCABULARY] how often each token occurs."""
+    return np.bincount(texts.ids.reshape(-1), minlength=data.VOCABULARY + 1)[: data.VOCABULARY]
 
 
 def _grown(held: np.ndarray, number: int, every: int, rng: np.random.Generator) -> np.ndarray:

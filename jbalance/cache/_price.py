@@ -137,7 +137,7 @@ def plenty(
     gain is taken times 5 times that part.
 
     >>> plenty((3, 5, 7), 40, 240)
-    Array(18, dtype=int32)
+    Array(15, dtype=int32)
 
     Args:
       page_tokens: [M] tokens per page.

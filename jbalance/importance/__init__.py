@@ -8,6 +8,7 @@ from jbalance.importance.chi_squared import chi_squared
 from jbalance.importance.combine import combine, combined
 from jbalance.importance.correlation import correlation
 from jbalance.importance.cross_worth import cross_worth
+from jbalance.importance.distribution_shift import distribution_shift
 from jbalance.importance.entropy import entropy
 from jbalance.importance.expected_attention import expected_attention
 from jbalance.importance.features import FEATURE_SCORERS, feature_association, feature_importance
@@ -39,6 +40,7 @@ from jbalance.importance.worth_curve import CURVE_BINS, worth_curve
 __all__ = [  # noqa: RUF022  (the order is the pipeline's)
     # units and indicators
     "weighted",
+    "distribution_shift",
     # features: relevance, discrimination, complexity
     "mutual_information",
     "correlation",

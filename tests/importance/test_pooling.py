@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.spatial.distance
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import checkify
@@ -35,6 +36,32 @@ def test_weighted_under_transformations(dtype):
     np.testing.assert_array_equal(w, np.asarray(a, np.float32) @ np.asarray(c, np.float32))
     gradient = jax.grad(lambda c: importance.weighted(a[0], c).sum())(c.astype(jnp.float32))
     np.testing.assert_array_equal(gradient, np.asarray(a[0], np.float32).sum(0))
+
+
+@few(20)
+@given(st.integers(0, 10**6))
+def test_distribution_shift_is_that_of_scipy(seed):
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, 5, (2, 4, 7))
+    before[:, 0] += 1
+    after[:, 1] += 1
+    want = scipy.spatial.distance.jensenshannon(before, after, base=2, axis=1) ** 2
+    np.testing.assert_allclose(importance.distribution_shift(before, after), want, atol=2e-6)
+    np.testing.assert_allclose(importance.distribution_shift(after, 3 * before), want, atol=2e-6)
+
+
+def test_distribution_shift_at_its_ends():
+    large = np.full((2, 3), 3e38, np.float32)
+    ends = importance.distribution_shift(
+        large * [[1, 1, 1], [1, 0, 0]], large * [[1, 1, 1], [0, 1, 1]]
+    )
+    np.testing.assert_allclose(ends, [0, 1], atol=1e-6)
+    nothing = jax.jit(importance.distribution_shift)(jnp.zeros((1, 3)), jnp.ones((1, 3)))
+    np.testing.assert_array_equal(nothing, [0])
+    with pytest.raises(ValueError, match=r"the least sum of before is 0.0"):
+        importance.distribution_shift(np.zeros((1, 3)), np.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"after has 2 entries along axis 1 but before has 3"):
+        importance.distribution_shift(np.ones((1, 3)), np.ones((1, 2)))
 
 
 # Sums of scores.

@@ -38,6 +38,11 @@ LADDER = {
 # What works, and which of its arguments are static whole numbers.
 CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weighted": (importance.weighted, {"association": X, "complexity": W[:2]}, ""),
+    "distribution_shift": (
+        importance.distribution_shift,
+        {"before": X + 1, "after": X[::-1] + 1},
+        "",
+    ),
     "entropy": (importance.entropy, SAMPLES | {"bins": 4}, "num_classes bins"),
     "mutual_information": (
         importance.mutual_information,
