@@ -38,15 +38,15 @@ def _study(smoke: bool) -> study.Study:
         "notes": (
             "Entries of the Jargon File, 1,024 tokens of them in a random order, are read by "
             f"SmolLM2-135M; then it is asked what {questions.QUESTIONS} of the terms mean. The cache is "
-            "reduced before any question is known, to the same bytes for all arms: `uniform` the same "
-            "number of tokens for every head, `uniform-bits` every token at the most bits that all can "
-            "have, `proportional` as the source prints it, `ladder` at one price. Nats a token of what "
-            "the text says of the term, its first 24 tokens, and ROUGE-L of the greedy answers with it. "
-            "At a quarter of the bytes `ladder` answers as the whole cache does; at a tenth it has lost "
-            "four thousandths of what reading the text brings, where those that evict answer almost as "
-            "if they had not read it. Where it does not help: the model's own answers are short of "
-            "the text even with everything, ROUGE-L 0.4, and 48 questions say little of differences of "
-            "some hundredths."
+            "reduced before any question is known, within the same bytes for all arms: `uniform` the "
+            "same number of tokens for every head, `uniform-bits` every token at the most bits that "
+            "all can have, which leaves some bytes unused, `proportional` as the source prints it, "
+            "`ladder` at one price. Nats a token of what the text says of the term, its first 24 "
+            "tokens, and ROUGE-L of the greedy answers with it. At a quarter of the bytes `ladder` "
+            "answers as the whole cache does; at a tenth it has lost four thousandths of what reading "
+            "the text brings, where those that evict answer almost as if they had not read it. Where "
+            "it does not help: the model's own answers are short of the text even with everything, "
+            "ROUGE-L 0.4, and 48 questions say little of differences of some hundredths."
         ),
         "settings": {"sizes": sizes._asdict(), "tokens": questions.CONTEXT},
         "compare": [
