@@ -128,6 +128,7 @@ def steps(head_dim: int, bits: tuple[int, ...]) -> Steps:
     return Steps(offsets, tuple(min(x, least) for x in offsets))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def plenty(
     page_tokens: tuple[int, ...], pages: jax.Array | int, tokens: jax.Array | int
 ) -> jax.Array:
