@@ -41,6 +41,10 @@ class Measured(NamedTuple):
     known: Knowledge | None = None  # the user's rules about the tokens
     learned: np.ndarray | None = None  # [L] bool, whether the layer's worth is; None for none
 
+    def certain(self, scorer: str) -> bool:
+        """Whether what the scorer says is learned or measured worth, no sketch of it."""
+        return scorer == REPETITION or (scorer == WORTH and bool(np.all(self.learned)))
+
 
 def counts(num_tokens: int) -> tuple[int, ...]:
     """Numbers of tokens at which a head is measured: at most 32, in a geometric series to all."""

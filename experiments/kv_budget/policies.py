@@ -240,8 +240,7 @@ def _plan(policy, measured, budgets_bytes, reserve, windows) -> Plan:
         np.asarray(w).reshape(units, tokens),
         None if error is None else np.asarray(error).reshape(units, -1),
         measured.known,
-        policy.scorer == measure.REPETITION
-        or (policy.scorer == measure.WORTH and bool(np.all(measured.learned))),
+        measured.certain(policy.scorer),
     )
     head_dim = measured.k.shape[-1]
     wide = token_bytes(head_dim, 16, timed=timed) * WIDE_PAGE_TOKENS

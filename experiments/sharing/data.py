@@ -34,6 +34,12 @@ class Task(NamedTuple):
     train: Texts
     validation: Texts
     test: Texts
+    counts: np.ndarray  # [VOCABULARY] how often each token occurs in the training texts
+
+    @classmethod
+    def of(cls, train: Texts, validation: Texts, test: Texts) -> Task:
+        counts = np.bincount(train.ids.reshape(-1), minlength=VOCABULARY + 1)
+        return cls(train, validation, test, counts[:VOCABULARY])
 
 
 @functools.cache
@@ -52,7 +58,7 @@ def tasks(most: int | None = None) -> tuple[Task, ...]:
             row[: ids.size] = ids
         return Texts(rows, part.positive[:most])
 
-    return tuple(Task(*map(encoded, split)) for split in splits)
+    return tuple(Task.of(*map(encoded, split)) for split in splits)
 
 
 def association(texts: Texts) -> np.ndarray:

@@ -21,6 +21,13 @@ BATCH, STEPS = 64, 40  # of a round
 LEAVES, JOINS = TASKS.index("product"), TASKS.index("tweets")  # in the middle of a run
 AGED = 4  # a row in so many gives way in each round, the oldest first
 SAMPLE = 256  # kept texts of a task that its tokens' association is measured on
+WEIGHTS = {  # of volume, loss and shift
+    "even": (0.0, 0.0, 0.0),
+    "volume": (1.0, 0.0, 0.0),
+    "loss": (0.0, 1.0, 0.0),
+    "both": (0.5, 0.5, 0.0),
+    "shift": (0.0, 0.0, 1.0),
+}
 RANGES = {"floor": (0.02, 0.3), "rate": (1e-3, 2e-2)}
 
 
@@ -100,8 +107,8 @@ def divided(state: State, arm: Arm, every: tuple[Task, ...], sizes: Sizes, floor
     kept = [x[len(x) // AGED :] for x in state.held]
     demand = np.where(active, number, 0)[None]
     used = np.array([[len(x) for x in kept]])
-    shift = shift_of(every, active)
-    w = importance_of(arm.by, (number, state.loss, shift), active)
+    indicators = np.stack([number, state.loss, shift_of(every, active)]) * active
+    w = importance.combine(indicators, np.array(WEIGHTS[arm.by]), normalize="max")
     left = tasks.remaining(capacity, demand, np.minimum(used, demand))
     given = tasks.divide(
         w,
@@ -122,29 +129,11 @@ def divided(state: State, arm: Arm, every: tuple[Task, ...], sizes: Sizes, floor
     return dataclasses.replace(state, held=held, left=lefts, given=givens)
 
 
-def importance_of(by: str, measured: tuple[np.ndarray, ...], active: np.ndarray) -> jax.Array:
-    """w [N] of the tasks: volume, loss and shift [N] of those that are there, weighted."""
-    indicators = np.stack([x * active / (x * active).max() for x in measured], axis=1)
-    weights = {
-        "even": (0, 0, 0),
-        "volume": (1, 0, 0),
-        "loss": (0, 1, 0),
-        "both": (0.5, 0.5, 0),
-        "shift": (0, 0, 1),
-    }[by]
-    return importance.weighted(indicators, np.array(weights, np.float32))
-
-
 def shift_of(every: tuple[Task, ...], active: np.ndarray) -> np.ndarray:
     """[N]: how far the tokens of each task's texts are from those of all tasks that are there."""
-    counts = np.stack([_token_counts(task.train) for task in every])
-    together = (counts * active[:, None]).sum(axis=0)
-    return np.asarray(importance.distribution_shift(counts, np.tile(together, (len(every), 1))))
-
-
-def _token_counts(texts: Texts) -> np.ndarray:
-    """[VOCABULARY] how often each token occurs."""
-    return np.bincount(texts.ids.reshape(-1), minlength=data.VOCABULARY + 1)[: data.VOCABULARY]
+    counts = np.stack([task.counts for task in every])
+    together = np.broadcast_to(active @ counts, counts.shape)
+    return np.asarray(importance.distribution_shift(counts, together))
 
 
 def _grown(held: np.ndarray, number: int, every: int, rng: np.random.Generator) -> np.ndarray:

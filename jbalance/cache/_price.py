@@ -147,8 +147,8 @@ def plenty(
     """
     part = jnp.asarray(pages, jnp.float32) * page_tokens[0] / jnp.maximum(tokens, 1)
     octaves = jnp.log2(jnp.maximum(part / _SCARCE, 1))
-    steps = jnp.minimum(jnp.round(octaves * (_PER_OCTAVE / _PLENTY_STEP)), PROTECTED)
-    return _PLENTY_STEP * steps.astype(jnp.int32)
+    quarters = jnp.minimum(jnp.round(octaves * (_PER_OCTAVE / _PLENTY_STEP)), PROTECTED)
+    return _PLENTY_STEP * quarters.astype(jnp.int32)
 
 
 def values(head_dim: int, bits: tuple[int, ...]) -> list[float]:

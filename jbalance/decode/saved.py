@@ -148,15 +148,13 @@ def restore(
                 slots = slots_of(device_of.reshape(shape), d)
                 budget = left if kind == OWN else None
                 cache = put_together(part, facts["kinds"][kind], slots, budget, model.windows)
-                certain = model.learned and list(facts["kinds"]) == [OWN]
-                cache = dataclasses.replace(cache, certain=certain)
                 left -= cache.nbytes
                 cache = jax.device_put(jax.tree.map(_owned, cache), device)
             caches[kind].append(cache)
-    return _state(facts, caches, devices)
+    return _state(model, facts, caches, devices)
 
 
-def _state(facts, caches, devices) -> State:
+def _state(model, facts, caches, devices) -> State:
     """The state around its caches."""
     given = facts["requests"]
     empty = Samplers.greedy(len(given["tokens"]))
@@ -176,7 +174,14 @@ def _state(facts, caches, devices) -> State:
     protected = np.asarray(given["protected"], np.int32)
     contexts = caches.get(CONTEXT)
     state = around(
-        caches[OWN], contexts, requests, weights, protected, devices, facts["context_tokens"]
+        caches[OWN],
+        contexts,
+        requests,
+        weights,
+        protected,
+        devices,
+        facts["context_tokens"],
+        learned=model.learned,
     )
     return shared(state)
 

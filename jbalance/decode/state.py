@@ -120,8 +120,6 @@ def create(
             )
         except ValueError as error:
             raise ValueError(f"budgets_bytes[{d}]: {error}") from None
-        # Beside a context their prompts are pieces, which are sketched.
-        cache = dataclasses.replace(cache, certain=model.learned and context is None)
         caches.append(jax.device_put(cache, device))
     zeros = np.zeros(num_requests, np.int32)
     return around(
@@ -132,6 +130,7 @@ def create(
         np.full(num_requests, ALWAYS, np.int32),
         devices,
         0 if context is None else context.num_tokens,
+        learned=model.learned,
     )
 
 
@@ -152,8 +151,13 @@ def around(
     protected: np.ndarray,
     devices: Sequence[jax.Device],
     context_tokens: int,
+    *,
+    learned: bool,
 ) -> State:
-    """The state around its caches; its small arrays on this process's first device."""
+    """The state around its caches, of a model that has `learned`; small arrays on the first device."""
+    # Beside a context prompts are pieces, whose worth is sketched.
+    certain = learned and contexts is None
+    caches = [None if x is None else dataclasses.replace(x, certain=certain) for x in caches]
     # Committed to it, or a step's results would enter the next step as arguments of another kind.
     requests = jax.device_put(jax.tree.map(np.array, requests), over.main_device(devices))
     return State(

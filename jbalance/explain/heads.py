@@ -226,8 +226,8 @@ def _more_bytes(problem: _Problem, room: Room, pages: int) -> np.ndarray:
     before = held(np.array([pages]))[0]
     done = before == problem.seen.sum(axis=1) * size[0]  # no pages more would help
     least = np.full(len(before), 2**62)
-    at, most = _plenty(problem, room, pages), max(np.subtract(steps.offsets, steps.least))
-    most = most if problem.certain else 0
+    at = _plenty(problem, room, pages)
+    most = max(np.subtract(steps.offsets, steps.least)) if problem.certain else 0
     begin = pages + 1
     while not done.all() and begin < checks.INT32_MAX:
         end = _end_of(problem, room, at, begin) if at < most else checks.INT32_MAX

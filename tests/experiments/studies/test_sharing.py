@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
 
 from experiments.sharing import data, experiment, model
 from experiments.sharing.data import NONE, ROW_BYTES, Task, Texts
@@ -26,7 +27,7 @@ def every():
         return Texts(ids, positive)
 
     return tuple(
-        Task(texts(i, number), texts(i, 40), texts(i, 40)) for i, number in enumerate(NUMBERS)
+        Task.of(texts(i, number), texts(i, 40), texts(i, 40)) for i, number in enumerate(NUMBERS)
     )
 
 
@@ -55,6 +56,20 @@ def test_memory_and_batch_are_divided_among_those_that_are_there(every):
     np.testing.assert_allclose(
         first.alpha[np.array([0, 1, 3])], np.array([120, 40, 80]) / 240, rtol=1e-6
     )
+
+
+def test_shift_is_that_of_the_tokens_of_those_that_are_there(every):
+    """Padding left out; a task is the nearer to all the larger a part of them it is."""
+    counts = np.zeros((len(every), data.VOCABULARY))
+    for row, task in zip(counts, every, strict=True):
+        for token in task.train.ids[task.train.ids != NONE]:
+            row[token] += 1
+    active = experiment.active_in(0, SIZES.rounds)
+    all_of_them = counts[active].sum(axis=0)
+    want = [jensenshannon(row, all_of_them, base=2) ** 2 for row in counts]
+    np.testing.assert_allclose(experiment.shift_of(every, active), want, rtol=1e-4)
+    first = after(every, ARMS["shift"], 1).given[0]
+    np.testing.assert_allclose(first.alpha, want * active / np.sum(want * active), rtol=1e-4)
 
 
 def test_who_ends_gives_memory_back_to_who_begins(every):
